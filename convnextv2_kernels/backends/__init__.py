@@ -1,0 +1,97 @@
+"""Which backend serves an op, and why.
+
+``auto`` takes, per call, the first backend of :data:`PREFERENCE` that can serve the device and dtype; the reference
+can serve everything. A forced backend (:func:`use_backend`, or the environment variable
+``CONVNEXTV2_KERNELS_BACKEND``) that cannot serve a call raises an error that says why; it never falls back silently.
+The choice is process-wide, like ``torch.backends`` flags, and is fixed for a node's backward when its forward runs.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu
+
+NAMES = ("reference", "cpu", "cuda", "triton", "auto")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_ABSENT = "is not part of this version of convnextv2_kernels"
+
+
+class _State:
+    """Holder of the forced backend; an object, so that torch.compile guards on its attribute."""
+
+    forced = "auto"
+
+
+_state = _State()
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_state.forced = _check_name(
+    os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"), "CONVNEXTV2_KERNELS_BACKEND"
+)
+
+
+class use_backend:  # noqa: N801  (a context manager that reads like a function, as torch.no_grad does)
+    """Context manager that serves every op by the named backend: "reference", "cpu", "cuda", "triton" or "auto".
+
+    Raises ValueError for an unknown name at once, and RuntimeError where an op inside cannot be served.
+    """
+
+    def __init__(self, name: str):
+        self.name = _check_name(name, "backend")
+        self._previous = "auto"
+
+    def __enter__(self) -> use_backend:
+        self._previous = _state.forced
+        _state.forced = self.name
+        return self
+
+    def __exit__(self, *exc) -> None:
+        _state.forced = self._previous
+
+
+def forced() -> str:
+    """The backend asked for by name, or "auto"."""
+    return _state.forced
+
+
+def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason the backend cannot serve tensors of this device and dtype, or None if it can."""
+    if name == "reference":
+        return None
+    if name == "cpu":
+        return cpu.why_not(device_type, dtype)
+    return f"backend '{name}' {_ABSENT}"
+
+
+def select(x: Tensor, op: str) -> str:
+    """Name of the backend that serves ``op`` for input ``x``."""
+    kind = x.device.type
+    if _state.forced != "auto":
+        reason = why_not(_state.forced, kind, x.dtype)
+        if reason is not None:
+            raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
+        return _state.forced
+    for name in PREFERENCE.get(kind, ("reference",)):
+        if why_not(name, kind, x.dtype) is None:
+            return name
+    return "reference"
+
+
+def primitives(name: str) -> ModuleType:
+    """The row, convolution and matrix-product primitives of a backend, called by the schedule and the ops."""
+    if name == "cpu":
+        from .cpu import primitives as module
+    else:
+        from .reference import primitives as module
+    return module

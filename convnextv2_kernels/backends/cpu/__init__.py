@@ -1,0 +1,28 @@
+"""The CPU backend: C++ kernels from ``csrc/cpu``, matrix products by PyTorch's vendor libraries."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_load_error: str | None = None
+try:
+    from ... import _C as extension  # registers torch.ops.convnextv2_kernels
+except ModuleNotFoundError:
+    extension = None
+    _load_error = "the C++ extension was not built (no compiler was found at installation)"
+except ImportError as error:
+    extension = None
+    _load_error = f"the C++ extension failed to load with PyTorch {torch.__version__}: {error}"
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """Reason these kernels cannot serve the device and dtype, or None."""
+    if _load_error is not None:
+        return _load_error
+    if device_type != "cpu":
+        return f"its kernels serve tensors on cpu, and the input lies on {device_type}"
+    if dtype not in DTYPES:
+        return f"its kernels serve float32, float64 and bfloat16, and the input is {dtype}"
+    return None

@@ -1,0 +1,90 @@
+"""Matrix products of the CPU backend by the vendor library that is faster for the case.
+
+PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
+``F.linear``'s oneDNN form a float32 product ran 2.1-2.3 times as fast as ``mm`` on an AMD EPYC (``docs/kernels.md``).
+float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
+``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.rows import statistics_dtype
+
+
+def _onednn_linear():
+    """The operator Inductor uses for oneDNN linear layers, if this PyTorch has it and it computes what it should."""
+    try:
+        op = torch.ops.mkldnn._linear_pointwise.default
+        x = torch.arange(6.0).view(2, 3)
+        w = torch.arange(12.0).view(3, 4).t()
+        if torch.equal(op(x, w, None, "none", [], ""), x @ w.t()):
+            return op
+    except (AttributeError, RuntimeError):
+        pass
+    return None
+
+
+def _choose():
+    wish = os.environ.get("CONVNEXTV2_KERNELS_CPU_GEMM", "auto")
+    if wish not in ("auto", "onednn", "mm"):
+        raise ValueError(f"CONVNEXTV2_KERNELS_CPU_GEMM must be auto, onednn or mm, got {wish!r}")
+    if wish == "mm" or not torch.backends.mkldnn.is_available():
+        return None
+    op = _onednn_linear()
+    if op is None and wish == "onednn":
+        raise RuntimeError("CONVNEXTV2_KERNELS_CPU_GEMM=onednn, but this PyTorch has no oneDNN linear operator")
+    return op
+
+
+_onednn = _choose()
+
+
+def vendor() -> str:
+    """Which library multiplies float32 matrices."""
+    return "mm (MKL or BLAS)" if _onednn is None else "oneDNN"
+
+
+def _use_onednn(x: Tensor) -> bool:
+    return _onednn is not None and x.dtype == torch.float32 and x.numel() > 0
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x [M, C] @ weight [H, C]' + bias [H]``; strides of both operands are free."""
+    if _use_onednn(x) and weight.numel():
+        return _onednn(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad [M, H] @ weight [H, C]``."""
+    return linear(grad, weight.t(), None)
+
+
+def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """``grad [M, H]' @ x [M, C]`` in the statistics dtype."""
+    if not (_use_onednn(x) and grad.numel()):
+        return (grad.t() @ x).to(statistics_dtype(x.dtype))
+    rows, wide, narrow = x.shape[0], grad.shape[1], x.shape[1]
+    if rows > 8 * min(wide, narrow):
+        # a small result summed over many rows: oneDNN's linear does not split the sum, its convolution gradient does
+        return _conv_weight_grad(grad, x)
+    if wide > narrow:
+        return linear(x.t(), grad.t(), None).t()
+    return linear(grad.t(), x.t(), None)
+
+
+def _conv_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
+    """The same product as the weight gradient of a 1x1 convolution over one row of pixels, channels last."""
+    rows, out_c = grad.shape
+    in_c = x.shape[1]
+    g = grad.view(1, 1, rows, out_c).permute(0, 3, 1, 2)
+    i = x.view(1, 1, rows, in_c).permute(0, 3, 1, 2)
+    w = x.new_empty(1).expand(out_c, in_c, 1, 1)
+    args = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False])
+    return torch.ops.aten.convolution_backward(g, i, w, None, *args)[1].view(out_c, in_c)

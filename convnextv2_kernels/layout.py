@@ -1,0 +1,211 @@
+"""Which patches of a batch are visible, and where each of them lives in the packed tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INT32_MAX = 2**31 - 1
+
+
+class PatchLayout:
+    """Index of the visible patches of a batch of masked images.
+
+    Features are packed as ``[P, s, s, C]``: one slot per visible patch, slots sorted by image, and ``s`` the
+    patch side at the current stage. One layout serves every stage, because a mask is made of whole patches.
+
+    Attributes:
+        grid: ``(Gh, Gw)``, patches per column and per row of an image.
+        num_images: N. num_patches: P, the number of visible patches of the batch.
+        patches_per_image: P / N when every image keeps the same number of patches, else ``None`` (ragged).
+        slot_of_patch: ``[N, Gh*Gw]`` int32, the slot of each patch, -1 where hidden.
+        patch_of_slot: ``[P]`` int32, ``n*Gh*Gw + row*Gw + col`` of each slot.
+        image_offsets: ``[N+1]`` int32, slots ``image_offsets[n]:image_offsets[n+1]`` belong to image n.
+
+    Build one with :meth:`from_mask` (any mask) or :meth:`from_kept` (equal counts, never a device sync).
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        slot_of_patch: Tensor,
+        patch_of_slot: Tensor,
+        image_offsets: Tensor,
+        patches_per_image: int | None,
+    ):
+        self.grid = grid
+        self.slot_of_patch = slot_of_patch
+        self.patch_of_slot = patch_of_slot
+        self.image_offsets = image_offsets
+        self.patches_per_image = patches_per_image
+        self.num_images = slot_of_patch.shape[0]
+        self.num_patches = patch_of_slot.shape[0]
+        self._neighbours: dict[int, Tensor] = {}
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> PatchLayout:
+        """Layout of any mask ``[N, Gh, Gw]`` bool, True = hidden; counts may differ and may be zero.
+
+        Reads the number of visible patches back from the device (one sync on a GPU). Where every image turns out
+        to keep the same number, the layout is uniform all the same.
+        """
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a torch.Tensor of shape [N, Gh, Gw], got {type(mask).__name__}")
+        if mask.dim() != 3 or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be a bool tensor of shape [N, Gh, Gw] (True = hidden), got {mask.dtype} of shape "
+                f"{list(mask.shape)}"
+            )
+        n, gh, gw = mask.shape
+        _check_size(n, gh, gw)
+        visible = ~mask.reshape(n, gh * gw)
+        flat = visible.reshape(-1)
+        counts = visible.sum(dim=1)
+        offsets = torch.zeros(n + 1, dtype=torch.int32, device=mask.device)
+        offsets[1:] = counts.cumsum(0)
+        slots = torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
+        per_image = counts.tolist()
+        uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
+        patches = flat.nonzero().squeeze(1).to(torch.int32)
+        return cls((gh, gw), slots.view(n, gh * gw), patches, offsets, uniform)
+
+    @classmethod
+    def from_kept(cls, ids: Tensor, grid: tuple[int, int]) -> PatchLayout:
+        """Layout of ``ids [N, K]`` int64, the kept patches of each image (any order, no repeats), no device sync.
+
+        On a CPU the ids are checked; on a GPU an id out of range or given twice is undefined, as a check would
+        be a sync.
+        """
+        gh, gw = _check_grid(grid)
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+            got = f"{ids.dtype} of shape {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"ids must be an int64 tensor of shape [N, K], got {got}")
+        n, kept = ids.shape
+        total = gh * gw
+        _check_size(n, gh, gw)
+        if kept > total:
+            raise ValueError(f"ids keeps {kept} patches per image, but grid {gh}x{gw} has only {total}")
+        ids = ids.sort(dim=1).values
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+            if int(ids.min()) < 0 or int(ids.max()) >= total:
+                raise ValueError(
+                    f"ids must lie in 0..{total - 1} for grid {gh}x{gw}, got values from {int(ids.min())} to "
+                    f"{int(ids.max())}"
+                )
+            if kept > 1 and bool((ids[:, 1:] == ids[:, :-1]).any()):
+                raise ValueError("ids must not repeat a patch within an image, got at least one repeated id")
+        device = ids.device
+        flat = (ids + torch.arange(n, device=device)[:, None] * total).reshape(-1)
+        slots = torch.full((n * total,), -1, dtype=torch.int32, device=device)
+        slots = slots.scatter(0, flat, torch.arange(n * kept, dtype=torch.int32, device=device))
+        offsets = torch.arange(n + 1, dtype=torch.int32, device=device) * kept
+        return cls((gh, gw), slots.view(n, total), flat.to(torch.int32), offsets, kept)
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_of_slot.device
+
+    @property
+    def image_of_slot(self) -> Tensor:
+        """``[P]`` int32, the image each slot belongs to."""
+        return self.patch_of_slot // (self.grid[0] * self.grid[1])
+
+    def neighbour_slots(self, radius: int) -> Tensor:
+        """``[P, (2*radius+1)^2]`` int32: slot of each patch around a slot, row-major from the upper left, -1 where
+        the neighbour is hidden or outside the image. Cached. Radius 0 is the slot itself."""
+        if not isinstance(radius, int) or radius < 0:
+            raise ValueError(f"radius must be an integer >= 0, got {radius!r}")
+        table = self._neighbours.get(radius)
+        if table is None:
+            table = self._build_neighbours(radius)
+            self._neighbours[radius] = table
+        return table
+
+    def _build_neighbours(self, radius: int) -> Tensor:
+        gh, gw = self.grid
+        width = 2 * radius + 1
+        padded_w = gw + 2 * radius
+        padded = torch.nn.functional.pad(
+            self.slot_of_patch.view(self.num_images, gh, gw), (radius,) * 4, value=-1
+        )
+        patch = self.patch_of_slot.to(torch.int64)
+        image = patch // (gh * gw)
+        row = (patch // gw) % gh
+        corner = (image * (gh + 2 * radius) + row) * padded_w + patch % gw
+        step = torch.arange(width, device=self.device)
+        window = (step[:, None] * padded_w + step[None, :]).reshape(-1)
+        return padded.reshape(-1)[corner[:, None] + window[None, :]]
+
+    def hidden_mask(self) -> Tensor:
+        """``[N, Gh, Gw]`` bool, True = hidden."""
+        return (self.slot_of_patch < 0).view(self.num_images, *self.grid)
+
+    def complement(self) -> PatchLayout:
+        """Layout of the hidden patches of the same batch; free of a sync when this layout is uniform."""
+        if self.patches_per_image is None:
+            return PatchLayout.from_mask(~self.hidden_mask())
+        hidden = self.grid[0] * self.grid[1] - self.patches_per_image
+        order = (self.slot_of_patch >= 0).to(torch.int8).argsort(dim=1, stable=True)
+        return PatchLayout.from_kept(order[:, :hidden], self.grid)
+
+    def to(self, device: torch.device | str) -> PatchLayout:
+        """The same layout with its tensors on ``device``."""
+        return PatchLayout(
+            self.grid,
+            self.slot_of_patch.to(device),
+            self.patch_of_slot.to(device),
+            self.image_offsets.to(device),
+            self.patches_per_image,
+        )
+
+    def __repr__(self) -> str:
+        kept = "ragged" if self.patches_per_image is None else f"{self.patches_per_image} per image"
+        return (
+            f"PatchLayout(grid={self.grid}, num_images={self.num_images}, num_patches={self.num_patches} "
+            f"({kept}), device={self.device})"
+        )
+
+
+def num_kept(grid: tuple[int, int], ratio: float) -> int:
+    """Patches FCMAE keeps per image: ``int(L * (1 - ratio))``, 19 of 49 at ratio 0.6."""
+    gh, gw = _check_grid(grid)
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"ratio must lie between 0 and 1 (the share of hidden patches), got {ratio}")
+    return int(gh * gw * (1 - ratio))
+
+
+def random_kept(
+    num_images: int,
+    grid: tuple[int, int],
+    ratio: float = 0.6,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``[N, K]`` int64 ids of the patches that stay visible, uniform without replacement, K = :func:`num_kept`."""
+    kept = num_kept(grid, ratio)
+    noise = torch.rand(num_images, grid[0] * grid[1], generator=generator, device=device)
+    return noise.argsort(dim=1)[:, :kept]
+
+
+def random_mask(
+    num_images: int,
+    grid: tuple[int, int],
+    ratio: float = 0.6,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``[N, Gh, Gw]`` bool mask, True = hidden, that keeps the same number of random patches in each image."""
+    ids = random_kept(num_images, grid, ratio, generator, device)
+    mask = torch.ones(num_images, grid[0] * grid[1], dtype=torch.bool, device=ids.device)
+    return mask.scatter(1, ids, False).view(num_images, *grid)
+
+
+def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be two positive integers (rows, columns of patches), got {tuple(grid)}")
+    return int(grid[0]), int(grid[1])
+
+
+def _check_size(n: int, gh: int, gw: int) -> None:
+    if n * gh * gw > _INT32_MAX:
+        raise ValueError(f"{n} images of {gh}x{gw} patches exceed the int32 range of patch indices")

@@ -1,0 +1,27 @@
+"""Public ops: functions of tensors with autograd, each checked, dispatched to a backend and documented with shapes."""
+
+from .mlp import convnextv2_block, gathered_pointwise_mlp, pointwise_mlp
+from .rows import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn
+from .spatial import (
+    depthwise_conv_layer_norm,
+    gather_patches,
+    patch_embed,
+    scatter_patches,
+    submanifold_depthwise_conv2d,
+)
+
+__all__ = [
+    "convnextv2_block",
+    "depthwise_conv_layer_norm",
+    "downsample",
+    "gather_patches",
+    "gathered_pointwise_mlp",
+    "gelu_grn",
+    "global_response_norm",
+    "layer_norm",
+    "layer_norm_grn",
+    "patch_embed",
+    "pointwise_mlp",
+    "scatter_patches",
+    "submanifold_depthwise_conv2d",
+]

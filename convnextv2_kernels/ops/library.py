@@ -1,0 +1,191 @@
+"""The composite operators ``convnextv2_kernels::{mlp,block}_{forward,backward}``: schemas, fakes, implementations.
+
+Each is one opaque operator to ``torch.compile`` and ``torch.export``; inside runs the schedule over the primitives of
+the named backend. (The primitives' own schemas stand in ``csrc/torch/schemas.cpp``.)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, schedule
+from ..backends.reference.rows import statistics_dtype
+
+_NAMESPACE = "convnextv2_kernels"
+_GEOMETRY = "int rows_per_slot, int images, bool batch_scope, float eps, ScalarType dtype, str backend"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def _define(schema: str, implementation, fake):
+    name = schema.split("(", 1)[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(torch.ops.convnextv2_kernels, name).default
+
+
+def _rows(x: Tensor, offsets: Tensor | None, rows_per_slot: int, images: int, batch: bool) -> schedule.Rows:
+    total = x.numel() // x.shape[-1]
+    return schedule.Rows(total, images, rows_per_slot, offsets, batch)
+
+
+def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    if x is None:
+        return None
+    x = x.reshape(-1, x.shape[-1])
+    return x if dtype is None else x.to(dtype)
+
+
+def _mlp_forward(
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, eps, dtype, backend
+):  # fmt: skip
+    rows = _rows(x, offsets, rows_per_slot, images, batch)
+    out, norms, kept = schedule.mlp_forward(
+        backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
+        rows, eps, x.dtype, schedule.saves_hidden(x.device.type),
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], w2.shape[0]), norms, kept
+
+
+def _hidden_fakes(x, w1, images, batch, dtype):
+    norms = x.new_empty(1 if batch else images, w1.shape[0], dtype=statistics_dtype(dtype))
+    total = x.numel() // x.shape[-1]
+    kept = total if schedule.saves_hidden(x.device.type) else 0
+    return norms, x.new_empty(kept, w1.shape[0], dtype=dtype)
+
+
+def _mlp_forward_fake(
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, eps, dtype, backend
+):  # fmt: skip
+    out = x.new_empty(*x.shape[:-1], w2.shape[0])
+    return out, *_hidden_fakes(x, w1, images, batch, dtype)
+
+
+def _mlp_backward(
+    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, eps, dtype,
+    backend,
+):  # fmt: skip
+    rows = _rows(x, offsets, rows_per_slot, images, batch)
+    grads = schedule.mlp_backward(
+        backends.primitives(backend), _flat(dout), _flat(x, dtype), w1, b1, gamma, beta, w2, factors, norms, kept,
+        rows, eps,
+    )  # fmt: skip
+    return (
+        grads.dz.to(x.dtype).view(x.shape),
+        grads.w1.to(w1.dtype),
+        grads.b1.to(b1.dtype),
+        grads.gamma.to(gamma.dtype).view(gamma.shape),
+        grads.beta.to(beta.dtype).view(beta.shape),
+        grads.w2.to(w2.dtype),
+        grads.b2,
+    )
+
+
+def _mlp_backward_fake(
+    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, eps, dtype,
+    backend,
+):  # fmt: skip
+    likes = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w1, b1, gamma, beta, w2))
+    return *likes, w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
+
+
+def _block_forward(
+    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
+    rows_per_slot, images, batch, eps, dtype, backend,
+):  # fmt: skip
+    k = backends.primitives(backend)
+    stat = statistics_dtype(x.dtype)
+    bias = None if dw_bias is None else dw_bias.to(stat).contiguous()
+    z, rstd = k.depthwise_conv_normalize(x, dw_weight.to(stat).contiguous(), bias, neighbours, eps)
+    z = z.to(dtype)
+    w1f, b1f = schedule.fold_layer_norm(w1, b1, ln_weight, ln_bias)
+    rows = _rows(x, offsets, rows_per_slot, images, batch)
+    out, norms, kept = schedule.mlp_forward(
+        k, _flat(z), w1f, b1f, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype,
+        schedule.saves_hidden(x.device.type),
+    )  # fmt: skip
+    return out.view(x.shape), z, rstd, norms, kept
+
+
+def _block_forward_fake(
+    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
+    rows_per_slot, images, batch, eps, dtype, backend,
+):  # fmt: skip
+    rstd = x.new_empty(x.shape[:-1], dtype=statistics_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), rstd, *_hidden_fakes(x, w1, images, batch, dtype)
+
+
+def _block_backward(
+    dout, x, z, rstd, norms, kept, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours, factors,
+    offsets, rows_per_slot, images, batch, eps, dtype, backend,
+):  # fmt: skip
+    k = backends.primitives(backend)
+    stat = statistics_dtype(x.dtype)
+    w1f, b1f = schedule.fold_layer_norm(w1, b1, ln_weight, ln_bias)
+    rows = _rows(x, offsets, rows_per_slot, images, batch)
+    grads = schedule.mlp_backward(
+        k, _flat(dout), _flat(z), w1f, b1f, gamma, beta, w2, factors, norms, kept, rows, eps, rstd.view(-1)
+    )
+    dw1, dln_weight, dln_bias = schedule.unfold_layer_norm(grads.w1, grads.b1, w1, ln_weight, ln_bias)
+    dy = grads.dz.to(x.dtype).view(x.shape)
+    ddw, ddb = k.depthwise_conv_backward_weight(dy, x, neighbours, dw_weight.shape[-1])
+    dx = k.depthwise_conv_forward(dy, dw_weight.to(stat).contiguous(), None, dout, neighbours, True)
+    return (
+        dx,
+        ddw.to(dw_weight.dtype),
+        ddb,
+        dln_weight.to(ln_weight.dtype),
+        dln_bias.to(ln_bias.dtype),
+        dw1.to(w1.dtype),
+        grads.b1.to(b1.dtype),
+        grads.gamma.to(gamma.dtype).view(gamma.shape),
+        grads.beta.to(beta.dtype).view(beta.shape),
+        grads.w2.to(w2.dtype),
+        grads.b2,
+    )
+
+
+def _block_backward_fake(
+    dout, x, z, rstd, norms, kept, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours, factors,
+    offsets, rows_per_slot, images, batch, eps, dtype, backend,
+):  # fmt: skip
+    def like(t):
+        return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    ddb = dw_weight.new_empty(dw_weight.shape[0], dtype=statistics_dtype(x.dtype))
+    db2 = w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
+    rest = (ln_weight, ln_bias, w1, b1, gamma, beta, w2)
+    return like(x), like(dw_weight), ddb, *(like(t) for t in rest), db2
+
+
+_MLP = "Tensor w1, Tensor b1, Tensor gamma, Tensor beta, Tensor w2"
+_NORM = "Tensor ln_weight, Tensor ln_bias"
+
+mlp_forward = _define(
+    f"mlp_forward(Tensor x, {_MLP}, Tensor b2, Tensor? residual, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    " -> (Tensor out, Tensor norms, Tensor hidden)",
+    _mlp_forward,
+    _mlp_forward_fake,
+)
+mlp_backward = _define(
+    f"mlp_backward(Tensor dout, Tensor x, {_MLP}, Tensor? factors, Tensor? offsets, Tensor norms, Tensor hidden, "
+    f"{_GEOMETRY}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
+    _mlp_backward,
+    _mlp_backward_fake,
+)
+block_forward = _define(
+    f"block_forward(Tensor x, Tensor dw_weight, Tensor? dw_bias, {_NORM}, {_MLP}, Tensor b2, Tensor? neighbours, "
+    f"Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    " -> (Tensor out, Tensor z, Tensor rstd, Tensor norms, Tensor hidden)",
+    _block_forward,
+    _block_forward_fake,
+)
+block_backward = _define(
+    "block_backward(Tensor dout, Tensor x, Tensor z, Tensor rstd, Tensor norms, Tensor hidden, Tensor dw_weight, "
+    f"{_NORM}, {_MLP}, Tensor? neighbours, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    " -> (Tensor dx, Tensor ddw_weight, Tensor ddw_bias, Tensor dln_weight, Tensor dln_bias, Tensor dw1, "
+    "Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
+    _block_backward,
+    _block_backward_fake,
+)

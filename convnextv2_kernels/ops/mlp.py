@@ -1,0 +1,220 @@
+"""The pointwise MLP with GRN and the whole ConvNeXt V2 block, each one autograd node over the chunked schedule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends
+from ..backends.reference import rows as ref
+from ..layout import PatchLayout
+from . import _checks as check
+from . import library
+from .amp import no_autocast, product_dtype
+from .rows import segment_args
+from .spatial import conv_neighbours, gather_patches
+
+ACTIVATIONS = ("gelu", "gelu_tanh")
+
+
+class _PointwiseMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, geometry, eps, dtype, backend):
+        tensors = (x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets)
+        out, norm, hidden = library.mlp_forward(*tensors, *geometry, eps, dtype, backend)
+        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, drop, offsets, norm, hidden)
+        ctx.geometry, ctx.eps, ctx.dtype, ctx.backend = geometry, eps, dtype, backend
+        ctx.b2_dtype = b2.dtype
+        ctx.has_residual = residual is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        args = (*ctx.geometry, ctx.eps, ctx.dtype, ctx.backend)
+        dx, *grads, db2 = library.mlp_backward(grad, *ctx.saved_tensors, *args)
+        residual = grad if ctx.has_residual else None
+        return dx, *grads, db2.to(ctx.b2_dtype), residual, None, None, None, None, None, None
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, drop, offsets,
+        geometry, eps, dtype, backend,
+    ):  # fmt: skip
+        params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
+        index = (neighbours, drop, offsets)
+        out, z, rstd, norm, hidden = library.block_forward(x, *params, *index, *geometry, eps, dtype, backend)
+        ctx.save_for_backward(
+            x, z, rstd, norm, hidden, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, *index
+        )
+        ctx.geometry, ctx.eps, ctx.dtype, ctx.backend = geometry, eps, dtype, backend
+        ctx.dw_bias_dtype = None if dw_bias is None else dw_bias.dtype
+        ctx.b2_dtype = b2.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        args = (*ctx.geometry, ctx.eps, ctx.dtype, ctx.backend)
+        grads = library.block_backward(grad.contiguous(), *ctx.saved_tensors, *args)
+        dx, ddw, ddb, *rest, db2 = grads
+        ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
+        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None, None, None, None
+
+
+def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, tuple]:
+    """Image offsets (None when uniform) and the integers that describe how rows fall into images."""
+    offsets, rows_per_slot, images = segment_args(x, layout, "image")
+    return offsets, (rows_per_slot, images, scope == "batch")
+
+
+def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps):
+    c = x.shape[-1]
+    check.check_float(w1, "w1")
+    if w1.dim() != 2:
+        raise ValueError(f"w1 has shape {list(w1.shape)}, expected [hidden, {c}]")
+    hidden = w1.shape[0]
+    check.check_param(w1, "w1", (hidden, c), x)
+    check.check_param(b1, "b1", (hidden,), x)
+    check.check_param(gamma, "gamma", hidden, x)
+    check.check_param(beta, "beta", hidden, x)
+    check.check_param(w2, "w2", (out_c, hidden), x)
+    check.check_param(b2, "b2", (out_c,), x)
+    check.check_scope(scope)
+    check.check_eps(eps)
+    check.check_drop_path(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
+def _select(x: Tensor, op: str, act: str) -> str:
+    """The fused schedule computes the exact GELU; the tanh form is served by the reference."""
+    backend = backends.select(x, op)
+    if act == "gelu" or backend == "reference":
+        return backend
+    if backends.forced() != "auto":
+        raise RuntimeError(f"{op} with act={act!r} was asked of backend '{backend}', which has only act='gelu'")
+    return "reference"
+
+
+def pointwise_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    layout: PatchLayout | None = None,
+    residual: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    scope: str = "image",
+    act: str = "gelu",
+    eps: float = 1e-6,
+) -> Tensor:
+    """``residual + drop_path_scale * (GRN(GELU(x W1' + b1)) W2' + b2)`` (paper Figure 5), one autograd node.
+
+    Args:
+        x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
+        w1: ``[H, C]``, b1: ``[H]``; gamma, beta: H elements; w2: ``[O, H]``, b2: ``[O]``.
+        residual: ``[..., O]`` like the output, or None. drop_path_scale: ``[N]``, one constant factor per image.
+        scope, eps: of GRN, see :func:`global_response_norm`. act: "gelu" (exact) or "gelu_tanh" (reference only).
+
+    Returns:
+        ``[..., O]``, the leading dimensions and dtype of x. The hidden activations are recomputed in backward.
+    """
+    check.check_packed(x, layout)
+    out_c = b2.shape[-1] if isinstance(b2, Tensor) and b2.dim() else 0
+    _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps)
+    if residual is not None:
+        check.check_param(residual, "residual", (*x.shape[:-1], out_c), x)
+    backend = _select(x, "pointwise_mlp", act)
+    dtype = product_dtype(x)
+    with no_autocast(x):
+        if backend == "reference":
+            return ref.pointwise_mlp(
+                x, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps, dtype
+            )
+        offsets, geometry = _geometry(x, layout, scope)
+        if residual is not None:
+            residual = residual.to(x.dtype).contiguous()
+        return _PointwiseMLP.apply(
+            x.contiguous(), w1, b1, gamma, beta, w2, b2, residual, drop_path_scale, offsets, geometry, eps,
+            dtype, backend,
+        )  # fmt: skip
+
+
+def gathered_pointwise_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    layout: PatchLayout,
+    residual: Tensor | None = None,
+    drop_path_scale: Tensor | None = None,
+    scope: str = "image",
+    act: str = "gelu",
+    eps: float = 1e-6,
+) -> Tensor:
+    """:func:`pointwise_mlp` of the visible rows of a dense map ``x [N, Gh*s, Gw*s, C]``; hidden rows are not read.
+
+    Returns packed rows ``[P, s, s, O]``; ``residual``, if given, is packed like the output.
+    """
+    packed = gather_patches(x, layout)
+    return pointwise_mlp(
+        packed, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps
+    )
+
+
+def convnextv2_block(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    layout: PatchLayout | None = None,
+    drop_path_scale: Tensor | None = None,
+    scope: str = "image",
+    act: str = "gelu",
+    eps: float = 1e-6,
+) -> Tensor:
+    """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
+
+    Args:
+        x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
+        dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
+            :func:`pointwise_mlp` with O = C. eps: of LayerNorm and of GRN.
+
+    Returns:
+        The shape and dtype of x. Backward keeps x, the normalised rows, 1/std per row and one norm per image and
+        hidden channel; the hidden activations exist only for a chunk of images at a time.
+    """
+    check.check_packed(x, layout)
+    check.check_depthwise_weight(dw_weight, dw_bias, x)
+    check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
+    check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
+    _check_mlp(x, w1, b1, gamma, beta, w2, b2, x.shape[-1], layout, drop_path_scale, scope, act, eps)
+    backend = _select(x, "convnextv2_block", act)
+    dtype = product_dtype(x)
+    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
+    with no_autocast(x):
+        if backend == "reference":
+            return ref.convnextv2_block(x, *params, layout, drop_path_scale, scope, act, eps, dtype)
+        offsets, geometry = _geometry(x, layout, scope)
+        neighbours = conv_neighbours(layout, dw_weight.shape[-1], x)
+        return _Block.apply(
+            x.contiguous(), *params, neighbours, drop_path_scale, offsets, geometry, eps, dtype, backend
+        )

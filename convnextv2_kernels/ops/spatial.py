@@ -1,0 +1,280 @@
+"""Ops that move between pixels, dense maps and packed patches, and the depthwise convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backends
+from ..backends.reference import rows as ref_rows
+from ..backends.reference import spatial as ref
+from ..layout import PatchLayout
+from . import _checks as check
+from .amp import no_autocast, product_dtype
+
+
+def conv_radius(kernel_size: int, s: int) -> int:
+    """How many patches away a K x K kernel reaches from a patch of side s."""
+    return -(-(kernel_size // 2) // s)
+
+
+def conv_neighbours(layout: PatchLayout | None, kernel_size: int, x: Tensor) -> Tensor | None:
+    """Neighbour table a depthwise convolution of packed ``x`` needs; None for a dense map."""
+    return None if layout is None else layout.neighbour_slots(conv_radius(kernel_size, x.shape[1]))
+
+
+def stat_params(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Native kernels take parameters in the statistics dtype, contiguous."""
+    dtype = ref_rows.statistics_dtype(like.dtype)
+    return tuple(None if p is None else p.to(dtype).contiguous() for p in params)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, patch_of_slot, slot_of_patch, gh, gw, backend):
+        ctx.save_for_backward(slot_of_patch)
+        ctx.grid, ctx.backend = (gh, gw), backend
+        return backends.primitives(backend).gather_patches(x, patch_of_slot, gh, gw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slots,) = ctx.saved_tensors
+        dx = backends.primitives(ctx.backend).scatter_patches(grad.contiguous(), slots, *ctx.grid, None)
+        return dx, None, None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fill, patch_of_slot, slot_of_patch, gh, gw, backend):
+        ctx.save_for_backward(patch_of_slot, slot_of_patch)
+        ctx.grid, ctx.backend = (gh, gw), backend
+        ctx.fill_dtype = None if fill is None else fill.dtype
+        if fill is not None:
+            fill = fill.to(x.dtype).contiguous()
+        return backends.primitives(backend).scatter_patches(x, slot_of_patch, gh, gw, fill)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        patches, slots = ctx.saved_tensors
+        k = backends.primitives(ctx.backend)
+        grad = grad.contiguous()
+        dx = k.gather_patches(grad, patches, *ctx.grid)
+        dfill = None
+        if ctx.needs_input_grad[1]:
+            c = grad.shape[-1]
+            stat = ref_rows.statistics_dtype(grad.dtype)
+            hidden = grad - k.scatter_patches(dx, slots, *ctx.grid, None)  # exactly zero at visible sites
+            dfill = hidden.reshape(-1, c).sum(0, dtype=stat).to(ctx.fill_dtype)
+        return dx, dfill, None, None, None, None, None
+
+
+class _DepthwiseConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, neighbours, backend):
+        ctx.save_for_backward(x, weight, neighbours)
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        w, b = stat_params(weight, bias, like=x)
+        return backends.primitives(backend).depthwise_conv_forward(x, w, b, None, neighbours, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, neighbours = ctx.saved_tensors
+        k = backends.primitives(ctx.backend)
+        grad = grad.contiguous()
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            (w,) = stat_params(weight, like=x)
+            dx = k.depthwise_conv_forward(grad, w, None, None, neighbours, True)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dw, db = k.depthwise_conv_backward_weight(grad, x, neighbours, weight.shape[-1])
+            dw = dw.to(weight.dtype)
+            db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
+        return dx, dw, db, None, None
+
+
+class _DepthwiseConvLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, ln_weight, ln_bias, neighbours, eps, backend):
+        w, b, gain, shift = stat_params(weight, bias, ln_weight, ln_bias, like=x)
+        z, rstd = backends.primitives(backend).depthwise_conv_normalize(x, w, b, neighbours, eps)
+        ctx.save_for_backward(x, z, rstd, weight, ln_weight, neighbours)
+        ctx.backend = backend
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, ln_weight.dtype, ln_bias.dtype)
+        return torch.addcmul(shift.to(x.dtype), z, gain.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, z, rstd, weight, ln_weight, neighbours = ctx.saved_tensors
+        k = backends.primitives(ctx.backend)
+        w, gain = stat_params(weight, ln_weight, like=x)
+        zero = torch.zeros_like(rstd)
+        one = torch.ones_like(rstd)
+        # z is already normalised, so LayerNorm's own backward with mean 0 and 1/std 1 gives d(gain), d(shift) and
+        # the gradient up to the factor 1/std of the row.
+        dz, dgain, dshift = k.layer_norm_backward(grad.contiguous(), z, zero, one, gain)
+        dy = (dz * rstd.unsqueeze(-1).to(dz.dtype)).contiguous()
+        dx = k.depthwise_conv_forward(dy, w, None, None, neighbours, True) if ctx.needs_input_grad[0] else None
+        dw, db = k.depthwise_conv_backward_weight(dy, x, neighbours, weight.shape[-1])
+        grads = [dw, db, dgain, dshift]
+        grads = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
+        return dx, *grads, None, None, None
+
+
+class _PatchPixels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, patch_of_slot, slot_of_patch, gh, gw, backend):
+        ctx.save_for_backward(slot_of_patch)
+        ctx.args = (gh, gw, images.shape[1], images.shape[2], images.shape[3])
+        ctx.backend = backend
+        return backends.primitives(backend).patch_pixels(images, patch_of_slot, gh, gw)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slots,) = ctx.saved_tensors
+        gh, gw, c, h, w = ctx.args
+        k = backends.primitives(ctx.backend)
+        grad = grad.contiguous()
+        if slots is not None:
+            grad = k.scatter_patches(grad, slots, gh, gw, None)
+        rows = grad.reshape(-1, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5)
+        return rows.reshape(-1, c, h, w), None, None, None, None, None
+
+
+def gather_patches(x: Tensor, layout: PatchLayout) -> Tensor:
+    """Pack the visible patches of a dense map.
+
+    Args:
+        x: ``[N, Gh*s, Gw*s, C]`` NHWC. layout: :class:`PatchLayout` of the same N images and grid.
+
+    Returns:
+        ``[P, s, s, C]`` of x's dtype. Hidden sites are not read.
+    """
+    check.check_dense(x, layout)
+    backend = backends.select(x, "gather_patches")
+    if backend == "reference":
+        return ref.gather_patches(x, layout)
+    return _Gather.apply(x.contiguous(), layout.patch_of_slot, layout.slot_of_patch, *layout.grid, backend)
+
+
+def scatter_patches(x: Tensor, layout: PatchLayout, fill: Tensor | None = None) -> Tensor:
+    """Unpack patches into a dense map.
+
+    Args:
+        x: packed ``[P, s, s, C]``. fill: C values for hidden sites (any shape with C elements), zero if None.
+
+    Returns:
+        ``[N, Gh*s, Gw*s, C]`` of x's dtype.
+    """
+    check.check_packed(x, layout)
+    if layout is None:
+        raise ValueError("layout must be a PatchLayout, got None")
+    if fill is not None:
+        check.check_param(fill, "fill", x.shape[-1], x)
+        fill = fill.reshape(-1)
+    backend = backends.select(x, "scatter_patches")
+    if backend == "reference":
+        return ref.scatter_patches(x, layout, fill)
+    return _Scatter.apply(x.contiguous(), fill, layout.patch_of_slot, layout.slot_of_patch, *layout.grid, backend)
+
+
+def submanifold_depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
+) -> Tensor:
+    """Depthwise K x K convolution, stride 1, that neither reads nor writes hidden pixels (paper section 3).
+
+    Args:
+        x: packed ``[P, s, s, C]``, or a dense map ``[N, H, W, C]`` of any size when ``layout`` is None.
+        weight: ``[C, 1, K, K]``, K odd, 3..11. bias: ``[C]`` or None.
+
+    Returns:
+        The shape and dtype of x, accumulated in float32 (float64 for float64). Hidden and outside pixels count as 0.
+    """
+    check.check_packed(x, layout)
+    check.check_depthwise_weight(weight, bias, x)
+    backend = backends.select(x, "submanifold_depthwise_conv2d")
+    with no_autocast(x):
+        if backend == "reference":
+            return ref.depthwise_conv2d(x, weight, bias, layout)
+        table = conv_neighbours(layout, weight.shape[-1], x)
+        return _DepthwiseConv.apply(x.contiguous(), weight, bias, table, backend)
+
+
+def depthwise_conv_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    layout: PatchLayout | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm over the channels of :func:`submanifold_depthwise_conv2d`, fused: the convolution's output is never
+    stored. ``ln_weight``, ``ln_bias``: ``[C]``. Shapes and dtypes as there."""
+    check.check_packed(x, layout)
+    check.check_depthwise_weight(weight, bias, x)
+    check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
+    check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
+    check.check_eps(eps)
+    backend = backends.select(x, "depthwise_conv_layer_norm")
+    with no_autocast(x):
+        if backend == "reference":
+            y = ref.depthwise_conv2d(x, weight, bias, layout)
+            return ref_rows.layer_norm(y, ln_weight, ln_bias, eps)
+        table = conv_neighbours(layout, weight.shape[-1], x)
+        return _DepthwiseConvLayerNorm.apply(
+            x.contiguous(), weight, bias, ln_weight, ln_bias, table, eps, backend
+        )
+
+
+def patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
+) -> Tensor:
+    """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
+
+    Args:
+        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4.
+        weight: ``[C, in, 4, 4]``. bias: ``[C]`` or None.
+
+    Returns:
+        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H/4, W/4, C]`` without a layout. Hidden pixels are not read.
+    """
+    check.check_float(images, "images")
+    if images.dim() != 4:
+        raise ValueError(f"images has shape {list(images.shape)}, expected [N, in_chans, H, W]")
+    n, c, h, w = images.shape
+    if layout is not None:
+        check.check_layout(layout, images, "images")
+        gh, gw = layout.grid
+        if n != layout.num_images:
+            raise ValueError(f"images holds {n} images, expected {layout.num_images}, the images of layout")
+        if h % gh or w % gw or h // gh != w // gw or (h // gh) % 4 or h < gh:
+            raise ValueError(
+                f"images are {h}x{w} pixels, expected the layout's grid {gh}x{gw} times one patch side that is a "
+                "multiple of 4"
+            )
+    elif h % 4 or w % 4:
+        raise ValueError(f"images are {h}x{w} pixels, expected multiples of 4")
+    if weight.dim() != 4:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, {c}, 4, 4]")
+    check.check_param(weight, "weight", (weight.shape[0], c, 4, 4), images)
+    if bias is not None:
+        check.check_param(bias, "bias", (weight.shape[0],), images)
+    backend = backends.select(images, "patch_embed")
+    dtype = product_dtype(images)
+    with no_autocast(images):
+        if backend == "reference":
+            return ref.patch_embed(images, weight, bias, layout, dtype)
+        if layout is None:
+            args = (None, None, h // 4, w // 4)
+        else:
+            args = (layout.patch_of_slot, layout.slot_of_patch, *layout.grid)
+        pixels = _PatchPixels.apply(images.contiguous(), *args, backend)
+        from .rows import linear
+
+        return linear(pixels, weight.reshape(weight.shape[0], -1), bias, dtype, backend)

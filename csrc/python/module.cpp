@@ -1,0 +1,42 @@
+// The module _C: loading it registers the operators; it tells how they were built and what this processor runs.
+#include <pybind11/pybind11.h>
+
+#include "../cpu/kernels.h"
+
+#define CNX_STRING_OF(x) #x
+#define CNX_STRING(x) CNX_STRING_OF(x)
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of convnextv2_kernels";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = CNX_STRING(CNX_PACKAGE_VERSION);
+        info["torch"] = CNX_STRING(CNX_TORCH_VERSION);
+        info["torch_target"] = "2.10";
+#if defined(__clang__)
+        info["compiler"] = "clang " __clang_version__;
+#else
+        info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+        info["sanitizer"] = "address";
+#else
+        info["sanitizer"] = "none";
+#endif
+#if defined(__x86_64__)
+        info["cpu_isas"] = py::make_tuple("avx512", "avx2", "baseline");
+#else
+        info["cpu_isas"] = py::make_tuple("baseline");
+#endif
+        info["cuda"] = py::none();
+        return info;
+      },
+      "What the extension was built with.");
+  m.def(
+      "cpu_isa", [] { return py::make_tuple(cnx::kernels().name, cnx::kernels().vector_bytes); },
+      "Name and vector width in bytes of the kernels chosen for this processor.");
+}

@@ -1,0 +1,125 @@
+// CPU bindings: LayerNorm, its downsampling form, and the stand-alone GRN.
+#include "binding.h"
+
+namespace cnx {
+namespace binding {
+namespace {
+
+std::vector<int64_t> leading_sizes(const Tensor& x) {
+  std::vector<int64_t> shape = sizes(x);
+  shape.pop_back();
+  return shape;
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, double eps) {
+  check_features(x, "x");
+  const int64_t channels = last_size(x);
+  if (weight) check_stat(*weight, x, channels, "weight");
+  if (bias) check_stat(*bias, x, channels, "bias");
+  Tensor y = new_features(x, sizes(x)), mean = new_stat(x, leading_sizes(x)), rstd = new_stat(x, leading_sizes(x));
+  kernels().layer_norm_forward({dtype_of(x), row_count(x), channels, x.const_data_ptr(), pointer(weight),
+                                pointer(bias), eps, y.mutable_data_ptr(), mean.mutable_data_ptr(),
+                                rstd.mutable_data_ptr()},
+                               torch_threads());
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
+                                                       const Tensor& rstd, const OptionalTensor& weight) {
+  check_features(x, "x");
+  check_like(grad, x, "grad");
+  const int64_t channels = last_size(x), rows = row_count(x);
+  check_stat(mean, x, rows, "mean");
+  check_stat(rstd, x, rows, "rstd");
+  if (weight) check_stat(*weight, x, channels, "weight");
+  Tensor dx = new_features(x, sizes(x)), dweight = new_stat(x, {channels}), dbias = new_stat(x, {channels});
+  kernels().layer_norm_backward({dtype_of(x), rows, channels, grad.const_data_ptr(), x.const_data_ptr(),
+                                 mean.const_data_ptr(), rstd.const_data_ptr(), pointer(weight), dx.mutable_data_ptr(),
+                                 dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
+                                torch_threads());
+  return {dx, dweight, dbias};
+}
+
+Tensor normalize_backward(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
+  check_features(z, "z");
+  check_like(dz, z, "dz");
+  check_stat(rstd, z, row_count(z), "rstd");
+  Tensor dx = new_features(z, sizes(z));
+  kernels().layer_norm_backward({dtype_of(z), row_count(z), last_size(z), dz.const_data_ptr(), z.const_data_ptr(),
+                                 nullptr, rstd.const_data_ptr(), nullptr, dx.mutable_data_ptr(), nullptr, nullptr},
+                                torch_threads());
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, double eps) {
+  check_features(x, "x");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % 2 == 0 && x.size(2) % 2 == 0,
+                  "convnextv2_kernels: x must be [maps, h, w, C] with even h and w");
+  const int64_t maps = x.size(0), h = x.size(1), w = x.size(2), channels = x.size(3);
+  Tensor z = new_features(x, {maps, h / 2, w / 2, 4 * channels});
+  Tensor rstd = new_stat(x, {maps, h, w});
+  kernels().space_to_depth_norm_forward({dtype_of(x), maps, h, w, channels, x.const_data_ptr(), eps, nullptr,
+                                         z.mutable_data_ptr(), rstd.mutable_data_ptr()},
+                                        torch_threads());
+  return {z, rstd};
+}
+
+Tensor space_to_depth_normalize_backward(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
+  check_features(z, "z");
+  check_like(dz, z, "dz");
+  STD_TORCH_CHECK(rstd.dim() == 3, "convnextv2_kernels: rstd must be [maps, h, w]");
+  const int64_t maps = rstd.size(0), h = rstd.size(1), w = rstd.size(2), channels = last_size(z) / 4;
+  check_stat(rstd, z, row_count(z) * 4, "rstd");
+  Tensor dx = new_features(z, {maps, h, w, channels});
+  Tensor scale = rstd;
+  kernels().space_to_depth_norm_backward({dtype_of(z), maps, h, w, channels, dz.const_data_ptr(), 0.0,
+                                          z.const_data_ptr(), dx.mutable_data_ptr(), scale.mutable_data_ptr()},
+                                         torch_threads());
+  return dx;
+}
+
+std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta,
+                                       const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments,
+                                       bool gelu, double eps) {
+  check_features(x, "x");
+  const int64_t channels = last_size(x);
+  check_stat(gamma, x, channels, "gamma");
+  check_stat(beta, x, channels, "beta");
+  Tensor y = new_features(x, sizes(x)), norm = new_stat(x, {segments, channels});
+  kernels().grn_forward({dtype_of(x), segments_of(offsets, rows_per_slot, segments, row_count(x)), channels, gelu,
+                         x.const_data_ptr(), gamma.const_data_ptr(), beta.const_data_ptr(), eps, y.mutable_data_ptr(),
+                         norm.mutable_data_ptr()},
+                        torch_threads());
+  return {y, norm};
+}
+
+std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma,
+                                                const Tensor& norm, const OptionalTensor& offsets,
+                                                int64_t rows_per_slot, int64_t segments, bool gelu, double eps) {
+  check_features(x, "x");
+  check_like(grad, x, "grad");
+  const int64_t channels = last_size(x);
+  check_stat(gamma, x, channels, "gamma");
+  check_stat(norm, x, segments * channels, "norm");
+  Tensor dx = new_features(x, sizes(x)), dgamma = new_stat(x, {channels}), dbeta = new_stat(x, {channels});
+  kernels().grn_backward({dtype_of(x), segments_of(offsets, rows_per_slot, segments, row_count(x)), channels, gelu,
+                          grad.const_data_ptr(), x.const_data_ptr(), gamma.const_data_ptr(), norm.const_data_ptr(),
+                          eps, dx.mutable_data_ptr(), dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr()},
+                         torch_threads());
+  return {dx, dgamma, dbeta};
+}
+
+}  // namespace
+}  // namespace binding
+}  // namespace cnx
+
+STABLE_TORCH_LIBRARY_IMPL(convnextv2_kernels, CPU, m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&cnx::binding::layer_norm_forward));
+  m.impl("layer_norm_backward", TORCH_BOX(&cnx::binding::layer_norm_backward));
+  m.impl("normalize_backward", TORCH_BOX(&cnx::binding::normalize_backward));
+  m.impl("space_to_depth_normalize", TORCH_BOX(&cnx::binding::space_to_depth_normalize));
+  m.impl("space_to_depth_normalize_backward", TORCH_BOX(&cnx::binding::space_to_depth_normalize_backward));
+  m.impl("grn_forward", TORCH_BOX(&cnx::binding::grn_forward));
+  m.impl("grn_backward", TORCH_BOX(&cnx::binding::grn_backward));
+}

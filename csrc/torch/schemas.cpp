@@ -1,0 +1,43 @@
+// The schemas of the kernels, once for every backend that implements them as operators. The composite operators of the
+// MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Their contract, tensor by tensor, is
+// convnextv2_kernels/backends/reference/primitives.py.
+#include "binding.h"
+
+STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
+  m.def(
+      "depthwise_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? neighbours, bool flip)"
+      " -> Tensor");
+  m.def(
+      "depthwise_conv_normalize(Tensor x, Tensor weight, Tensor? bias, Tensor? neighbours, float eps)"
+      " -> (Tensor z, Tensor rstd)");
+  m.def(
+      "depthwise_conv_backward_weight(Tensor grad, Tensor x, Tensor? neighbours, int kernel_size)"
+      " -> (Tensor dweight, Tensor dbias)");
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("normalize_backward(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+  m.def("space_to_depth_normalize(Tensor x, float eps) -> (Tensor z, Tensor rstd)");
+  m.def("space_to_depth_normalize_backward(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+  m.def(
+      "grn_forward(Tensor x, Tensor gamma, Tensor beta, Tensor? offsets, int rows_per_slot, int segments, bool gelu,"
+      " float eps) -> (Tensor y, Tensor norm)");
+  m.def(
+      "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot,"
+      " int segments, bool gelu, float eps) -> (Tensor dx, Tensor dgamma, Tensor dbeta)");
+  m.def("gelu_square_sum_(Tensor(a!) a, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+  m.def("scale_rows_(Tensor(a!) h, Tensor scale, Tensor? offsets, int rows_per_slot, int segments) -> ()");
+  m.def("mlp_backward_reduce(Tensor a, Tensor ds, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+  m.def(
+      "mlp_backward_pointwise_(Tensor(a!) a, Tensor(b!) ds, Tensor scale, Tensor kappa, Tensor? offsets,"
+      " int rows_per_slot, int segments) -> Tensor");
+  m.def("grn_scale(Tensor square_sum, Tensor gamma, float eps) -> (Tensor norm, Tensor scale)");
+  m.def("grn_gradient(Tensor t, Tensor norm, Tensor gamma, float eps) -> (Tensor kappa, Tensor dgamma)");
+  m.def("column_sum(Tensor x) -> Tensor");
+  m.def("gather_patches(Tensor x, Tensor patch_of_slot, int grid_h, int grid_w) -> Tensor");
+  m.def("scatter_patches(Tensor x, Tensor slot_of_patch, int grid_h, int grid_w, Tensor? fill) -> Tensor");
+  m.def("patch_pixels(Tensor images, Tensor? patch_of_slot, int grid_h, int grid_w) -> Tensor");
+}
