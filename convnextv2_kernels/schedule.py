@@ -5,9 +5,9 @@ time, used, and thrown away; backward recomputes them. A chunk is sized for the 
 memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/reference/primitives.py`` for their
 contract); this file supplies the order and the algebra, derived in ``docs/kernels.md``.
 
-Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, which is folded into the first matrix;
-``a = z W1' + b1``; ``h = gelu(a)``; GRN is ``h * scale`` per image and channel, its shift beta folded into the second
-bias; ``d`` the gradient of the MLP's output.
+Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, ``y`` with it; ``a = y W1' + b1``;
+``h = gelu(a)``; GRN is ``h * scale + beta`` with one scale per image and channel; ``d`` the gradient of the MLP's
+output, ``ds = d W2``, ``da`` the gradient of ``a``.
 """
 
 from __future__ import annotations
@@ -36,15 +36,19 @@ def chunk_bytes(device_type: str) -> int:
     return int(value)
 
 
-def saves_hidden(device_type: str) -> bool:
-    """Whether ``a`` is kept for backward: one matrix product of seven saved for 4C values per row.
+# What a block keeps for backward besides its input and one norm per image and hidden channel:
+#   inputs      nothing: convolution, LayerNorm and the first product run again
+#   normalized  LN's normalised rows and 1/std: the first product runs again (one matrix product of seven)
+#   hidden      those and the first product's output: nothing runs again, four more maps of the width are kept
+SAVE_POLICIES = ("inputs", "normalized", "hidden")
 
-    ``CONVNEXTV2_KERNELS_SAVE_HIDDEN`` = 0 or 1; the default recomputes on a CPU and keeps on a GPU.
-    """
-    value = os.environ.get("CONVNEXTV2_KERNELS_SAVE_HIDDEN", "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"CONVNEXTV2_KERNELS_SAVE_HIDDEN must be 0 or 1, got {value!r}")
-    return value == "1" if value else device_type != "cpu"
+
+def save_policy(device_type: str) -> str:
+    """One of :data:`SAVE_POLICIES`; ``CONVNEXTV2_KERNELS_SAVE`` overrides the default (CPU inputs, GPU hidden)."""
+    value = os.environ.get("CONVNEXTV2_KERNELS_SAVE") or ("inputs" if device_type == "cpu" else "hidden")
+    if value not in SAVE_POLICIES:
+        raise ValueError(f"CONVNEXTV2_KERNELS_SAVE must be one of {', '.join(SAVE_POLICIES)}, got {value!r}")
+    return value
 
 
 class Rows(NamedTuple):
@@ -108,15 +112,26 @@ def _scale_images_(y: Tensor, factors: Tensor | None, rows: Rows, chunk: Chunk) 
     f = factors.reshape(-1)[chunk.n0 : chunk.n1].to(y.dtype)
     images = chunk.n1 - chunk.n0
     if rows.offsets is None:
-        y.view(images, -1, y.shape[-1]).mul_(f[:, None, None]) if y.numel() else None
+        if y.numel():
+            y.view(images, -1, y.shape[-1]).mul_(f[:, None, None])
         return y
     counts = rows.offsets[chunk.n0 : chunk.n1 + 1].diff().long() * rows.rows_per_slot
     return y.mul_(f.repeat_interleave(counts, output_size=chunk.r1 - chunk.r0)[:, None])
 
 
+class LayerNormParams(NamedTuple):
+    """LN in front of the MLP, whose normalised rows z are the schedule's input: ``y = z * weight + bias``."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def apply(self, z: Tensor) -> Tensor:
+        return torch.addcmul(self.bias.to(z.dtype), z, self.weight.to(z.dtype))
+
+
 def mlp_forward(
     k,
-    z: Tensor,
+    y: Tensor,
     w1: Tensor,
     b1: Tensor,
     gamma: Tensor,
@@ -130,49 +145,64 @@ def mlp_forward(
     out_dtype: torch.dtype,
     keep_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``z [M, C]`` -> ``out [M, O]`` in ``out_dtype``, GRN's ``norm [segments, H]``, and ``a [M, H]`` or an empty
-    tensor. Matrix products run in z's dtype."""
-    stat = statistics_dtype(z.dtype)
+    """``y [M, C]`` -> ``out [M, O]`` in ``out_dtype``, GRN's ``norm [segments, H]``, and ``a [M, H]`` or an empty
+    tensor. Matrix products run in y's dtype."""
+    stat = statistics_dtype(y.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma = gamma.reshape(-1).to(stat)
-    shift = (b2.to(stat) + w2.to(stat) @ beta.reshape(-1).to(stat)).to(z.dtype)
-    w1, b1, w2 = w1.to(z.dtype), b1.to(z.dtype), w2.to(z.dtype)
-    out = torch.empty(z.shape[0], out_c, dtype=out_dtype, device=z.device)
+    gamma, beta = gamma.reshape(-1).to(stat), beta.reshape(-1).to(stat)
+    w1, b1, w2, b2 = (p.to(y.dtype) for p in (w1, b1, w2, b2))
     segments = 1 if rows.batch_scope else rows.images
-    norms = torch.zeros(segments, hidden, dtype=stat, device=z.device)
-    kept = z.new_empty((z.shape[0], hidden) if keep_hidden else (0, hidden))
-    for chunk in chunks(rows, hidden, z.element_size(), chunk_bytes(z.device.type)):
+    norms = torch.zeros(segments, hidden, dtype=stat, device=y.device)
+    kept = y.new_empty((y.shape[0], hidden) if keep_hidden else (0, hidden))
+    out = None
+    for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
         part = slice(chunk.r0, chunk.r1)
-        a = k.linear(z[part], w1, b1)
+        whole = chunk.r1 - chunk.r0 == y.shape[0]
+        a = k.linear(y[part], w1, b1)
         if keep_hidden:
             kept[part] = a
         h, square_sum = k.gelu_square_sum(a, *chunk.segments)
         norms[chunk.stats], scale = k.grn_scale(square_sum, gamma, eps)
-        y = k.scaled_linear(h, w2, shift, scale, *chunk.segments)
-        y = _scale_images_(y, factors, rows, chunk)
-        if residual is None:
-            out[part] = y
+        add = None if residual is None else residual[part]
+        if factors is None:
+            result = k.scaled_linear(h, w2, b2, scale, beta, add, *chunk.segments)
         else:
-            torch.add(residual[part], y, out=out[part])
+            result = k.scaled_linear(h, w2, b2, scale, beta, None, *chunk.segments)
+            result = _scale_images_(result, factors, rows, chunk)
+            result = result if add is None else add + result
+        if whole:
+            out = result.to(out_dtype)
+        else:
+            out = y.new_empty(y.shape[0], out_c, dtype=out_dtype) if out is None else out
+            out[part] = result
+    if out is None:
+        out = y.new_empty(y.shape[0], out_c, dtype=out_dtype)
     return out, norms, kept
 
 
 class MLPGradients(NamedTuple):
-    """Gradients of one MLP call; parameters in the statistics dtype."""
+    """Gradients of one MLP call; parameters in the statistics dtype. ``ln_weight`` and ``ln_bias`` with LN only."""
 
-    dz: Tensor
+    x: Tensor
     w1: Tensor
     b1: Tensor
     gamma: Tensor
     beta: Tensor
     w2: Tensor
     b2: Tensor
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+
+
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum over chunks in order; the first part becomes the total, so a single chunk costs no extra pass."""
+    return part if total is None else total.add_(part)
 
 
 def mlp_backward(
     k,
     dout: Tensor,
-    z: Tensor,
+    x: Tensor,
     w1: Tensor,
     b1: Tensor,
     gamma: Tensor,
@@ -183,26 +213,26 @@ def mlp_backward(
     kept: Tensor,
     rows: Rows,
     eps: float,
+    layer_norm: LayerNormParams | None = None,
     rstd: Tensor | None = None,
 ) -> MLPGradients:
-    """Gradients for ``dout [M, O]``. With ``rstd [M]``, ``z`` is normalised rows and ``dz`` is the gradient of what
-    was normalised; without it, of z itself."""
-    stat = statistics_dtype(z.dtype)
+    """Gradients for ``dout [M, O]``.
+
+    Without ``layer_norm`` x is the MLP's input. With it x is normalised rows z, ``rstd [M]`` their 1/std, and the
+    gradient is that of what was normalised (the convolution's output).
+    """
+    stat = statistics_dtype(x.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma = gamma.reshape(-1).to(stat)
+    gamma, shift = gamma.reshape(-1).to(stat), beta.reshape(-1).to(stat)
     w2_stat = w2.to(stat)
-    w1, b1, w2 = w1.to(z.dtype), b1.to(z.dtype), w2.to(z.dtype)
-    dz = torch.empty_like(z)
-    dw1 = torch.zeros(hidden, z.shape[1], dtype=stat, device=z.device)
-    dw2 = torch.zeros(out_c, hidden, dtype=stat, device=z.device)
-    db1 = torch.zeros(hidden, dtype=stat, device=z.device)
-    dgamma = torch.zeros(hidden, dtype=stat, device=z.device)
-    db2 = torch.zeros(out_c, dtype=stat, device=z.device)
-    for chunk in chunks(rows, hidden, z.element_size(), chunk_bytes(z.device.type)):
+    w1, b1, w2 = w1.to(x.dtype), b1.to(x.dtype), w2.to(x.dtype)
+    gain = None if layer_norm is None else layer_norm.weight.to(stat).contiguous()
+    dw1 = dw2 = db1 = db2 = dgamma = dgain = dshift = dx = None
+    for chunk in chunks(rows, hidden, x.element_size(), chunk_bytes(x.device.type)):
         part = slice(chunk.r0, chunk.r1)
-        zc = z[part]
-        a = kept[part].clone() if kept.shape[0] else k.linear(zc, w1, b1)
-        d = dout[part].to(z.dtype)
+        y = x[part] if layer_norm is None else layer_norm.apply(x[part])
+        a = kept[part].clone() if kept.shape[0] else k.linear(y, w1, b1)
+        d = dout[part].to(x.dtype)
         if factors is not None:
             d = _scale_images_(d.clone(), factors, rows, chunk)
         norm = norms[chunk.stats]
@@ -210,31 +240,25 @@ def mlp_backward(
         ds = k.linear_input_grad(d, w2)
         t = k.mlp_backward_reduce(a, ds, *chunk.segments)
         kappa, dgamma_part = k.grn_gradient(t, norm, gamma, eps)
-        hs, da, db1_part = k.mlp_backward_pointwise(a, ds, scale, kappa, *chunk.segments)
-        dgamma += dgamma_part
-        db1 += db1_part
-        db2 += k.column_sum(d)
-        dw2 += k.linear_weight_grad(d, hs)
-        dw1 += k.linear_weight_grad(da, zc)
-        dzc = k.linear_input_grad(da, w1)
-        dz[part] = dzc if rstd is None else k.normalize_backward(dzc, zc, rstd[part])
-    # beta is added to every row before W2: its gradient and its share of dW2 follow from db2 alone
-    dbeta = db2 @ w2_stat
-    dw2 += torch.outer(db2, beta.reshape(-1).to(stat))
-    return MLPGradients(dz, dw1, db1, dgamma, dbeta, dw2, db2)
-
-
-def fold_layer_norm(
-    w1: Tensor, b1: Tensor, ln_weight: Tensor, ln_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``W1 (z * g + s) + b1 = (W1 * g) z + (b1 + W1 s)``: H x C work instead of M x C."""
-    return w1 * ln_weight, b1 + w1 @ ln_bias
-
-
-def unfold_layer_norm(
-    dw1f: Tensor, db1: Tensor, w1: Tensor, ln_weight: Tensor, ln_bias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``W1``, ``ln_weight`` and ``ln_bias`` from those of the folded matrix and bias."""
-    w1, ln_weight, ln_bias = (t.to(dw1f.dtype) for t in (w1, ln_weight, ln_bias))
-    dw1 = dw1f * ln_weight + torch.outer(db1, ln_bias)
-    return dw1, (w1 * dw1f).sum(0), db1 @ w1
+        hs, da, db1_part = k.mlp_backward_pointwise(a, ds, scale, kappa, shift, *chunk.segments)
+        dgamma = _accumulate(dgamma, dgamma_part)
+        db1 = _accumulate(db1, db1_part)
+        db2 = _accumulate(db2, k.column_sum(d))
+        dw2 = _accumulate(dw2, k.linear_weight_grad(d, hs))
+        dw1 = _accumulate(dw1, k.linear_weight_grad(da, y))
+        dy = k.linear_input_grad(da, w1)
+        if layer_norm is not None:
+            dy, dgain_part, dshift_part = k.normalized_backward(dy, x[part], rstd[part], gain)
+            dgain = _accumulate(dgain, dgain_part)
+            dshift = _accumulate(dshift, dshift_part)
+        if dy.shape[0] == x.shape[0]:
+            dx = dy
+        else:
+            dx = torch.empty_like(x) if dx is None else dx
+            dx[part] = dy
+    if dx is None:  # no image at all
+        zero = [torch.zeros(n, dtype=stat, device=x.device) for n in (hidden, hidden, out_c, x.shape[1], x.shape[1])]
+        dgamma, db1, db2, dgain, dshift = zero
+        dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1, dtype=stat), torch.zeros_like(w2, dtype=stat)
+    # beta is added to every row before W2, so its gradient follows from db2 alone
+    return MLPGradients(dx, dw1, db1, dgamma, db2 @ w2_stat, dw2, db2, dgain, dshift)

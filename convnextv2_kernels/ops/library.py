@@ -30,6 +30,12 @@ def _rows(x: Tensor, offsets: Tensor | None, rows_per_slot: int, images: int, ba
     return schedule.Rows(total, images, rows_per_slot, offsets, batch)
 
 
+def _keeps(x: Tensor, what: str) -> bool:
+    """Whether the policy keeps "normalized" rows or "hidden" activations for backward."""
+    policies = schedule.SAVE_POLICIES
+    return policies.index(schedule.save_policy(x.device.type)) >= policies.index(what)
+
+
 def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     if x is None:
         return None
@@ -43,7 +49,7 @@ def _mlp_forward(
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
         backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
-        rows, eps, x.dtype, schedule.saves_hidden(x.device.type),
+        rows, eps, x.dtype, _keeps(x, "hidden"),
     )  # fmt: skip
     return out.view(*x.shape[:-1], w2.shape[0]), norms, kept
 
@@ -51,7 +57,7 @@ def _mlp_forward(
 def _hidden_fakes(x, w1, images, batch, dtype):
     norms = x.new_empty(1 if batch else images, w1.shape[0], dtype=statistics_dtype(dtype))
     total = x.numel() // x.shape[-1]
-    kept = total if schedule.saves_hidden(x.device.type) else 0
+    kept = total if _keeps(x, "hidden") else 0
     return norms, x.new_empty(kept, w1.shape[0], dtype=dtype)
 
 
@@ -72,7 +78,7 @@ def _mlp_backward(
         rows, eps,
     )  # fmt: skip
     return (
-        grads.dz.to(x.dtype).view(x.shape),
+        grads.x.to(x.dtype).view(x.shape),
         grads.w1.to(w1.dtype),
         grads.b1.to(b1.dtype),
         grads.gamma.to(gamma.dtype).view(gamma.shape),
@@ -90,21 +96,31 @@ def _mlp_backward_fake(
     return *likes, w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
 
 
+def _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps):
+    """LN(conv(x)), or without ``layer_norm`` its normalised rows; and 1/std."""
+    stat = statistics_dtype(x.dtype)
+    params = (dw_weight, dw_bias, *(layer_norm or (None, None)))
+    w, b, gain, shift = (None if p is None else p.to(stat).contiguous() for p in params)
+    return k.depthwise_conv_normalize(x, w, b, neighbours, gain, shift, eps)
+
+
 def _block_forward(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
     rows_per_slot, images, batch, eps, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
-    stat = statistics_dtype(x.dtype)
-    bias = None if dw_bias is None else dw_bias.to(stat).contiguous()
-    z, rstd = k.depthwise_conv_normalize(x, dw_weight.to(stat).contiguous(), bias, neighbours, eps)
-    z = z.to(dtype)
-    w1f, b1f = schedule.fold_layer_norm(w1, b1, ln_weight, ln_bias)
+    layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
+    if _keeps(x, "normalized"):
+        z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
+        z = z.to(dtype)
+        y = layer_norm.apply(z)
+    else:
+        y = _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps)[0].to(dtype)
+        z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
-        k, _flat(z), w1f, b1f, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype,
-        schedule.saves_hidden(x.device.type),
-    )  # fmt: skip
+        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype, _keeps(x, "hidden")
+    )
     return out.view(x.shape), z, rstd, norms, kept
 
 
@@ -112,32 +128,36 @@ def _block_forward_fake(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
     rows_per_slot, images, batch, eps, dtype, backend,
 ):  # fmt: skip
-    rstd = x.new_empty(x.shape[:-1], dtype=statistics_dtype(x.dtype))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), rstd, *_hidden_fakes(x, w1, images, batch, dtype)
+    keep = _keeps(x, "normalized")
+    z = x.new_empty(x.shape if keep else (0,), dtype=dtype)
+    rstd = x.new_empty(x.shape[:-1] if keep else (0,), dtype=statistics_dtype(x.dtype))
+    return x.new_empty(x.shape), z, rstd, *_hidden_fakes(x, w1, images, batch, dtype)
 
 
 def _block_backward(
-    dout, x, z, rstd, norms, kept, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours, factors,
-    offsets, rows_per_slot, images, batch, eps, dtype, backend,
+    dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
+    factors, offsets, rows_per_slot, images, batch, eps, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
     stat = statistics_dtype(x.dtype)
-    w1f, b1f = schedule.fold_layer_norm(w1, b1, ln_weight, ln_bias)
+    if z.dim() == 1:
+        z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
+        z = z.to(dtype)
     rows = _rows(x, offsets, rows_per_slot, images, batch)
+    layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
     grads = schedule.mlp_backward(
-        k, _flat(dout), _flat(z), w1f, b1f, gamma, beta, w2, factors, norms, kept, rows, eps, rstd.view(-1)
+        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, eps, layer_norm, rstd.view(-1)
     )
-    dw1, dln_weight, dln_bias = schedule.unfold_layer_norm(grads.w1, grads.b1, w1, ln_weight, ln_bias)
-    dy = grads.dz.to(x.dtype).view(x.shape)
+    dy = grads.x.to(x.dtype).view(x.shape)
     ddw, ddb = k.depthwise_conv_backward_weight(dy, x, neighbours, dw_weight.shape[-1])
     dx = k.depthwise_conv_forward(dy, dw_weight.to(stat).contiguous(), None, dout, neighbours, True)
     return (
         dx,
         ddw.to(dw_weight.dtype),
         ddb,
-        dln_weight.to(ln_weight.dtype),
-        dln_bias.to(ln_bias.dtype),
-        dw1.to(w1.dtype),
+        grads.ln_weight.to(ln_weight.dtype),
+        grads.ln_bias.to(ln_bias.dtype),
+        grads.w1.to(w1.dtype),
         grads.b1.to(b1.dtype),
         grads.gamma.to(gamma.dtype).view(gamma.shape),
         grads.beta.to(beta.dtype).view(beta.shape),
@@ -147,8 +167,8 @@ def _block_backward(
 
 
 def _block_backward_fake(
-    dout, x, z, rstd, norms, kept, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours, factors,
-    offsets, rows_per_slot, images, batch, eps, dtype, backend,
+    dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
+    factors, offsets, rows_per_slot, images, batch, eps, dtype, backend,
 ):  # fmt: skip
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -183,7 +203,7 @@ block_forward = _define(
 )
 block_backward = _define(
     "block_backward(Tensor dout, Tensor x, Tensor z, Tensor rstd, Tensor norms, Tensor hidden, Tensor dw_weight, "
-    f"{_NORM}, {_MLP}, Tensor? neighbours, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    f"Tensor? dw_bias, {_NORM}, {_MLP}, Tensor? neighbours, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
     " -> (Tensor dx, Tensor ddw_weight, Tensor ddw_bias, Tensor dln_weight, Tensor dln_bias, Tensor dw1, "
     "Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
     _block_backward,

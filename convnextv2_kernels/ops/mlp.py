@@ -49,7 +49,7 @@ class _Block(torch.autograd.Function):
         index = (neighbours, drop, offsets)
         out, z, rstd, norm, hidden = library.block_forward(x, *params, *index, *geometry, eps, dtype, backend)
         ctx.save_for_backward(
-            x, z, rstd, norm, hidden, dw_weight, ln_weight, ln_bias, w1, b1, gamma, beta, w2, *index
+            x, z, rstd, norm, hidden, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, *index
         )
         ctx.geometry, ctx.eps, ctx.dtype, ctx.backend = geometry, eps, dtype, backend
         ctx.dw_bias_dtype = None if dw_bias is None else dw_bias.dtype
@@ -199,8 +199,9 @@ def convnextv2_block(
             :func:`pointwise_mlp` with O = C. eps: of LayerNorm and of GRN.
 
     Returns:
-        The shape and dtype of x. Backward keeps x, the normalised rows, 1/std per row and one norm per image and
-        hidden channel; the hidden activations exist only for a chunk of images at a time.
+        The shape and dtype of x. Backward keeps x and one norm per image and hidden channel, and what
+        ``CONVNEXTV2_KERNELS_SAVE`` asks for besides (``schedule.SAVE_POLICIES``); the hidden activations exist only
+        for a chunk of images at a time unless they are kept.
     """
     check.check_packed(x, layout)
     check.check_depthwise_weight(dw_weight, dw_bias, x)

@@ -97,32 +97,30 @@ class _DepthwiseConv(torch.autograd.Function):
 
 
 class _DepthwiseConvLayerNorm(torch.autograd.Function):
+    """Keeps only x: backward runs the fused kernel again for the normalised rows."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, ln_weight, ln_bias, neighbours, eps, backend):
-        w, b, gain, shift = stat_params(weight, bias, ln_weight, ln_bias, like=x)
-        z, rstd = backends.primitives(backend).depthwise_conv_normalize(x, w, b, neighbours, eps)
-        ctx.save_for_backward(x, z, rstd, weight, ln_weight, neighbours)
-        ctx.backend = backend
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, ln_weight.dtype, ln_bias.dtype)
-        return torch.addcmul(shift.to(x.dtype), z, gain.to(x.dtype))
+        params = stat_params(weight, bias, ln_weight, ln_bias, like=x)
+        y, _ = backends.primitives(backend).depthwise_conv_normalize(x, *params[:2], neighbours, *params[2:], eps)
+        ctx.save_for_backward(x, weight, bias, ln_weight, neighbours)
+        ctx.backend, ctx.eps, ctx.ln_bias_dtype = backend, eps, ln_bias.dtype
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, z, rstd, weight, ln_weight, neighbours = ctx.saved_tensors
+        x, weight, bias, ln_weight, neighbours = ctx.saved_tensors
         k = backends.primitives(ctx.backend)
-        w, gain = stat_params(weight, ln_weight, like=x)
-        zero = torch.zeros_like(rstd)
-        one = torch.ones_like(rstd)
-        # z is already normalised, so LayerNorm's own backward with mean 0 and 1/std 1 gives d(gain), d(shift) and
-        # the gradient up to the factor 1/std of the row.
-        dz, dgain, dshift = k.layer_norm_backward(grad.contiguous(), z, zero, one, gain)
-        dy = (dz * rstd.unsqueeze(-1).to(dz.dtype)).contiguous()
+        w, b, gain = stat_params(weight, bias, ln_weight, like=x)
+        z, rstd = k.depthwise_conv_normalize(x, w, b, neighbours, None, None, ctx.eps)
+        dy, dgain, dshift = k.normalized_backward(grad.contiguous(), z, rstd, gain)
         dx = k.depthwise_conv_forward(dy, w, None, None, neighbours, True) if ctx.needs_input_grad[0] else None
         dw, db = k.depthwise_conv_backward_weight(dy, x, neighbours, weight.shape[-1])
-        grads = [dw, db, dgain, dshift]
-        grads = [None if t is None else g.to(t) for g, t in zip(grads, ctx.dtypes, strict=True)]
-        return dx, *grads, None, None, None
+        db = None if bias is None else db.to(bias.dtype)
+        return (
+            dx, dw.to(weight.dtype), db, dgain.to(ln_weight.dtype), dshift.to(ctx.ln_bias_dtype), None, None, None,
+        )  # fmt: skip
 
 
 class _PatchPixels(torch.autograd.Function):

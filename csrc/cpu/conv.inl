@@ -37,7 +37,7 @@ CNX_INLINE void finish_pixel(const ConvForward& p, int64_t row, const Acc<T>* va
   if (p.normalize) {
     A mean, rstd;
     row_statistics(value, channels, p.eps, mean, rstd);
-    normalize_row<T>(value, channels, mean, rstd, nullptr, nullptr, y);
+    normalize_row<T>(value, channels, mean, rstd, in<A>(p.ln_weight), in<A>(p.ln_bias), y);
     out<A>(p.rstd)[row] = rstd;
     return;
   }

@@ -48,7 +48,9 @@ struct ConvForward {
   const void* residual;  // T like y or null, added to the result
   bool flip;             // correlate with the weights turned by 180 degrees: the gradient with respect to x
   void* y;
-  bool normalize;  // y becomes (conv - mean) * rstd over the channels of each pixel
+  bool normalize;  // y becomes LN(conv) over the channels of each pixel
+  const void* ln_weight;  // A [C], or null: (conv - mean) * rstd without an affine part
+  const void* ln_bias;    // A [C] or null
   double eps;
   void* rstd;  // A [rows], with normalize
 };
@@ -135,6 +137,7 @@ struct MlpRows {
   void* ds;           // T [rows, H]
   const void* scale;  // A [count, H]
   const void* kappa;  // A [count, H]
+  const void* beta;   // A [H]
   void* sums;         // A [count, H] or [H]
 };
 
@@ -164,9 +167,9 @@ struct KernelTable {
   void (*grn_forward)(const GrnForward&, const Threads&);
   void (*grn_backward)(const GrnBackward&, const Threads&);
   void (*gelu_square_sum)(const MlpRows&, const Threads&);         // a -> gelu(a); sums [count, H] of its square
-  void (*scale_rows)(const MlpRows&, const Threads&);              // a *= scale
+  void (*scale_rows)(const MlpRows&, const Threads&);              // a = a * scale + beta
   void (*mlp_backward_reduce)(const MlpRows&, const Threads&);     // sums [count, H] of ds * gelu(a)
-  void (*mlp_backward_pointwise)(const MlpRows&, const Threads&);  // a -> gelu(a)*scale, ds -> da; sums [H] of da
+  void (*mlp_backward_pointwise)(const MlpRows&, const Threads&);  // a -> gelu(a)*scale + beta, ds -> da; sums [H] of da
   void (*grn_scale)(const GrnStatistics&);
   void (*grn_gradient)(const GrnStatistics&);
   void (*column_sum)(const MlpRows&, const Threads&);  // sums [H] of a

@@ -60,7 +60,7 @@ void scale_rows_as(const MlpRows& p, const Threads& threads) {
       const A* scale = in<A>(p.scale) + blocks[b].segment * p.channels;
       walk_block<T, 0>(blocks[b], p.channels, nullptr, [&](auto lanes, int64_t r, int64_t c, Vec<T>*) {
         T* at = a + r * p.channels + c;
-        lanes.store(at, lanes.load(at) * lanes.load(scale + c));
+        lanes.store(at, lanes.load(at) * lanes.load(scale + c) + lanes.load(in<A>(p.beta) + c));
       });
     }
   });
@@ -115,7 +115,7 @@ void mlp_backward_pointwise_as(const MlpRows& p, const Threads& threads) {
                          gelu_with_derivative(lanes.load(a + at), h, slope);
                          const Vec<T> s = lanes.load(scale + c);
                          const Vec<T> da = (lanes.load(ds + at) * s + h * lanes.load(kappa + c)) * slope;
-                         lanes.store(a + at, h * s);
+                         lanes.store(a + at, h * s + lanes.load(in<A>(p.beta) + c));
                          lanes.store(ds + at, da);
                          sums[0] += da;
                        });

@@ -46,8 +46,13 @@ Tensor depthwise_conv_forward(const Tensor& x, const Tensor& weight, const Optio
 }
 
 std::tuple<Tensor, Tensor> depthwise_conv_normalize(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                                    const OptionalTensor& neighbours, double eps) {
+                                                    const OptionalTensor& neighbours, const OptionalTensor& ln_weight,
+                                                    const OptionalTensor& ln_bias, double eps) {
   ConvForward p = forward_params(x, weight, bias, neighbours);
+  if (ln_weight) check_stat(*ln_weight, x, x.size(3), "ln_weight");
+  if (ln_bias) check_stat(*ln_bias, x, x.size(3), "ln_bias");
+  p.ln_weight = pointer(ln_weight);
+  p.ln_bias = pointer(ln_bias);
   Tensor z = new_features(x, sizes(x));
   Tensor rstd = new_stat(x, {x.size(0), x.size(1), x.size(2)});
   p.y = z.mutable_data_ptr();

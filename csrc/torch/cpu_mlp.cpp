@@ -23,10 +23,12 @@ Tensor gelu_square_sum_(Tensor a, const OptionalTensor& offsets, int64_t rows_pe
   return sums;
 }
 
-void scale_rows_(Tensor h, const Tensor& scale, const OptionalTensor& offsets, int64_t rows_per_slot,
-                 int64_t segments) {
+void scale_rows_(Tensor h, const Tensor& scale, const Tensor& beta, const OptionalTensor& offsets,
+                 int64_t rows_per_slot, int64_t segments) {
   MlpRows p = rows_of(h, offsets, rows_per_slot, segments);
   check_stat(scale, h, segments * p.channels, "scale");
+  check_stat(beta, h, p.channels, "beta");
+  p.beta = beta.const_data_ptr();
   p.scale = scale.const_data_ptr();
   kernels().scale_rows(p, torch_threads());
 }
@@ -42,12 +44,14 @@ Tensor mlp_backward_reduce(const Tensor& a, const Tensor& ds, const OptionalTens
   return sums;
 }
 
-Tensor mlp_backward_pointwise_(Tensor a, Tensor ds, const Tensor& scale, const Tensor& kappa,
+Tensor mlp_backward_pointwise_(Tensor a, Tensor ds, const Tensor& scale, const Tensor& kappa, const Tensor& beta,
                                const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
   MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
   check_like(ds, a, "ds");
   check_stat(scale, a, segments * p.channels, "scale");
   check_stat(kappa, a, segments * p.channels, "kappa");
+  check_stat(beta, a, p.channels, "beta");
+  p.beta = beta.const_data_ptr();
   Tensor sums = new_stat(a, {p.channels});
   p.ds = ds.mutable_data_ptr();
   p.scale = scale.const_data_ptr();

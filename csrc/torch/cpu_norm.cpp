@@ -41,15 +41,19 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   return {dx, dweight, dbias};
 }
 
-Tensor normalize_backward(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor> normalized_backward(const Tensor& dy, const Tensor& z, const Tensor& rstd,
+                                                       const Tensor& weight) {
   check_features(z, "z");
-  check_like(dz, z, "dz");
+  check_like(dy, z, "dy");
+  const int64_t channels = last_size(z);
   check_stat(rstd, z, row_count(z), "rstd");
-  Tensor dx = new_features(z, sizes(z));
-  kernels().layer_norm_backward({dtype_of(z), row_count(z), last_size(z), dz.const_data_ptr(), z.const_data_ptr(),
-                                 nullptr, rstd.const_data_ptr(), nullptr, dx.mutable_data_ptr(), nullptr, nullptr},
+  check_stat(weight, z, channels, "weight");
+  Tensor dx = new_features(z, sizes(z)), dweight = new_stat(z, {channels}), dbias = new_stat(z, {channels});
+  kernels().layer_norm_backward({dtype_of(z), row_count(z), channels, dy.const_data_ptr(), z.const_data_ptr(),
+                                 nullptr, rstd.const_data_ptr(), weight.const_data_ptr(), dx.mutable_data_ptr(),
+                                 dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
                                 torch_threads());
-  return dx;
+  return {dx, dweight, dbias};
 }
 
 std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, double eps) {
@@ -117,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
 STABLE_TORCH_LIBRARY_IMPL(convnextv2_kernels, CPU, m) {
   m.impl("layer_norm_forward", TORCH_BOX(&cnx::binding::layer_norm_forward));
   m.impl("layer_norm_backward", TORCH_BOX(&cnx::binding::layer_norm_backward));
-  m.impl("normalize_backward", TORCH_BOX(&cnx::binding::normalize_backward));
+  m.impl("normalized_backward", TORCH_BOX(&cnx::binding::normalized_backward));
   m.impl("space_to_depth_normalize", TORCH_BOX(&cnx::binding::space_to_depth_normalize));
   m.impl("space_to_depth_normalize_backward", TORCH_BOX(&cnx::binding::space_to_depth_normalize_backward));
   m.impl("grn_forward", TORCH_BOX(&cnx::binding::grn_forward));

@@ -8,8 +8,8 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
       "depthwise_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? neighbours, bool flip)"
       " -> Tensor");
   m.def(
-      "depthwise_conv_normalize(Tensor x, Tensor weight, Tensor? bias, Tensor? neighbours, float eps)"
-      " -> (Tensor z, Tensor rstd)");
+      "depthwise_conv_normalize(Tensor x, Tensor weight, Tensor? bias, Tensor? neighbours, Tensor? ln_weight,"
+      " Tensor? ln_bias, float eps) -> (Tensor y, Tensor rstd)");
   m.def(
       "depthwise_conv_backward_weight(Tensor grad, Tensor x, Tensor? neighbours, int kernel_size)"
       " -> (Tensor dweight, Tensor dbias)");
@@ -19,7 +19,9 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
   m.def(
       "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def("normalize_backward(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+  m.def(
+      "normalized_backward(Tensor dy, Tensor z, Tensor rstd, Tensor weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("space_to_depth_normalize(Tensor x, float eps) -> (Tensor z, Tensor rstd)");
   m.def("space_to_depth_normalize_backward(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
   m.def(
@@ -29,11 +31,13 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot,"
       " int segments, bool gelu, float eps) -> (Tensor dx, Tensor dgamma, Tensor dbeta)");
   m.def("gelu_square_sum_(Tensor(a!) a, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
-  m.def("scale_rows_(Tensor(a!) h, Tensor scale, Tensor? offsets, int rows_per_slot, int segments) -> ()");
+  m.def(
+      "scale_rows_(Tensor(a!) h, Tensor scale, Tensor beta, Tensor? offsets, int rows_per_slot, int segments)"
+      " -> ()");
   m.def("mlp_backward_reduce(Tensor a, Tensor ds, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
   m.def(
-      "mlp_backward_pointwise_(Tensor(a!) a, Tensor(b!) ds, Tensor scale, Tensor kappa, Tensor? offsets,"
-      " int rows_per_slot, int segments) -> Tensor");
+      "mlp_backward_pointwise_(Tensor(a!) a, Tensor(b!) ds, Tensor scale, Tensor kappa, Tensor beta,"
+      " Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
   m.def("grn_scale(Tensor square_sum, Tensor gamma, float eps) -> (Tensor norm, Tensor scale)");
   m.def("grn_gradient(Tensor t, Tensor norm, Tensor gamma, float eps) -> (Tensor kappa, Tensor dgamma)");
   m.def("column_sum(Tensor x) -> Tensor");

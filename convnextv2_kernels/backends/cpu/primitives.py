@@ -18,7 +18,7 @@ depthwise_conv_normalize = _ops.depthwise_conv_normalize.default
 depthwise_conv_backward_weight = _ops.depthwise_conv_backward_weight.default
 layer_norm_forward = _ops.layer_norm_forward.default
 layer_norm_backward = _ops.layer_norm_backward.default
-normalize_backward = _ops.normalize_backward.default
+normalized_backward = _ops.normalized_backward.default
 space_to_depth_normalize = _ops.space_to_depth_normalize.default
 space_to_depth_normalize_backward = _ops.space_to_depth_normalize_backward.default
 grn_forward = _ops.grn_forward.default
@@ -37,24 +37,29 @@ def gelu_square_sum(a: Tensor, *segments) -> tuple[Tensor, Tensor]:
     return a, _ops.gelu_square_sum_.default(a, *segments)
 
 
-def scaled_linear(h: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, *segments) -> Tensor:
-    """Folds the scale into the weight where an image has more rows than the weight, else into h, in place."""
+def scaled_linear(
+    h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, beta: Tensor, residual: Tensor | None, *segments
+) -> Tensor:
+    """Folds GRN into weight and bias where an image has more rows than the weight, else applies it to h, in place."""
     offsets, _, count = segments
     rows = h.shape[0] // count if count else 0
     if offsets is None and rows > weight.shape[0]:
+        folded_bias = (bias + weight.to(beta.dtype) @ beta).to(h.dtype)
+        adds = [None] * count if residual is None else residual.split(rows)
         parts = [
-            linear(part, (weight * s).to(h.dtype), shift) for part, s in zip(h.split(rows), scale, strict=True)
+            linear(part, (weight * s).to(h.dtype), folded_bias, add)
+            for part, s, add in zip(h.split(rows), scale, adds, strict=True)
         ]
         return parts[0] if count == 1 else torch.cat(parts)
-    _ops.scale_rows_.default(h, scale, *segments)
-    return linear(h, weight, shift)
+    _ops.scale_rows_.default(h, scale, beta, *segments)
+    return linear(h, weight, bias, residual)
 
 
 def mlp_backward_pointwise(
-    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, *segments
+    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, beta: Tensor, *segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Overwrites a with ``h * scale`` and ds with ``da``."""
-    return a, ds, _ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, *segments)
+    """Overwrites a with ``h * scale + beta`` and ds with ``da``."""
+    return a, ds, _ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, beta, *segments)
 
 
 def _stat(like: Tensor, *shape: int) -> Tensor:
@@ -71,7 +76,7 @@ def _(x, weight, bias, residual, neighbours, flip):
 
 
 @_fake("depthwise_conv_normalize")
-def _(x, weight, bias, neighbours, eps):
+def _(x, weight, bias, neighbours, ln_weight, ln_bias, eps):
     return x.new_empty(x.shape), _stat(x, *x.shape[:-1])
 
 
@@ -90,9 +95,9 @@ def _(grad, x, mean, rstd, weight):
     return x.new_empty(x.shape), _stat(x, x.shape[-1]), _stat(x, x.shape[-1])
 
 
-@_fake("normalize_backward")
-def _(dz, z, rstd):
-    return z.new_empty(z.shape)
+@_fake("normalized_backward")
+def _(dy, z, rstd, weight):
+    return z.new_empty(z.shape), _stat(z, z.shape[-1]), _stat(z, z.shape[-1])
 
 
 @_fake("space_to_depth_normalize")
@@ -122,7 +127,7 @@ def _(a, offsets, rows_per_slot, segments):
 
 
 @_fake("scale_rows_")
-def _(h, scale, offsets, rows_per_slot, segments):
+def _(h, scale, beta, offsets, rows_per_slot, segments):
     return None
 
 
@@ -132,7 +137,7 @@ def _(a, ds, offsets, rows_per_slot, segments):
 
 
 @_fake("mlp_backward_pointwise_")
-def _(a, ds, scale, kappa, offsets, rows_per_slot, segments):
+def _(a, ds, scale, kappa, beta, offsets, rows_per_slot, segments):
     return _stat(a, a.shape[-1])
 
 

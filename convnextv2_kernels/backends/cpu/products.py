@@ -43,6 +43,7 @@ def _choose():
 
 
 _onednn = _choose()
+_onednn_add = None if _onednn is None else torch.ops.mkldnn._linear_pointwise.binary
 
 
 def vendor() -> str:
@@ -54,11 +55,14 @@ def _use_onednn(x: Tensor) -> bool:
     return _onednn is not None and x.dtype == torch.float32 and x.numel() > 0
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [M, C] @ weight [H, C]' + bias [H]``; strides of both operands are free."""
-    if _use_onednn(x) and weight.numel():
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """``x [M, C] @ weight [H, C]' + bias [H] [+ residual [M, H]]``; strides of x and weight are free."""
+    if not (_use_onednn(x) and weight.numel()):
+        y = F.linear(x, weight, bias)
+        return y if residual is None else residual + y
+    if residual is None:
         return _onednn(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return _onednn_add(x, residual, weight, bias, "add")
 
 
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -70,12 +74,9 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """``grad [M, H]' @ x [M, C]`` in the statistics dtype."""
     if not (_use_onednn(x) and grad.numel()):
         return (grad.t() @ x).to(statistics_dtype(x.dtype))
-    rows, wide, narrow = x.shape[0], grad.shape[1], x.shape[1]
-    if rows > 8 * min(wide, narrow):
+    if x.shape[0] > 2 * min(grad.shape[1], x.shape[1]):
         # a small result summed over many rows: oneDNN's linear does not split the sum, its convolution gradient does
         return _conv_weight_grad(grad, x)
-    if wide > narrow:
-        return linear(x.t(), grad.t(), None).t()
     return linear(grad.t(), x.t(), None)
 
 

@@ -61,10 +61,15 @@ def grn_scale(square_sum: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Te
     return norm, 1 + gamma * norm / (norm.mean(-1, keepdim=True) + eps)
 
 
-def scaled_linear(h: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, *segments) -> Tensor:
-    """``(h * scale of the row's segment) @ weight [C, H]' + shift``; may overwrite h."""
-    scaled = h.to(scale.dtype) * scale[_segment_of_row(h, *segments)]
-    return F.linear(scaled.to(h.dtype), weight, shift)
+def scaled_linear(
+    h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, beta: Tensor, residual: Tensor | None, *segments
+) -> Tensor:
+    """``(h * scale of the row's segment + beta) @ weight [C, H]' + bias [+ residual]``; may overwrite h.
+
+    scale ``[count, H]`` and beta ``[H]`` are statistics; the result has T, or the residual's dtype."""
+    grn = h.to(scale.dtype) * scale[_segment_of_row(h, *segments)] + beta
+    y = F.linear(grn.to(h.dtype), weight, bias)
+    return y if residual is None else residual + y
 
 
 def mlp_backward_reduce(a: Tensor, ds: Tensor, *segments) -> Tensor:
@@ -83,9 +88,9 @@ def grn_gradient(t: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Te
 
 
 def mlp_backward_pointwise(
-    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, *segments
+    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, beta: Tensor, *segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``h * scale``, ``da = (ds * scale + h * kappa) * gelu'(a)`` and ``db1 = column sums of da``; may overwrite
+    """``h * scale + beta``, ``da = (ds * scale + h * kappa) * gelu'(a)`` and ``db1 = column sums of da``; may overwrite
     a and ds."""
     stat = statistics_dtype(a.dtype)
     owner = _segment_of_row(a, *segments)
@@ -93,12 +98,18 @@ def mlp_backward_pointwise(
     h = F.gelu(wide)
     dh = ds.to(stat) * scale[owner] + h * kappa[owner]
     da = torch.ops.aten.gelu_backward(dh, wide)
-    return (h * scale[owner]).to(a.dtype), da.to(a.dtype), da.sum(0)
+    return (h * scale[owner] + beta).to(a.dtype), da.to(a.dtype), da.sum(0)
 
 
-def normalize_backward(dz: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of y from that of ``z = (y - mean) * rstd``, rows ``[M, C]``, ``rstd [M]``."""
+def normalized_backward(
+    dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm's backward from its normalised rows ``z = (x - mean) * rstd``, ``y = z * weight + bias``.
+
+    dy, z ``[..., C]``, rstd ``[...]``, weight ``[C]`` -> gradients of x, weight, bias."""
     stat = rstd.dtype
-    g, n = dz.to(stat), z.to(stat)
-    dy = rstd[:, None] * (g - g.mean(-1, keepdim=True) - n * (g * n).mean(-1, keepdim=True))
-    return dy.to(dz.dtype)
+    g, n = dy.to(stat), z.to(stat)
+    gw = g * weight
+    dx = rstd.unsqueeze(-1) * (gw - gw.mean(-1, keepdim=True) - n * (gw * n).mean(-1, keepdim=True))
+    rows = tuple(range(dy.dim() - 1))
+    return dx.to(dy.dtype), (g * n).sum(rows), g.sum(rows)
