@@ -83,10 +83,12 @@ def chunks(rows: Rows, hidden: int, itemsize: int, budget: int) -> Iterator[Chun
         return
     most = max(1, budget // (hidden * itemsize))
     if rows.offsets is None:
-        per_image = rows.total // rows.images if rows.images else 0
+        if not rows.images:
+            return
+        per_image = rows.total // rows.images
         step = max(1, most // max(1, per_image))
         # equal chunks rather than full ones and a small rest
-        step = -(-rows.images // max(1, -(-rows.images // step)))
+        step = -(-rows.images // -(-rows.images // step))
         for n0 in range(0, rows.images, step):
             n1 = min(n0 + step, rows.images)
             yield Chunk(n0, n1, n0 * per_image, n1 * per_image, (None, 1, n1 - n0))

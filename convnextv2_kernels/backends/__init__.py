@@ -74,16 +74,18 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return f"backend '{name}' {_ABSENT}"
 
 
-def select(x: Tensor, op: str) -> str:
-    """Name of the backend that serves ``op`` for input ``x``."""
+def select(x: Tensor, op: str, product_dtype: torch.dtype | None = None) -> str:
+    """Name of the backend that serves ``op`` for input ``x``, with matrix products in ``product_dtype``."""
     kind = x.device.type
+    dtypes = (x.dtype,) if product_dtype in (None, x.dtype) else (x.dtype, product_dtype)
     if _state.forced != "auto":
-        reason = why_not(_state.forced, kind, x.dtype)
-        if reason is not None:
-            raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
+        for dtype in dtypes:
+            reason = why_not(_state.forced, kind, dtype)
+            if reason is not None:
+                raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
         return _state.forced
     for name in PREFERENCE.get(kind, ("reference",)):
-        if why_not(name, kind, x.dtype) is None:
+        if all(why_not(name, kind, dtype) is None for dtype in dtypes):
             return name
     return "reference"
 

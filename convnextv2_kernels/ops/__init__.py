@@ -1,11 +1,11 @@
 """Public ops: functions of tensors with autograd, each checked, dispatched to a backend and documented with shapes."""
 
+from .embed import patch_embed
 from .mlp import convnextv2_block, gathered_pointwise_mlp, pointwise_mlp
-from .rows import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn
+from .rows import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn, linear
 from .spatial import (
     depthwise_conv_layer_norm,
     gather_patches,
-    patch_embed,
     scatter_patches,
     submanifold_depthwise_conv2d,
 )
@@ -20,6 +20,7 @@ __all__ = [
     "global_response_norm",
     "layer_norm",
     "layer_norm_grn",
+    "linear",
     "patch_embed",
     "pointwise_mlp",
     "scatter_patches",

@@ -53,7 +53,7 @@ def check_dense(x: Tensor, layout: PatchLayout, name: str = "x") -> int:
     gh, gw = layout.grid
     if x.dim() != 4 or x.shape[0] != layout.num_images:
         raise ValueError(
-            f"{name} has shape {list(x.shape)}, expected [N, H, W, C] with N = {layout.num_images}, the images of layout"
+            f"{name} has shape {list(x.shape)}, expected [N, H, W, C] with the {layout.num_images} images of layout"
         )
     h, w = x.shape[1], x.shape[2]
     if h % gh or w % gw or h // gh != w // gw or h < gh:

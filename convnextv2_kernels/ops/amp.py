@@ -19,6 +19,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+from ..backends.reference.rows import statistics_dtype
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """Dtype of matrix-product operands for input ``x`` under the current autocast state."""
@@ -33,3 +35,9 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     if torch.is_autocast_enabled(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def stat_params(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Native kernels take parameters in the statistics dtype, contiguous."""
+    dtype = statistics_dtype(like.dtype)
+    return tuple(None if p is None else p.to(dtype).contiguous() for p in params)

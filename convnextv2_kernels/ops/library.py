@@ -1,4 +1,4 @@
-"""The composite operators ``convnextv2_kernels::{mlp,block}_{forward,backward}``: schemas, fakes, implementations.
+"""The composite operators: ``mlp`` and ``block``, forward and backward, and the matrix products of one layer.
 
 Each is one opaque operator to ``torch.compile`` and ``torch.export``; inside runs the schedule over the primitives of
 the named backend. (The primitives' own schemas stand in ``csrc/torch/schemas.cpp``.)
@@ -178,6 +178,35 @@ def _block_backward_fake(
     rest = (ln_weight, ln_bias, w1, b1, gamma, beta, w2)
     return like(x), like(dw_weight), ddb, *(like(t) for t in rest), db2
 
+
+def _product(x, weight, bias, backend):
+    return backends.primitives(backend).linear(x, weight, bias)
+
+
+def _product_input_grad(grad, weight, backend):
+    return backends.primitives(backend).linear_input_grad(grad, weight)
+
+
+def _product_weight_grad(grad, x, backend):
+    # a library may hand back a transposed view; the fake promises a contiguous matrix
+    return backends.primitives(backend).linear_weight_grad(grad, x).contiguous()
+
+
+product = _define(
+    "product(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    _product,
+    lambda x, weight, bias, backend: x.new_empty(x.shape[0], weight.shape[0]),
+)
+product_input_grad = _define(
+    "product_input_grad(Tensor grad, Tensor weight, str backend) -> Tensor",
+    _product_input_grad,
+    lambda grad, weight, backend: grad.new_empty(grad.shape[0], weight.shape[1]),
+)
+product_weight_grad = _define(
+    "product_weight_grad(Tensor grad, Tensor x, str backend) -> Tensor",
+    _product_weight_grad,
+    lambda grad, x, backend: x.new_empty(grad.shape[1], x.shape[1], dtype=statistics_dtype(x.dtype)),
+)
 
 _MLP = "Tensor w1, Tensor b1, Tensor gamma, Tensor beta, Tensor w2"
 _NORM = "Tensor ln_weight, Tensor ln_bias"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends.reference import rows as ref
 from ..layout import PatchLayout
 from . import _checks as check
 from . import library
+from ._autograd import once_differentiable
 from .amp import no_autocast, product_dtype
 from .rows import segment_args
 from .spatial import conv_neighbours, gather_patches
@@ -91,9 +91,9 @@ def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, s
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
 
 
-def _select(x: Tensor, op: str, act: str) -> str:
+def _select(x: Tensor, op: str, act: str, dtype: torch.dtype) -> str:
     """The fused schedule computes the exact GELU; the tanh form is served by the reference."""
-    backend = backends.select(x, op)
+    backend = backends.select(x, op, dtype)
     if act == "gelu" or backend == "reference":
         return backend
     if backends.forced() != "auto":
@@ -132,8 +132,8 @@ def pointwise_mlp(
     _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps)
     if residual is not None:
         check.check_param(residual, "residual", (*x.shape[:-1], out_c), x)
-    backend = _select(x, "pointwise_mlp", act)
     dtype = product_dtype(x)
+    backend = _select(x, "pointwise_mlp", act, dtype)
     with no_autocast(x):
         if backend == "reference":
             return ref.pointwise_mlp(
@@ -208,8 +208,8 @@ def convnextv2_block(
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
     _check_mlp(x, w1, b1, gamma, beta, w2, b2, x.shape[-1], layout, drop_path_scale, scope, act, eps)
-    backend = _select(x, "convnextv2_block", act)
     dtype = product_dtype(x)
+    backend = _select(x, "convnextv2_block", act, dtype)
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
     with no_autocast(x):
         if backend == "reference":

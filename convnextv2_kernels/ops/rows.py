@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends.reference import rows as ref
-from ..backends.reference import spatial as ref_spatial
 from ..layout import PatchLayout
 from . import _checks as check
-from .amp import no_autocast, product_dtype
-from .spatial import stat_params
+from . import library
+from ._autograd import once_differentiable
+from .amp import no_autocast, product_dtype, stat_params
 
 
 def segment_args(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, int, int]:
@@ -112,13 +111,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, dtype, backend):
-        k = backends.primitives(backend)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         ctx.save_for_backward(rows, weight)
         ctx.backend, ctx.shape, ctx.dtype = backend, x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         b = None if bias is None else bias.to(dtype)
-        return k.linear(rows, weight.to(dtype), b).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return library.product(rows, weight.to(dtype), b, backend).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -128,16 +126,32 @@ class _Linear(torch.autograd.Function):
         g = grad.reshape(-1, grad.shape[-1])
         db = None if ctx.bias_dtype is None else k.column_sum(g.contiguous()).to(ctx.bias_dtype)
         g = g.to(rows.dtype).contiguous()
-        dx = None
+        dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = k.linear_input_grad(g, weight.to(rows.dtype)).to(ctx.dtype).view(ctx.shape)
-        dw = k.linear_weight_grad(g, rows).to(weight.dtype) if ctx.needs_input_grad[1] else None
+            dx = library.product_input_grad(g, weight.to(rows.dtype), ctx.backend).to(ctx.dtype).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            dw = library.product_weight_grad(g, rows, ctx.backend).to(weight.dtype)
         return dx, dw, db, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    """Matrix product of rows by the backend's vendor library, used by the stem and by linear heads."""
-    return _Linear.apply(x, weight, bias, dtype, backend)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [..., C] @ weight [O, C]' + bias [O]`` by the backend's matrix-product library; the dtype of x.
+
+    Under autocast the operands are cast as the AMP table says (``ops/amp.py``).
+    """
+    check.check_float(x, "x")
+    check.check_float(weight, "weight")
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [O, {x.shape[-1]}]")
+    check.check_param(weight, "weight", (weight.shape[0], x.shape[-1]), x)
+    if bias is not None:
+        check.check_param(bias, "bias", (weight.shape[0],), x)
+    dtype = product_dtype(x)
+    backend = backends.select(x, "linear", dtype)
+    with no_autocast(x):
+        if backend == "reference":
+            return ref.linear(x, weight, bias, dtype)
+        return _Linear.apply(x, weight, bias, dtype, backend)
 
 
 class _Downsample(torch.autograd.Function):
@@ -150,7 +164,7 @@ class _Downsample(torch.autograd.Function):
         z, rstd = k.space_to_depth_normalize(x, eps)
         rows = z.view(-1, 4 * c).to(dtype)
         folded, shift = _fold_norm_into_conv(weight, bias, ln_weight, ln_bias)
-        y = k.linear(rows, folded.to(dtype), shift.to(dtype)).to(x.dtype)
+        y = library.product(rows, folded.to(dtype), shift.to(dtype), backend).to(x.dtype)
         ctx.save_for_backward(rows, rstd, ln_weight, ln_bias, weight)
         ctx.backend, ctx.shape, ctx.dtype = backend, z.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -166,10 +180,10 @@ class _Downsample(torch.autograd.Function):
         db = k.column_sum(g)
         g = g.to(rows.dtype)
         folded, _ = _fold_norm_into_conv(weight, None, ln_weight, ln_bias)
-        dz = k.linear_input_grad(g, folded.to(rows.dtype)).to(ctx.dtype).view(ctx.shape)
+        dz = library.product_input_grad(g, folded.to(rows.dtype), ctx.backend).to(ctx.dtype).view(ctx.shape)
         dx = k.space_to_depth_normalize_backward(dz, rows.to(ctx.dtype).view(ctx.shape), rstd)
         # unfold: folded[o, pixel, c] = weight[o, c, pixel] * ln_weight[c], shift[o] = sum weight * ln_bias + bias
-        dfolded = k.linear_weight_grad(g, rows).view(out_c, 4, c)
+        dfolded = library.product_weight_grad(g, rows, ctx.backend).view(out_c, 4, c)
         w = weight.reshape(out_c, c, 4).transpose(1, 2).to(dfolded.dtype)
         gain, shift = ln_weight.to(dfolded.dtype), ln_bias.to(dfolded.dtype)
         dgain = (dfolded * w).sum((0, 1)).to(ln_weight.dtype)
@@ -320,9 +334,9 @@ def downsample(
     if bias is not None:
         check.check_param(bias, "bias", (weight.shape[0],), x)
     check.check_eps(eps)
-    backend = backends.select(x, "downsample")
     dtype = product_dtype(x)
+    backend = backends.select(x, "downsample", dtype)
     with no_autocast(x):
         if backend == "reference":
-            return ref_spatial.downsample(x, ln_weight, ln_bias, weight, bias, eps, dtype)
+            return ref.downsample(x, ln_weight, ln_bias, weight, bias, eps, dtype)
         return _Downsample.apply(x.contiguous(), ln_weight, ln_bias, weight, bias, eps, dtype, backend)

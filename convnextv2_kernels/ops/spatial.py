@@ -1,17 +1,17 @@
-"""Ops that move between pixels, dense maps and packed patches, and the depthwise convolution."""
+"""Gather and scatter between dense maps and packed patches, and the depthwise convolution."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backends
 from ..backends.reference import rows as ref_rows
 from ..backends.reference import spatial as ref
 from ..layout import PatchLayout
 from . import _checks as check
-from .amp import no_autocast, product_dtype
+from ._autograd import once_differentiable
+from .amp import no_autocast, stat_params
 
 
 def conv_radius(kernel_size: int, s: int) -> int:
@@ -22,12 +22,6 @@ def conv_radius(kernel_size: int, s: int) -> int:
 def conv_neighbours(layout: PatchLayout | None, kernel_size: int, x: Tensor) -> Tensor | None:
     """Neighbour table a depthwise convolution of packed ``x`` needs; None for a dense map."""
     return None if layout is None else layout.neighbour_slots(conv_radius(kernel_size, x.shape[1]))
-
-
-def stat_params(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
-    """Native kernels take parameters in the statistics dtype, contiguous."""
-    dtype = ref_rows.statistics_dtype(like.dtype)
-    return tuple(None if p is None else p.to(dtype).contiguous() for p in params)
 
 
 class _Gather(torch.autograd.Function):
@@ -123,27 +117,6 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
-class _PatchPixels(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, images, patch_of_slot, slot_of_patch, gh, gw, backend):
-        ctx.save_for_backward(slot_of_patch)
-        ctx.args = (gh, gw, images.shape[1], images.shape[2], images.shape[3])
-        ctx.backend = backend
-        return backends.primitives(backend).patch_pixels(images, patch_of_slot, gh, gw)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (slots,) = ctx.saved_tensors
-        gh, gw, c, h, w = ctx.args
-        k = backends.primitives(ctx.backend)
-        grad = grad.contiguous()
-        if slots is not None:
-            grad = k.scatter_patches(grad, slots, gh, gw, None)
-        rows = grad.reshape(-1, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5)
-        return rows.reshape(-1, c, h, w), None, None, None, None, None
-
-
 def gather_patches(x: Tensor, layout: PatchLayout) -> Tensor:
     """Pack the visible patches of a dense map.
 
@@ -228,51 +201,3 @@ def depthwise_conv_layer_norm(
         return _DepthwiseConvLayerNorm.apply(
             x.contiguous(), weight, bias, ln_weight, ln_bias, table, eps, backend
         )
-
-
-def patch_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
-) -> Tensor:
-    """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
-
-    Args:
-        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4.
-        weight: ``[C, in, 4, 4]``. bias: ``[C]`` or None.
-
-    Returns:
-        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H/4, W/4, C]`` without a layout. Hidden pixels are not read.
-    """
-    check.check_float(images, "images")
-    if images.dim() != 4:
-        raise ValueError(f"images has shape {list(images.shape)}, expected [N, in_chans, H, W]")
-    n, c, h, w = images.shape
-    if layout is not None:
-        check.check_layout(layout, images, "images")
-        gh, gw = layout.grid
-        if n != layout.num_images:
-            raise ValueError(f"images holds {n} images, expected {layout.num_images}, the images of layout")
-        if h % gh or w % gw or h // gh != w // gw or (h // gh) % 4 or h < gh:
-            raise ValueError(
-                f"images are {h}x{w} pixels, expected the layout's grid {gh}x{gw} times one patch side that is a "
-                "multiple of 4"
-            )
-    elif h % 4 or w % 4:
-        raise ValueError(f"images are {h}x{w} pixels, expected multiples of 4")
-    if weight.dim() != 4:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, {c}, 4, 4]")
-    check.check_param(weight, "weight", (weight.shape[0], c, 4, 4), images)
-    if bias is not None:
-        check.check_param(bias, "bias", (weight.shape[0],), images)
-    backend = backends.select(images, "patch_embed")
-    dtype = product_dtype(images)
-    with no_autocast(images):
-        if backend == "reference":
-            return ref.patch_embed(images, weight, bias, layout, dtype)
-        if layout is None:
-            args = (None, None, h // 4, w // 4)
-        else:
-            args = (layout.patch_of_slot, layout.slot_of_patch, *layout.grid)
-        pixels = _PatchPixels.apply(images.contiguous(), *args, backend)
-        from .rows import linear
-
-        return linear(pixels, weight.reshape(weight.shape[0], -1), bias, dtype, backend)

@@ -17,6 +17,11 @@ except ImportError as error:
     _load_error = f"the C++ extension failed to load with PyTorch {torch.__version__}: {error}"
 
 
+def load_error() -> str | None:
+    """Why the extension is not loaded, or None."""
+    return _load_error
+
+
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """Reason these kernels cannot serve the device and dtype, or None."""
     if _load_error is not None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from ..reference.rows import statistics_dtype
 from .products import linear, linear_input_grad, linear_weight_grad
 
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]  # beside what is defined below
+
 _ops = torch.ops.convnextv2_kernels
 
 depthwise_conv_forward = _ops.depthwise_conv_forward.default

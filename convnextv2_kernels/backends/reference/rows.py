@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import PatchLayout
-from .spatial import depthwise_conv2d
+from .spatial import depthwise_conv2d, patch_pixels
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,6 +20,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     weight = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x W' + b`` with operands in ``dtype`` and the result in x's."""
+    bias = None if bias is None else bias.to(dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
 
 def image_sums(x: Tensor, layout: PatchLayout | None, scope: str) -> Tensor:
@@ -135,3 +141,25 @@ def convnextv2_block(
     return pointwise_mlp(
         y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, eps, dtype
     )
+
+
+def patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None, layout: PatchLayout | None, dtype: torch.dtype
+) -> Tensor:
+    """4x4 convolution of stride 4 as one matrix product over visible pixels only."""
+    return linear(patch_pixels(images, layout), weight.reshape(weight.shape[0], -1), bias, dtype)
+
+
+def downsample(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """LayerNorm, then the 2x2 convolution of stride 2, which never crosses a patch of even side."""
+    y = layer_norm(x, ln_weight, ln_bias, eps).to(dtype).permute(0, 3, 1, 2)
+    bias = None if bias is None else bias.to(dtype)
+    return F.conv2d(y, weight.to(dtype), bias, stride=2).permute(0, 2, 3, 1).to(x.dtype)

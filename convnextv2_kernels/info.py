@@ -1,0 +1,91 @@
+"""What this installation is, and which backend serves which op, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+from . import backends, ops, schedule
+from .backends import cpu
+from .version import __version__
+
+ENVIRONMENT = (
+    "CONVNEXTV2_KERNELS_BACKEND",
+    "CONVNEXTV2_KERNELS_CPU_ISA",
+    "CONVNEXTV2_KERNELS_CPU_GEMM",
+    "CONVNEXTV2_KERNELS_CHUNK_BYTES",
+    "CONVNEXTV2_KERNELS_SAVE",
+)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def serving_backends(device_type: str) -> dict[str, dict[str, str]]:
+    """``{op: {dtype name: backend}}`` for tensors of a device under the current choice.
+
+    A forced backend that cannot serve a dtype is shown as "error"."""
+    table: dict[str, dict[str, str]] = {}
+    for op in ops.__all__:
+        table[op] = {}
+        for dtype in _DTYPES:
+            name = str(dtype).removeprefix("torch.")
+            table[op][name] = _serving(device_type, dtype)
+    return table
+
+
+def _serving(device_type: str, dtype: torch.dtype) -> str:
+    if backends.forced() != "auto":
+        return "error" if backends.why_not(backends.forced(), device_type, dtype) else backends.forced()
+    for name in backends.PREFERENCE.get(device_type, ("reference",)):
+        if backends.why_not(name, device_type, dtype) is None:
+            return name
+    return "reference"
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _extension_lines() -> list[str]:
+    if cpu.extension is None:
+        return [f"extension          not loaded: {cpu.load_error()}"]
+    build = cpu.extension.build_info()
+    isa, width = cpu.extension.cpu_isa()
+    from .backends.cpu import products
+
+    return [
+        f"extension          version {build['version']}, {build['compiler']}, against PyTorch {build['torch']} "
+        f"(stable ABI {build['torch_target']}), sanitizer {build['sanitizer']}",
+        f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 matrix "
+        f"products by {products.vendor()}",
+    ]
+
+
+def info() -> str:
+    """A report for people: versions, compiled kernels, the backend table with reasons, and the environment."""
+    lines = [
+        f"convnextv2_kernels {__version__}",
+        f"python             {platform.python_version()} on {platform.system()} {platform.machine()}",
+        f"pytorch            {torch.__version__}, {torch.get_num_threads()} CPU threads, CUDA "
+        + (str(torch.version.cuda) if torch.cuda.is_available() else "not available"),
+        *_extension_lines(),
+        f"kept for backward  {', '.join(f'{d}: {schedule.save_policy(d)}' for d in _devices())}",
+        "",
+        f"backend            {backends.forced()}",
+    ]
+    for name in backends.NAMES[:-1]:
+        device = "cuda" if name in ("cuda", "triton") else "cpu"
+        reason = backends.why_not(name, device, torch.float32)
+        lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
+    for device in _devices():
+        table = serving_backends(device)
+        lines += ["", f"served on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in _DTYPES)]
+        lines += [f"  {op:<30}" + "".join(f"{b:<12}" for b in row.values()) for op, row in table.items()]
+        for name in backends.PREFERENCE.get(device, ()):
+            reasons = {backends.why_not(name, device, d) for d in _DTYPES} - {None}
+            lines += [f"  {name} does not serve everything because {reason}" for reason in sorted(reasons)]
+    lines.append("  convnextv2_block and pointwise_mlp with act='gelu_tanh' are served by reference")
+    lines += ["", "environment:"]
+    lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in ENVIRONMENT]
+    return "\n".join(lines)

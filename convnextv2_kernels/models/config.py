@@ -1,0 +1,39 @@
+"""The published sizes of ConvNeXt V2."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class ModelConfig(NamedTuple):
+    """Blocks and width of each of the four stages."""
+
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+
+
+# All sizes of the paper (Table 8 and section 5), and timm's "small", which the paper leaves out.
+CONFIGS: dict[str, ModelConfig] = {
+    "convnextv2_atto": ModelConfig((2, 2, 6, 2), (40, 80, 160, 320)),
+    "convnextv2_femto": ModelConfig((2, 2, 6, 2), (48, 96, 192, 384)),
+    "convnextv2_pico": ModelConfig((2, 2, 6, 2), (64, 128, 256, 512)),
+    "convnextv2_nano": ModelConfig((2, 2, 8, 2), (80, 160, 320, 640)),
+    "convnextv2_tiny": ModelConfig((3, 3, 9, 3), (96, 192, 384, 768)),
+    "convnextv2_small": ModelConfig((3, 3, 27, 3), (96, 192, 384, 768)),
+    "convnextv2_base": ModelConfig((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "convnextv2_large": ModelConfig((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "convnextv2_huge": ModelConfig((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+def get_config(name: str) -> ModelConfig:
+    """The configuration called ``convnextv2_<size>``.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    try:
+        return CONFIGS[name]
+    except KeyError:
+        names = ", ".join(CONFIGS)
+        raise ValueError(f"model name must be one of {names}; got {name!r}") from None

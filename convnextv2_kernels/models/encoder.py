@@ -1,0 +1,86 @@
+"""The four stages of ConvNeXt V2, on packed visible patches or on dense maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import PatchLayout
+from ..nn import ConvNeXtV2Block, Downsample, PatchEmbed
+from ..nn._checks import check_drop_path, check_positive, check_scope
+from ._checks import check_images, check_layout, check_stages
+
+
+class Backbone(nn.Module):
+    """Stem, three downsamplings and four stages of blocks, under the official names.
+
+    ``downsample_layers.0`` is the stem, ``downsample_layers.1`` to ``.3`` halve the resolution
+    before a stage; ``stages.i.j`` is block j of stage i. Drop path grows linearly over the blocks,
+    from 0 to ``drop_path_rate``.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        drop_path_rate: float = 0.0,
+        grn_scope: str = "image",
+    ):
+        super().__init__()
+        check_stages(depths, dims)
+        check_drop_path(drop_path_rate, "drop_path_rate")
+        check_scope(grn_scope, "grn_scope")
+        self.in_chans = check_positive("in_chans", in_chans)
+        self.depths = tuple(depths)
+        self.dims = tuple(dims)
+        self.downsample_layers = nn.ModuleList([PatchEmbed(in_chans, dims[0])])
+        self.downsample_layers.extend(Downsample(dims[i], dims[i + 1]) for i in range(3))
+        # On the CPU even where parameters are made on the meta device, which cannot be read back.
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                ConvNeXtV2Block(dim, drop_path=next(rates), scope=grn_scope) for _ in range(depth)
+            )
+            for depth, dim in zip(depths, dims, strict=True)
+        )
+
+    def run_stages(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """``images [N, in_chans, H, W]`` -> features of the last stage, of stride 32.
+
+        Packed ``[P, p/32, p/32, dims[3]]`` for patches of p pixels, or dense ``[N, H/32, W/32,
+        dims[3]]`` without a layout.
+
+        Raises:
+            TypeError, ValueError: images of another shape or dtype, sides that are not multiples of
+            32, or a
+                layout that is not of these images.
+        """
+        check_images(images, self.in_chans, 32)
+        if layout is not None:
+            check_layout(layout, images)
+        x = images
+        for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
+            x = downsample(x, layout)
+            for block in stage:
+                x = block(x, layout)
+        return x
+
+
+class SparseEncoder(Backbone):
+    """The FCMAE encoder: it computes visible patches only, and hidden pixels reach none of its
+    features.
+
+    Args:
+        in_chans: channels of the images.
+        depths, dims: blocks and width of each of the four stages.
+        drop_path_rate: drop path of the last block.
+        grn_scope: see :class:`convnextv2_kernels.nn.GlobalResponseNorm`.
+    """
+
+    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """``images [N, in_chans, H, W]`` -> packed ``[P, p/32, p/32, dims[3]]`` for patches of p
+        pixels (p any multiple of 32), or dense ``[N, H/32, W/32, dims[3]]`` without a layout."""
+        return self.run_stages(images, layout)

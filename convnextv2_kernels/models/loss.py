@@ -1,0 +1,44 @@
+"""The FCMAE reconstruction loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.amp import product_dtype
+
+
+class _MeanSquaredError(torch.autograd.Function):
+    """Autograd would save the difference and keep the target alive besides; only the difference is
+    needed."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
+        difference = pred - target
+        ctx.save_for_backward(difference.to(product_dtype(pred)))
+        ctx.dtype = pred.dtype
+        # At least 1: the mean over no patches at all is defined as 0.
+        ctx.count = max(pred.numel(), 1)
+        return difference.square().sum(dim=-1).sum() / ctx.count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # once_differentiable stays silent where grad is a constant, as it is for a loss.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the FCMAE loss can be differentiated once only, got create_graph=True"
+            )
+        (difference,) = ctx.saved_tensors
+        return difference.to(ctx.dtype) * (grad * (2.0 / ctx.count)).to(ctx.dtype), None
+
+
+def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of hidden patches ``pred``, ``target [P, D]``; 0 if there are none.
+
+    All patches weigh the same, whichever image they are of. The target is a constant. Computed in
+    the wider of the two dtypes. One ``[P, D]`` tensor is saved for the backward pass, in the dtype
+    of matrix products, which are all that its gradient goes into.
+    """
+    return _MeanSquaredError.apply(pred, target)

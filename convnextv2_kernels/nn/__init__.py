@@ -1,0 +1,19 @@
+"""Modules: they hold parameters under the official names and call :mod:`convnextv2_kernels.ops`.
+
+Every forward takes ``(x, layout=None)``: packed visible patches with a layout, a dense map without
+one.
+"""
+
+from .block import ConvNeXtV2Block
+from .layers import GlobalResponseNorm, LayerNorm, PointwiseMLP, SubmanifoldDepthwiseConv2d
+from .resampling import Downsample, PatchEmbed
+
+__all__ = [
+    "ConvNeXtV2Block",
+    "Downsample",
+    "GlobalResponseNorm",
+    "LayerNorm",
+    "PatchEmbed",
+    "PointwiseMLP",
+    "SubmanifoldDepthwiseConv2d",
+]

@@ -1,0 +1,54 @@
+"""The layers that change resolution. Neither of them ever looks across the border of a patch."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..layout import PatchLayout
+from ._checks import check_positive
+from .init import init_linear_map
+from .layers import LayerNorm
+
+
+class PatchEmbed(nn.Sequential):
+    """Stem: 4x4 convolution of stride 4 (``.0``), then LayerNorm (``.1``), on the visible patches.
+
+    ``0.weight [C, in_chans, 4, 4]``, ``0.bias``, ``1.weight``, ``1.bias [C]``; ``.0`` only holds
+    parameters.
+
+    Args:
+        in_chans: channels of the images. dim: C.
+    """
+
+    def __init__(self, in_chans: int, dim: int):
+        check_positive("in_chans", in_chans)
+        check_positive("dim", dim)
+        super().__init__(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), LayerNorm(dim))
+        init_linear_map(self[0])
+
+    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """``images [N, in_chans, H, W]`` -> packed ``[P, s, s, C]`` with s = patch side / 4; dense
+        ``[N, H/4, W/4, C]`` without a layout."""
+        conv, norm = self
+        return norm(ops.patch_embed(images, conv.weight, conv.bias, layout))
+
+
+class Downsample(nn.Sequential):
+    """LayerNorm (``.0``), then a 2x2 convolution of stride 2 (``.1``).
+
+    ``0.weight``, ``0.bias [dim_in]``, ``1.weight [dim_out, dim_in, 2, 2]``, ``1.bias [dim_out]``;
+    both children only hold parameters.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int):
+        check_positive("dim_in", dim_in)
+        check_positive("dim_out", dim_out)
+        super().__init__(LayerNorm(dim_in), nn.Conv2d(dim_in, dim_out, kernel_size=2, stride=2))
+        init_linear_map(self[1])
+
+    def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """Packed ``[P, s, s, dim_in]`` -> ``[P, s/2, s/2, dim_out]``, or dense ``[N, H, W,
+        dim_in]`` -> ``[N, H/2, W/2, dim_out]``, of even sides; the two are computed alike."""
+        norm, conv = self
+        return ops.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)

@@ -1,0 +1,112 @@
+"""The dense classifier: sizes, names, values, drop path, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from masked_dense import Encoder
+
+from convnextv2_kernels.models import CONFIGS, ConvNeXtV2, create_fcmae, create_model
+
+# Official parameter counts of classifier (1000 classes) and encoder, and state_dict entries.
+OFFICIAL = {
+    "atto": (3_708_400, 3_386_760, 140),
+    "femto": (5_233_240, 4_847_472, 140),
+    "pico": (9_066_280, 8_552_256, 140),
+    "nano": (15_623_800, 14_981_520, 160),
+    "tiny": (28_635_496, 27_864_960, 200),
+    "base": (88_717_800, 87_690_752, 380),
+    "large": (197_956_840, 196_416_768, 380),
+    "huge": (660_289_640, 657_467_008, 380),
+}
+
+
+@pytest.mark.parametrize("size", OFFICIAL)
+def test_sizes_are_the_official_ones(size):
+    with torch.device("meta"):
+        model = create_model(f"convnextv2_{size}")
+        encoder = create_fcmae(f"convnextv2_{size}").encoder
+    total, in_encoder, entries = OFFICIAL[size]
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(p.numel() for p in encoder.parameters()) == in_encoder
+    assert len(model.state_dict()) == entries
+
+
+def test_configs_are_the_official_sizes_and_small():
+    assert set(CONFIGS) == {f"convnextv2_{size}" for size in (*OFFICIAL, "small")}
+
+
+def test_names_and_shapes():
+    state = ConvNeXtV2(2, 10, (1, 1, 1, 2), (4, 8, 12, 16)).state_dict()
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    assert shapes["downsample_layers.0.0.weight"] == (4, 2, 4, 4)
+    assert shapes["downsample_layers.0.1.bias"] == (4,)
+    assert shapes["downsample_layers.3.0.weight"] == (12,)
+    assert shapes["downsample_layers.3.1.weight"] == (16, 12, 2, 2)
+    assert shapes["stages.3.1.dwconv.weight"] == (16, 1, 7, 7)
+    assert shapes["stages.3.1.grn.gamma"] == (1, 1, 1, 64)
+    assert shapes["stages.3.1.pwconv2.weight"] == (16, 64)
+    assert shapes["norm.weight"] == (16,) and shapes["head.weight"] == (10, 16)
+
+
+def test_equals_plain_layers():
+    torch.manual_seed(0)
+    depths, dims = (1, 1, 2, 1), (4, 8, 12, 16)
+    model = ConvNeXtV2(3, 10, depths, dims).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+    plain = Encoder(3, depths, dims).double()
+    state = {k: v for k, v in model.state_dict().items() if k.startswith(("downsample", "stages"))}
+    plain.load_state_dict(state)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    features = plain(images, torch.zeros(2, 2, 3, dtype=torch.bool)).mean((2, 3))
+    features = F.layer_norm(features, (16,), model.norm.weight, model.norm.bias, 1e-6)
+    torch.testing.assert_close(model.forward_features(images), features, rtol=1e-10, atol=1e-10)
+    logits = F.linear(features, model.head.weight, model.head.bias)
+    torch.testing.assert_close(model(images), logits, rtol=1e-10, atol=1e-10)
+
+
+def test_drop_path_grows_linearly():
+    model = ConvNeXtV2(3, 10, (1, 1, 2, 1), (4, 4, 4, 4), drop_path_rate=0.4)
+    rates = [block.drop_path for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    images = torch.randn(2, 3, 32, 32)
+    model.eval()
+    assert torch.equal(model(images), model(images))
+
+
+def test_head_init_scale():
+    torch.manual_seed(0)
+    full = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8))
+    torch.manual_seed(0)
+    scaled = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8), head_init_scale=0.001)
+    torch.testing.assert_close(scaled.head.weight, full.head.weight * 0.001)
+    assert torch.equal(scaled.stages[3][0].pwconv1.weight, full.stages[3][0].pwconv1.weight)
+
+
+def test_channels_last_images_give_the_same():
+    model = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8))
+    images = torch.randn(2, 3, 32, 64)
+    assert torch.equal(model(images), model(images.to(memory_format=torch.channels_last)))
+
+
+def test_arguments_are_passed_on():
+    model = create_model("convnextv2_atto", num_classes=7, in_chans=1, drop_path_rate=0.1)
+    assert model.head.weight.shape == (7, 320)
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
+    assert model.stages[3][1].drop_path == pytest.approx(0.1)
+
+
+def test_errors():
+    for create in (create_model, create_fcmae):
+        with pytest.raises(ValueError, match="convnextv2_atto, .*convnextv2_huge; got 'resnet50'"):
+            create("resnet50")
+    with pytest.raises(ValueError, match="num_classes"):
+        ConvNeXtV2(num_classes=0)
+    with pytest.raises(ValueError, match="drop_path_rate"):
+        ConvNeXtV2(drop_path_rate=1.0)
+    model = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8))
+    with pytest.raises(ValueError, match="multiples of 32, got 48x64"):
+        model(torch.randn(1, 3, 48, 64))
+    with pytest.raises(ValueError, match=r"images must have shape \[N, 3, H, W\]"):
+        model(torch.randn(3, 64, 64))

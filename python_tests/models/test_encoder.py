@@ -1,0 +1,57 @@
+"""The sparse encoder outside FCMAE: layouts, dense maps, compilation, errors."""
+
+import pytest
+import torch
+
+import convnextv2_kernels as ck
+from convnextv2_kernels.models import SparseEncoder
+
+DIMS = (4, 8, 8, 16)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    encoder = SparseEncoder(3, (1, 1, 1, 1), DIMS)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return encoder
+
+
+def test_everything_visible_equals_the_dense_map(encoder):
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    encoder.double()
+    for patch in (32, 64):
+        images = images[:, :, :, : 96 // patch * patch]
+        grid = (64 // patch, images.shape[3] // patch)
+        layout = ck.PatchLayout.from_mask(torch.zeros(2, *grid, dtype=torch.bool))
+        packed = encoder(images, layout)
+        assert packed.shape == (layout.num_patches, patch // 32, patch // 32, DIMS[-1])
+        dense = encoder(images)
+        torch.testing.assert_close(
+            ck.ops.scatter_patches(packed, layout), dense, rtol=1e-10, atol=1e-10
+        )
+
+
+def test_compiles_in_one_graph(encoder):
+    images = torch.randn(2, 3, 64, 64)
+    layout = ck.PatchLayout.from_kept(torch.tensor([[0, 3], [1, 2]]), (2, 2))
+    compiled = torch.compile(encoder, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images, layout), encoder(images, layout))
+    torch.testing.assert_close(compiled(images), encoder(images))
+
+
+def test_wrong_layouts_are_refused(encoder):
+    images = torch.randn(2, 3, 64, 96)
+
+    def layout(n, *grid):
+        return ck.PatchLayout.from_mask(torch.zeros(n, *grid, dtype=torch.bool))
+
+    with pytest.raises(ValueError, match="layout is of 3 images, but images holds 2"):
+        encoder(images, layout(3, 2, 3))
+    for grid in ((3, 2), (2, 2), (4, 6), (1, 3)):
+        with pytest.raises(ValueError, match=f"layout has a grid of {grid[0]}x{grid[1]} patches"):
+            encoder(images, layout(2, *grid))
+    with pytest.raises(TypeError, match="layout must be a PatchLayout, got Tensor"):
+        encoder(images, torch.zeros(2, 2, 3, dtype=torch.bool))
