@@ -155,51 +155,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Downsample(torch.autograd.Function):
-    """LayerNorm and 2x2/2 convolution; keeps only the normalised rows, already in the order of the product."""
+    """LayerNorm and 2x2/2 convolution as one product; keeps only x and normalises it again in backward."""
 
     @staticmethod
     def forward(ctx, x, ln_weight, ln_bias, weight, bias, eps, dtype, backend):
         k = backends.primitives(backend)
-        out_c, c = weight.shape[0], weight.shape[1]
-        z, rstd = k.space_to_depth_normalize(x, eps)
-        rows = z.view(-1, 4 * c).to(dtype)
-        folded, shift = _fold_norm_into_conv(weight, bias, ln_weight, ln_bias)
-        y = library.product(rows, folded.to(dtype), shift.to(dtype), backend).to(x.dtype)
-        ctx.save_for_backward(rows, rstd, ln_weight, ln_bias, weight)
-        ctx.backend, ctx.shape, ctx.dtype = backend, z.shape, x.dtype
+        y, _ = k.space_to_depth_normalize(x, *stat_params(ln_weight, ln_bias, like=x), eps)
+        b = None if bias is None else bias.to(dtype)
+        rows = y.view(-1, y.shape[-1]).to(dtype)
+        out = library.product(rows, _pixel_major(weight).to(dtype), b, backend)
+        ctx.save_for_backward(x, ln_weight, ln_bias, weight)
+        ctx.backend, ctx.eps, ctx.dtype = backend, eps, dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*z.shape[:3], out_c)
+        return out.to(x.dtype).view(*y.shape[:3], weight.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, rstd, ln_weight, ln_bias, weight = ctx.saved_tensors
+        x, ln_weight, ln_bias, weight = ctx.saved_tensors
         k = backends.primitives(ctx.backend)
         out_c, c = weight.shape[0], weight.shape[1]
+        gain, shift = stat_params(ln_weight, ln_bias, like=x)
+        z, rstd = k.space_to_depth_normalize(x, None, None, ctx.eps)
+        y = torch.addcmul(shift.to(x.dtype), z.view(-1, 4, c), gain.to(x.dtype)).view(-1, 4 * c)
         g = grad.reshape(-1, out_c).contiguous()
-        db = k.column_sum(g)
-        g = g.to(rows.dtype)
-        folded, _ = _fold_norm_into_conv(weight, None, ln_weight, ln_bias)
-        dz = library.product_input_grad(g, folded.to(rows.dtype), ctx.backend).to(ctx.dtype).view(ctx.shape)
-        dx = k.space_to_depth_normalize_backward(dz, rows.to(ctx.dtype).view(ctx.shape), rstd)
-        # unfold: folded[o, pixel, c] = weight[o, c, pixel] * ln_weight[c], shift[o] = sum weight * ln_bias + bias
-        dfolded = library.product_weight_grad(g, rows, ctx.backend).view(out_c, 4, c)
-        w = weight.reshape(out_c, c, 4).transpose(1, 2).to(dfolded.dtype)
-        gain, shift = ln_weight.to(dfolded.dtype), ln_bias.to(dfolded.dtype)
-        dgain = (dfolded * w).sum((0, 1)).to(ln_weight.dtype)
-        dshift = (db.to(w.dtype) @ w.sum(1)).to(ln_bias.dtype)
-        dw = dfolded * gain + db.to(w.dtype)[:, None, None] * shift
-        dw = dw.transpose(1, 2).reshape(weight.shape).to(weight.dtype)
-        db = None if ctx.bias_dtype is None else db.to(ctx.bias_dtype)
-        return dx, dgain, dshift, dw, db, None, None, None
+        db = None if ctx.bias_dtype is None else k.column_sum(g).to(ctx.bias_dtype)
+        g = g.to(ctx.dtype)
+        dy = library.product_input_grad(g, _pixel_major(weight).to(ctx.dtype), ctx.backend)
+        dx, dgain, dshift = k.space_to_depth_normalize_backward(dy.to(x.dtype).view(z.shape), z, rstd, gain)
+        dw = library.product_weight_grad(g, y.to(ctx.dtype), ctx.backend)
+        dw = dw.view(out_c, 4, c).transpose(1, 2).reshape(weight.shape).to(weight.dtype)
+        return dx, dgain.to(ln_weight.dtype), dshift.to(ln_bias.dtype), dw, db, None, None, None
 
 
-def _fold_norm_into_conv(weight, bias, ln_weight, ln_bias):
-    """2x2 kernel ``[O, C, 2, 2]`` -> matrix ``[O, 4*C]`` over (pixel, channel) that includes LN's affine part."""
+def _pixel_major(weight: Tensor) -> Tensor:
+    """2x2 kernel ``[O, C, 2, 2]`` -> matrix ``[O, 4*C]`` over (pixel, channel), the order of the normalised rows."""
     out_c, c = weight.shape[0], weight.shape[1]
-    w = weight.reshape(out_c, c, 4).transpose(1, 2)
-    shift = w.sum(1) @ ln_bias
-    return (w * ln_weight).reshape(out_c, 4 * c), shift if bias is None else shift + bias
+    return weight.reshape(out_c, c, 4).transpose(1, 2).reshape(out_c, 4 * c)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:

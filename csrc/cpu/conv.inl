@@ -65,9 +65,8 @@ CNX_INLINE void convolve_block(const ConvForward& p, int64_t map, int64_t y, int
       for (int o = 0; o < size; ++o) sums[o] = start;
       for (int ky = 0; ky < kTap; ++ky)
         each_pair_of_runs<T, size>(input_runs(g, in<T>(p.x) + c, map, y + ky - kRadius, x0, size), g.channels, lanes,
-                                   [&](Vec<T> v, int o, int tap) __attribute__((always_inline)) {
-                                     sums[o] += v * w[ky * kTap + tap];
-                                   });
+                                   [&](Vec<T> v, int o, int tap)
+                                       __attribute__((always_inline)) { sums[o] += v * w[ky * kTap + tap]; });
       if (line) {
         for (int o = 0; o < size; ++o) lanes.store(line + (x0 + o) * g.channels + c, sums[o]);
         return;
@@ -161,9 +160,8 @@ CNX_INLINE void weight_grad_block(const ConvWeightGrad& p, int64_t first_line, i
             Vec<T> d[size];
             for (int o = 0; o < size; ++o) d[o] = lanes.load(grad + o * g.channels);
             each_pair_of_runs<T, size>(runs, g.channels, lanes,
-                                       [&](Vec<T> v, int o, int tap) __attribute__((always_inline)) {
-                                         sums[tap] += v * d[o];
-                                       });
+                                       [&](Vec<T> v, int o, int tap)
+                                           __attribute__((always_inline)) { sums[tap] += v * d[o]; });
             if (ky == kRadius)
               for (int o = 0; o < size; ++o) db += d[o];
           }
@@ -253,7 +251,9 @@ void conv_weight_grad_of(const ConvWeightGrad& p, const Threads& t) {
   serves_rows(p.geometry) ? conv_weight_grad_rows<T>(p, t) : conv_weight_grad_taps<T>(p, t);
 }
 
-inline void conv_forward(const ConvForward& p, const Threads& t) { CNX_DISPATCH(p.dtype, conv_forward_of, p, t) }
+inline void conv_forward(const ConvForward& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, conv_forward_of, p, t)
+}
 inline void conv_weight_grad(const ConvWeightGrad& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, conv_weight_grad_of, p, t)
 }

@@ -96,14 +96,22 @@ struct Constant {
 template <class F>
 CNX_INLINE void with_tile(int size, const F& f) {
   switch (size) {
-    case 1: return f(Constant<1>{});
-    case 2: return f(Constant<2>{});
-    case 3: return f(Constant<3>{});
-    case 4: return f(Constant<4>{});
-    case 5: return f(Constant<5>{});
-    case 6: return f(Constant<6>{});
-    case 7: return f(Constant<7>{});
-    default: return f(Constant<8>{});
+    case 1:
+      return f(Constant<1>{});
+    case 2:
+      return f(Constant<2>{});
+    case 3:
+      return f(Constant<3>{});
+    case 4:
+      return f(Constant<4>{});
+    case 5:
+      return f(Constant<5>{});
+    case 6:
+      return f(Constant<6>{});
+    case 7:
+      return f(Constant<7>{});
+    default:
+      return f(Constant<8>{});
   }
 }
 

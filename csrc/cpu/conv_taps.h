@@ -15,7 +15,9 @@ struct TapList {
   int64_t row[kMaxTaps];  // pixel row of x that the tap reads
 };
 
-CNX_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+CNX_INLINE int64_t floor_div(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
 
 // Visible taps of pixel (y, x) of a map.
 inline void list_taps(const ConvGeometry& g, int64_t map, int64_t y, int64_t x, TapList& list) {

@@ -68,11 +68,25 @@ void patch_pixels(const PatchPixels& p, const Threads& threads) {
           for (int64_t c = 0; c < p.channels; ++c)
             for (int64_t dy = 0; dy < stride; ++dy) {
               const int64_t line = (row * p.side + y) * stride + dy;
-              const int64_t pixel = ((image * p.channels + c) * p.height + line) * p.width + (col * p.side + x) * stride;
+              const int64_t pixel =
+                  ((image * p.channels + c) * p.height + line) * p.width + (col * p.side + x) * stride;
               std::memcpy(target + (c * stride + dy) * run,
                           static_cast<const char*>(p.images) + pixel * p.element_bytes, run);
             }
     }
+  });
+}
+
+void transpose_f32(const float* x, int64_t rows, int64_t cols, float* out, const Threads& threads) {
+  constexpr int64_t tile = 16;
+  parallel_for(threads, (cols + tile - 1) / tile, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t r0 = 0; r0 < rows; r0 += tile)
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t c0 = block * tile, c1 = c0 + tile < cols ? c0 + tile : cols;
+        const int64_t r1 = r0 + tile < rows ? r0 + tile : rows;
+        for (int64_t c = c0; c < c1; ++c)
+          for (int64_t r = r0; r < r1; ++r) out[c * rows + r] = x[r * cols + c];
+      }
   });
 }
 

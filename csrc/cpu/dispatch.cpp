@@ -1,6 +1,7 @@
 // Picks the widest instruction set of the processor once.
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -18,17 +19,27 @@ extern const KernelTable table;
 }
 #endif
 
-static const KernelTable& choose() {
-  const char* wish = std::getenv("CONVNEXTV2_KERNELS_CPU_ISA");
-  const auto allowed = [wish](const char* name) { return !wish || !*wish || !std::strcmp(wish, name); };
+const KernelTable* find_kernels(const char* isa) {
+  if (!std::strcmp(isa, "baseline")) return &baseline::table;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (!std::strcmp(isa, "avx2")) return has_avx2 ? &avx2::table : nullptr;
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && allowed("avx512")) return avx512::table;
-  if (has_avx2 && (allowed("avx2") || allowed("avx512"))) return avx2::table;
+  if (!std::strcmp(isa, "avx512")) return has_avx512 ? &avx512::table : nullptr;
 #endif
+  return nullptr;
+}
+
+static const KernelTable& choose() {
+  const char* wish = std::getenv("CONVNEXTV2_KERNELS_CPU_ISA");
+  bool allowed = !wish || !*wish;
+  for (const char* isa : {"avx512", "avx2", "baseline"}) {
+    allowed = allowed || !std::strcmp(wish, isa);
+    const KernelTable* table = find_kernels(isa);
+    if (allowed && table) return *table;
+  }
   return baseline::table;
 }
 

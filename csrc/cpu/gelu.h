@@ -11,10 +11,11 @@
 namespace cnx {
 namespace CNX_ISA {
 
-// exp(x) for x <= 0; below -87 the result stays at exp(-87), never a denormal. Cody-Waite reduction by ln 2 and the
-// degree-5 polynomial of Cephes' expf (S. Moshier).
+// exp(x) for x <= 0, exactly 0 below -80, so that products with it never become denormal. Cody-Waite reduction by ln 2
+// and the degree-5 polynomial of Cephes' expf (S. Moshier).
 CNX_INLINE vf exp_nonpositive(vf x) {
-  x = x < -87.0f ? vf{} - 87.0f : x;
+  const vi underflow = x < -80.0f;
+  x = underflow ? vf{} : x;
   const vf magic = vf{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vf shifted = x * 1.44269504089f + magic;
   const vf n = shifted - magic;
@@ -28,7 +29,7 @@ CNX_INLINE vf exp_nonpositive(vf x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
-  return p * (vf)exponent;
+  return underflow ? vf{} : p * (vf)exponent;
 }
 
 struct NormalParts {
@@ -52,7 +53,9 @@ CNX_INLINE NormalParts normal_parts(vf a) {
   return {a < 0.0f ? tail : 1.0f - tail, e * 0.398942280401f};
 }
 
-CNX_INLINE vf gelu(vf a) { return a * normal_parts(a).cdf; }
+CNX_INLINE vf gelu(vf a) {
+  return a * normal_parts(a).cdf;
+}
 
 CNX_INLINE void gelu_with_derivative(vf a, vf& value, vf& derivative) {
   const NormalParts n = normal_parts(a);

@@ -48,7 +48,7 @@ struct ConvForward {
   const void* residual;  // T like y or null, added to the result
   bool flip;             // correlate with the weights turned by 180 degrees: the gradient with respect to x
   void* y;
-  bool normalize;  // y becomes LN(conv) over the channels of each pixel
+  bool normalize;         // y becomes LN(conv) over the channels of each pixel
   const void* ln_weight;  // A [C], or null: (conv - mean) * rstd without an affine part
   const void* ln_bias;    // A [C] or null
   double eps;
@@ -85,19 +85,23 @@ struct LayerNormBackward {
   const void* rstd;    // A [rows]
   const void* weight;  // A [C] or null
   void* dx;
-  void* dweight;  // A [C] or null
-  void* dbias;    // A [C] or null
+  void* dweight;  // A [C]
+  void* dbias;    // A [C]
 };
 
-// x[maps, 2h, 2w, C] -> z[maps, h, w, 2, 2, C] with every pixel normalised over its channels, and back.
+// x[maps, 2h, 2w, C] -> y[maps, h, w, 2, 2, C], LayerNorm of every pixel, and back.
 struct SpaceToDepthNorm {
   DType dtype;
   int64_t maps, height, width, channels;  // height and width of x
-  const void* x;                          // forward: x; backward: gradient of z
+  const void* x;                          // forward: x; backward: gradient of y
+  const void* weight;                     // A [C], or null: normalised without an affine part
+  const void* bias;                       // A [C] or null
   double eps;
-  const void* z_in;  // backward: z
-  void* out;         // forward: z; backward: gradient of x
-  void* rstd;        // A [maps, 2h, 2w]
+  const void* z;  // backward: the normalised pixels, laid out as y
+  void* out;      // forward: y; backward: gradient of x
+  void* rstd;     // A [maps, 2h, 2w], written by forward, read by backward
+  void* dweight;  // backward: A [C]
+  void* dbias;    // backward: A [C]
 };
 
 struct GrnForward {
@@ -166,10 +170,11 @@ struct KernelTable {
   void (*space_to_depth_norm_backward)(const SpaceToDepthNorm&, const Threads&);
   void (*grn_forward)(const GrnForward&, const Threads&);
   void (*grn_backward)(const GrnBackward&, const Threads&);
-  void (*gelu_square_sum)(const MlpRows&, const Threads&);         // a -> gelu(a); sums [count, H] of its square
-  void (*scale_rows)(const MlpRows&, const Threads&);              // a = a * scale + beta
-  void (*mlp_backward_reduce)(const MlpRows&, const Threads&);     // sums [count, H] of ds * gelu(a)
-  void (*mlp_backward_pointwise)(const MlpRows&, const Threads&);  // a -> gelu(a)*scale + beta, ds -> da; sums [H] of da
+  void (*gelu_square_sum)(const MlpRows&, const Threads&);      // a -> gelu(a); sums [count, H] of its square
+  void (*scale_rows)(const MlpRows&, const Threads&);           // a = a * scale + beta
+  void (*mlp_backward_reduce)(const MlpRows&, const Threads&);  // sums [count, H] of ds * gelu(a)
+  void (*mlp_backward_pointwise)(const MlpRows&,
+                                 const Threads&);  // a -> gelu(a)*scale + beta, ds -> da; sums [H] of da
   void (*grn_scale)(const GrnStatistics&);
   void (*grn_gradient)(const GrnStatistics&);
   void (*column_sum)(const MlpRows&, const Threads&);  // sums [H] of a
@@ -177,6 +182,9 @@ struct KernelTable {
 
 // The table of the widest instruction set this processor has; CONVNEXTV2_KERNELS_CPU_ISA lowers the choice.
 const KernelTable& kernels();
+
+// The table of "avx512", "avx2" or "baseline", or null where this processor cannot run it.
+const KernelTable* find_kernels(const char* isa);
 
 // Copies between dense maps and packed patches; plain memory moves, the same for every instruction set.
 // Dense map [N, Gh*s, Gw*s] of pixels of `pixel_bytes`; patch_of_slot and slot_of_patch as in PatchLayout.
@@ -200,5 +208,8 @@ struct PatchPixels {
   void* rows;
 };
 void patch_pixels(const PatchPixels&, const Threads&);
+
+// out[cols, rows] = x[rows, cols]' of float32, in tiles that stay in cache.
+void transpose_f32(const float* x, int64_t rows, int64_t cols, float* out, const Threads&);
 
 }  // namespace cnx

@@ -237,10 +237,10 @@ void grn_backward_as(const GrnBackward& p, const Threads& threads) {
       const A g = in<A>(p.norm)[n * channels + c];
       square.get()[n * channels + c] = g * g;
     }
-  grn_scale_as<A>({p.dtype, count, channels, square.get(), nullptr, p.gamma, p.eps, norm.get(), scale.get(), nullptr,
-                   nullptr});
-  grn_gradient_as<A>({p.dtype, count, channels, t.get(), p.norm, p.gamma, p.eps, nullptr, nullptr, kappa.get(),
-                      p.dgamma});
+  grn_scale_as<A>(
+      {p.dtype, count, channels, square.get(), nullptr, p.gamma, p.eps, norm.get(), scale.get(), nullptr, nullptr});
+  grn_gradient_as<A>(
+      {p.dtype, count, channels, t.get(), p.norm, p.gamma, p.eps, nullptr, nullptr, kappa.get(), p.dgamma});
   parallel_for(threads, blocks.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const A* factor = scale.get() + blocks[b].segment * channels;
@@ -264,17 +264,27 @@ void grn_backward_of(const GrnBackward& p, const Threads& t) {
   p.gelu ? grn_backward_as<T, true>(p, t) : grn_backward_as<T, false>(p, t);
 }
 
-inline void gelu_square_sum(const MlpRows& p, const Threads& t) { CNX_DISPATCH(p.dtype, gelu_square_sum_as, p, t) }
-inline void scale_rows(const MlpRows& p, const Threads& t) { CNX_DISPATCH(p.dtype, scale_rows_as, p, t) }
-inline void column_sum(const MlpRows& p, const Threads& t) { CNX_DISPATCH(p.dtype, column_sum_as, p, t) }
+inline void gelu_square_sum(const MlpRows& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, gelu_square_sum_as, p, t)
+}
+inline void scale_rows(const MlpRows& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, scale_rows_as, p, t)
+}
+inline void column_sum(const MlpRows& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, column_sum_as, p, t)
+}
 inline void mlp_backward_reduce(const MlpRows& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, mlp_backward_reduce_as, p, t)
 }
 inline void mlp_backward_pointwise(const MlpRows& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, mlp_backward_pointwise_as, p, t)
 }
-inline void grn_forward(const GrnForward& p, const Threads& t) { CNX_DISPATCH(p.dtype, grn_forward_of, p, t) }
-inline void grn_backward(const GrnBackward& p, const Threads& t) { CNX_DISPATCH(p.dtype, grn_backward_of, p, t) }
+inline void grn_forward(const GrnForward& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, grn_forward_of, p, t)
+}
+inline void grn_backward(const GrnBackward& p, const Threads& t) {
+  CNX_DISPATCH(p.dtype, grn_backward_of, p, t)
+}
 
 }  // namespace CNX_ISA
 }  // namespace cnx

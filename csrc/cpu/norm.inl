@@ -75,22 +75,15 @@ CNX_INLINE void layer_norm_backward_row(const T* grad, const T* x, Acc<T> mean, 
   });
 }
 
+// dweight = sum over rows of grad * z, dbias = sum of grad.
 template <class T>
-void layer_norm_backward_as(const LayerNormBackward& p, const Threads& threads) {
+void layer_norm_parameter_sums(const LayerNormBackward& p, const Threads& threads) {
   using A = Acc<T>;
   const int64_t channels = p.channels, blocks = ceil_div(p.rows, kRowBlock);
-  const bool params = p.dweight || p.dbias;
-  Scratch<A> partial(params ? blocks * 2 * channels : 1);
+  Scratch<A> partial(blocks * 2 * channels);
   parallel_for(threads, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t r0 = b * kRowBlock, r1 = smaller(r0 + kRowBlock, p.rows);
-      for (int64_t r = r0; r < r1; ++r) {
-        const A rstd = in<A>(p.rstd)[r];
-        const A mean = p.mean ? in<A>(p.mean)[r] : A(0);
-        layer_norm_backward_row(in<T>(p.grad) + r * channels, in<T>(p.x) + r * channels, mean, p.mean ? rstd : A(1),
-                                rstd, in<A>(p.weight), channels, out<T>(p.dx) + r * channels);
-      }
-      if (!params) continue;
       A* dweight = partial.get() + b * 2 * channels;
       A* dbias = dweight + channels;
       each_vector<T>(0, channels, [&](auto lanes, int64_t c) {
@@ -107,13 +100,27 @@ void layer_norm_backward_as(const LayerNormBackward& p, const Threads& threads) 
       });
     }
   });
-  if (!params) return;
   Scratch<A> sums(2 * channels);
   sum_blocks(blocks, partial.get(), 2 * channels, sums.get());
   for (int64_t c = 0; c < channels; ++c) {
-    if (p.dweight) out<A>(p.dweight)[c] = sums.get()[c];
-    if (p.dbias) out<A>(p.dbias)[c] = sums.get()[channels + c];
+    out<A>(p.dweight)[c] = sums.get()[c];
+    out<A>(p.dbias)[c] = sums.get()[channels + c];
   }
+}
+
+template <class T>
+void layer_norm_backward_as(const LayerNormBackward& p, const Threads& threads) {
+  using A = Acc<T>;
+  const int64_t channels = p.channels;
+  parallel_for(threads, p.rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const A rstd = in<A>(p.rstd)[r];
+      const A mean = p.mean ? in<A>(p.mean)[r] : A(0);
+      layer_norm_backward_row(in<T>(p.grad) + r * channels, in<T>(p.x) + r * channels, mean, p.mean ? rstd : A(1), rstd,
+                              in<A>(p.weight), channels, out<T>(p.dx) + r * channels);
+    }
+  });
+  layer_norm_parameter_sums<T>(p, threads);
 }
 
 // Row of z, [maps, h/2, w/2, 2, 2], that holds pixel (y, x) of a map.
@@ -132,26 +139,31 @@ void space_to_depth_norm_forward_as(const SpaceToDepthNorm& p, const Threads& th
         const int64_t target = blocked_row(line / p.height, line % p.height, col, p.height, p.width);
         A mean, rstd;
         row_statistics(x, p.channels, p.eps, mean, rstd);
-        normalize_row<T>(x, p.channels, mean, rstd, nullptr, nullptr, out<T>(p.out) + target * p.channels);
+        normalize_row<T>(x, p.channels, mean, rstd, in<A>(p.weight), in<A>(p.bias),
+                         out<T>(p.out) + target * p.channels);
         out<A>(p.rstd)[r] = rstd;
       }
     }
   });
 }
 
+// The parameters' gradients do not care for the order of pixels: they are sums over the rows as they lie.
 template <class T>
 void space_to_depth_norm_backward_as(const SpaceToDepthNorm& p, const Threads& threads) {
   using A = Acc<T>;
+  const int64_t rows = p.maps * p.height * p.width;
   parallel_for(threads, p.maps * p.height, 8, [&](int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       for (int64_t col = 0; col < p.width; ++col) {
         const int64_t r = line * p.width + col;
         const int64_t source = blocked_row(line / p.height, line % p.height, col, p.height, p.width) * p.channels;
-        layer_norm_backward_row<T>(in<T>(p.x) + source, in<T>(p.z_in) + source, A(0), A(1), in<A>(p.rstd)[r], nullptr,
-                                   p.channels, out<T>(p.out) + r * p.channels);
+        layer_norm_backward_row<T>(in<T>(p.x) + source, in<T>(p.z) + source, A(0), A(1), in<A>(p.rstd)[r],
+                                   in<A>(p.weight), p.channels, out<T>(p.out) + r * p.channels);
       }
     }
   });
+  layer_norm_parameter_sums<T>(
+      {p.dtype, rows, p.channels, p.x, p.z, nullptr, p.rstd, nullptr, nullptr, p.dweight, p.dbias}, threads);
 }
 
 inline void layer_norm_forward(const LayerNormForward& p, const Threads& t) {

@@ -14,8 +14,7 @@ template <class F>
 void parallel_for(const Threads& threads, int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
   threads.run(
-      0, count, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      0, count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&f)));
 }
 
@@ -37,9 +36,15 @@ class Scratch {
   A* data_;
 };
 
-CNX_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-CNX_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-CNX_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+CNX_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+CNX_INLINE int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+CNX_INLINE int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
 
 // Rows of a segment are cut into blocks of this many, the unit of partial column sums: fixed, so that sums depend
 // neither on the thread count nor on how images are chunked.
@@ -102,14 +107,14 @@ T* out(void* p) {
 }
 
 // CNX_DISPATCH(dtype, f, args...) calls f<T>(args...) for the element type.
-#define CNX_DISPATCH(dtype, f, ...)                 \
-  switch (dtype) {                                  \
-    case DType::f32:                                \
-      return f<float>(__VA_ARGS__);                 \
-    case DType::f64:                                \
-      return f<double>(__VA_ARGS__);                \
-    case DType::bf16:                               \
-      return f<bf16>(__VA_ARGS__);                  \
+#define CNX_DISPATCH(dtype, f, ...)  \
+  switch (dtype) {                   \
+    case DType::f32:                 \
+      return f<float>(__VA_ARGS__);  \
+    case DType::f64:                 \
+      return f<double>(__VA_ARGS__); \
+    case DType::bf16:                \
+      return f<bf16>(__VA_ARGS__);   \
   }
 
 }  // namespace CNX_ISA

@@ -100,9 +100,7 @@ struct Tail {
   CNX_INLINE vf load(const bf16* p) const { return widen((vh)_mm256_maskz_loadu_epi16((__mmask16)mask, p)); }
   CNX_INLINE void store(float* p, vf v) const { _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v); }
   CNX_INLINE void store(double* p, vd v) const { _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v); }
-  CNX_INLINE void store(bf16* p, vf v) const {
-    _mm256_mask_storeu_epi16(p, (__mmask16)mask, (__m256i)narrow(v));
-  }
+  CNX_INLINE void store(bf16* p, vf v) const { _mm256_mask_storeu_epi16(p, (__mmask16)mask, (__m256i)narrow(v)); }
 #else
   explicit CNX_INLINE Tail(int lanes) : n(lanes) {}
   template <class V, class P>

@@ -50,19 +50,21 @@ inline void check_like(const Tensor& t, const Tensor& like, const char* name) {
 
 inline void check_stat(const Tensor& t, const Tensor& like, int64_t numel, const char* name) {
   check_features(t, name);
-  STD_TORCH_CHECK(t.scalar_type() == stat_type(like) && t.numel() == numel, "convnextv2_kernels: ", name,
-                  " must hold ", numel, " values of the statistics dtype");
+  STD_TORCH_CHECK(t.scalar_type() == stat_type(like) && t.numel() == numel, "convnextv2_kernels: ", name, " must hold ",
+                  numel, " values of the statistics dtype");
 }
 
 inline const int32_t* int32_pointer(const OptionalTensor& t, int64_t numel, const char* name) {
   if (!t) return nullptr;
   check_features(*t, name);
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && (numel < 0 || t->numel() == numel), "convnextv2_kernels: ",
-                  name, " must be int32 with ", numel, " elements");
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Int && (numel < 0 || t->numel() == numel),
+                  "convnextv2_kernels: ", name, " must be int32 with ", numel, " elements");
   return static_cast<const int32_t*>(t->const_data_ptr());
 }
 
-inline const void* pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+inline const void* pointer(const OptionalTensor& t) {
+  return t ? t->const_data_ptr() : nullptr;
+}
 
 inline std::vector<int64_t> sizes(const Tensor& t) {
   std::vector<int64_t> result(t.dim());
@@ -77,8 +79,12 @@ inline Tensor new_features(const Tensor& like, const std::vector<int64_t>& shape
   return torch::stable::new_empty(like, shape);
 }
 
-inline int64_t last_size(const Tensor& t) { return t.size(t.dim() - 1); }
-inline int64_t row_count(const Tensor& t) { return last_size(t) ? t.numel() / last_size(t) : 0; }
+inline int64_t last_size(const Tensor& t) {
+  return t.size(t.dim() - 1);
+}
+inline int64_t row_count(const Tensor& t) {
+  return last_size(t) ? t.numel() / last_size(t) : 0;
+}
 
 // at::parallel_for: the number of threads is what torch.set_num_threads says.
 inline Threads torch_threads() {

@@ -19,7 +19,7 @@ Tensor gather(const Tensor& x, const Tensor& patch_of_slot, int64_t grid_h, int6
 }
 
 Tensor scatter(const Tensor& x, const Tensor& slot_of_patch, int64_t grid_h, int64_t grid_w,
-                       const OptionalTensor& fill) {
+               const OptionalTensor& fill) {
   check_features(x, "x");
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == x.size(2), "convnextv2_kernels: x must be packed patches [P, s, s, C]");
   const int64_t images = slot_of_patch.size(0), side = x.size(1), channels = x.size(3);
@@ -45,13 +45,22 @@ Tensor pixel_rows(const Tensor& images, const OptionalTensor& patch_of_slot, int
   const int64_t side = h / (4 * grid_h), row = channels * 16;
   const int64_t slots = patch_of_slot ? patch_of_slot->numel() : n * grid_h * grid_w;
   STD_TORCH_CHECK(patch_of_slot || side == 1, "convnextv2_kernels: without patch_of_slot the grid must be H/4 x W/4");
-  Tensor rows = patch_of_slot ? new_features(images, {slots, side, side, row})
-                              : new_features(images, {n, grid_h, grid_w, row});
+  Tensor rows =
+      patch_of_slot ? new_features(images, {slots, side, side, row}) : new_features(images, {n, grid_h, grid_w, row});
   patch_pixels({channels, h, w, grid_h, grid_w, side, slots, static_cast<int64_t>(images.element_size()),
-                int32_pointer(patch_of_slot, slots, "patch_of_slot"), images.const_data_ptr(),
-                rows.mutable_data_ptr()},
+                int32_pointer(patch_of_slot, slots, "patch_of_slot"), images.const_data_ptr(), rows.mutable_data_ptr()},
                torch_threads());
   return rows;
+}
+
+Tensor transpose_rows(const Tensor& x) {
+  check_features(x, "x");
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float,
+                  "convnextv2_kernels: x must be a float32 matrix");
+  Tensor y = new_features(x, {x.size(1), x.size(0)});
+  transpose_f32(static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1),
+                static_cast<float*>(y.mutable_data_ptr()), torch_threads());
+  return y;
 }
 
 }  // namespace
@@ -61,5 +70,6 @@ Tensor pixel_rows(const Tensor& images, const OptionalTensor& patch_of_slot, int
 STABLE_TORCH_LIBRARY_IMPL(convnextv2_kernels, CPU, m) {
   m.impl("gather_patches", TORCH_BOX(&cnx::binding::gather));
   m.impl("scatter_patches", TORCH_BOX(&cnx::binding::scatter));
+  m.impl("transpose_rows", TORCH_BOX(&cnx::binding::transpose_rows));
   m.impl("patch_pixels", TORCH_BOX(&cnx::binding::pixel_rows));
 }

@@ -18,9 +18,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Opt
   if (weight) check_stat(*weight, x, channels, "weight");
   if (bias) check_stat(*bias, x, channels, "bias");
   Tensor y = new_features(x, sizes(x)), mean = new_stat(x, leading_sizes(x)), rstd = new_stat(x, leading_sizes(x));
-  kernels().layer_norm_forward({dtype_of(x), row_count(x), channels, x.const_data_ptr(), pointer(weight),
-                                pointer(bias), eps, y.mutable_data_ptr(), mean.mutable_data_ptr(),
-                                rstd.mutable_data_ptr()},
+  kernels().layer_norm_forward({dtype_of(x), row_count(x), channels, x.const_data_ptr(), pointer(weight), pointer(bias),
+                                eps, y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()},
                                torch_threads());
   return {y, mean, rstd};
 }
@@ -49,38 +48,63 @@ std::tuple<Tensor, Tensor, Tensor> normalized_backward(const Tensor& dy, const T
   check_stat(rstd, z, row_count(z), "rstd");
   check_stat(weight, z, channels, "weight");
   Tensor dx = new_features(z, sizes(z)), dweight = new_stat(z, {channels}), dbias = new_stat(z, {channels});
-  kernels().layer_norm_backward({dtype_of(z), row_count(z), channels, dy.const_data_ptr(), z.const_data_ptr(),
-                                 nullptr, rstd.const_data_ptr(), weight.const_data_ptr(), dx.mutable_data_ptr(),
-                                 dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
-                                torch_threads());
+  kernels().layer_norm_backward(
+      {dtype_of(z), row_count(z), channels, dy.const_data_ptr(), z.const_data_ptr(), nullptr, rstd.const_data_ptr(),
+       weight.const_data_ptr(), dx.mutable_data_ptr(), dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
+      torch_threads());
   return {dx, dweight, dbias};
 }
 
-std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, double eps) {
+std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, const OptionalTensor& weight,
+                                                    const OptionalTensor& bias, double eps) {
   check_features(x, "x");
   STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % 2 == 0 && x.size(2) % 2 == 0,
                   "convnextv2_kernels: x must be [maps, h, w, C] with even h and w");
   const int64_t maps = x.size(0), h = x.size(1), w = x.size(2), channels = x.size(3);
-  Tensor z = new_features(x, {maps, h / 2, w / 2, 4 * channels});
-  Tensor rstd = new_stat(x, {maps, h, w});
-  kernels().space_to_depth_norm_forward({dtype_of(x), maps, h, w, channels, x.const_data_ptr(), eps, nullptr,
-                                         z.mutable_data_ptr(), rstd.mutable_data_ptr()},
-                                        torch_threads());
-  return {z, rstd};
+  if (weight) check_stat(*weight, x, channels, "weight");
+  if (bias) check_stat(*bias, x, channels, "bias");
+  Tensor y = new_features(x, {maps, h / 2, w / 2, 4 * channels}), rstd = new_stat(x, {maps, h, w});
+  SpaceToDepthNorm p{};
+  p.dtype = dtype_of(x);
+  p.maps = maps;
+  p.height = h;
+  p.width = w;
+  p.channels = channels;
+  p.x = x.const_data_ptr();
+  p.weight = pointer(weight);
+  p.bias = pointer(bias);
+  p.eps = eps;
+  p.out = y.mutable_data_ptr();
+  p.rstd = rstd.mutable_data_ptr();
+  kernels().space_to_depth_norm_forward(p, torch_threads());
+  return {y, rstd};
 }
 
-Tensor space_to_depth_normalize_backward(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
+std::tuple<Tensor, Tensor, Tensor> space_to_depth_normalize_backward(const Tensor& dy, const Tensor& z,
+                                                                     const Tensor& rstd, const Tensor& weight) {
   check_features(z, "z");
-  check_like(dz, z, "dz");
+  check_like(dy, z, "dy");
   STD_TORCH_CHECK(rstd.dim() == 3, "convnextv2_kernels: rstd must be [maps, h, w]");
   const int64_t maps = rstd.size(0), h = rstd.size(1), w = rstd.size(2), channels = last_size(z) / 4;
   check_stat(rstd, z, row_count(z) * 4, "rstd");
-  Tensor dx = new_features(z, {maps, h, w, channels});
-  Tensor scale = rstd;
-  kernels().space_to_depth_norm_backward({dtype_of(z), maps, h, w, channels, dz.const_data_ptr(), 0.0,
-                                          z.const_data_ptr(), dx.mutable_data_ptr(), scale.mutable_data_ptr()},
-                                         torch_threads());
-  return dx;
+  check_stat(weight, z, channels, "weight");
+  Tensor dx = new_features(z, {maps, h, w, channels}), dweight = new_stat(z, {channels}),
+         dbias = new_stat(z, {channels});
+  SpaceToDepthNorm p{};
+  p.dtype = dtype_of(z);
+  p.maps = maps;
+  p.height = h;
+  p.width = w;
+  p.channels = channels;
+  p.x = dy.const_data_ptr();
+  p.weight = weight.const_data_ptr();
+  p.z = z.const_data_ptr();
+  p.out = dx.mutable_data_ptr();
+  p.rstd = const_cast<void*>(rstd.const_data_ptr());
+  p.dweight = dweight.mutable_data_ptr();
+  p.dbias = dbias.mutable_data_ptr();
+  kernels().space_to_depth_norm_backward(p, torch_threads());
+  return {dx, dweight, dbias};
 }
 
 std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta,
@@ -91,10 +115,10 @@ std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, con
   check_stat(gamma, x, channels, "gamma");
   check_stat(beta, x, channels, "beta");
   Tensor y = new_features(x, sizes(x)), norm = new_stat(x, {segments, channels});
-  kernels().grn_forward({dtype_of(x), segments_of(offsets, rows_per_slot, segments, row_count(x)), channels, gelu,
-                         x.const_data_ptr(), gamma.const_data_ptr(), beta.const_data_ptr(), eps, y.mutable_data_ptr(),
-                         norm.mutable_data_ptr()},
-                        torch_threads());
+  kernels().grn_forward(
+      {dtype_of(x), segments_of(offsets, rows_per_slot, segments, row_count(x)), channels, gelu, x.const_data_ptr(),
+       gamma.const_data_ptr(), beta.const_data_ptr(), eps, y.mutable_data_ptr(), norm.mutable_data_ptr()},
+      torch_threads());
   return {y, norm};
 }
 
@@ -108,8 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
   check_stat(norm, x, segments * channels, "norm");
   Tensor dx = new_features(x, sizes(x)), dgamma = new_stat(x, {channels}), dbeta = new_stat(x, {channels});
   kernels().grn_backward({dtype_of(x), segments_of(offsets, rows_per_slot, segments, row_count(x)), channels, gelu,
-                          grad.const_data_ptr(), x.const_data_ptr(), gamma.const_data_ptr(), norm.const_data_ptr(),
-                          eps, dx.mutable_data_ptr(), dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr()},
+                          grad.const_data_ptr(), x.const_data_ptr(), gamma.const_data_ptr(), norm.const_data_ptr(), eps,
+                          dx.mutable_data_ptr(), dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr()},
                          torch_threads());
   return {dx, dgamma, dbeta};
 }

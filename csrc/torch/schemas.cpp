@@ -22,8 +22,12 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
   m.def(
       "normalized_backward(Tensor dy, Tensor z, Tensor rstd, Tensor weight)"
       " -> (Tensor dx, Tensor dweight, Tensor dbias)");
-  m.def("space_to_depth_normalize(Tensor x, float eps) -> (Tensor z, Tensor rstd)");
-  m.def("space_to_depth_normalize_backward(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+  m.def(
+      "space_to_depth_normalize(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor rstd)");
+  m.def(
+      "space_to_depth_normalize_backward(Tensor dy, Tensor z, Tensor rstd, Tensor weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "grn_forward(Tensor x, Tensor gamma, Tensor beta, Tensor? offsets, int rows_per_slot, int segments, bool gelu,"
       " float eps) -> (Tensor y, Tensor norm)");
@@ -41,6 +45,7 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
   m.def("grn_scale(Tensor square_sum, Tensor gamma, float eps) -> (Tensor norm, Tensor scale)");
   m.def("grn_gradient(Tensor t, Tensor norm, Tensor gamma, float eps) -> (Tensor kappa, Tensor dgamma)");
   m.def("column_sum(Tensor x) -> Tensor");
+  m.def("transpose_rows(Tensor x) -> Tensor");
   m.def("gather_patches(Tensor x, Tensor patch_of_slot, int grid_h, int grid_w) -> Tensor");
   m.def("scatter_patches(Tensor x, Tensor slot_of_patch, int grid_h, int grid_w, Tensor? fill) -> Tensor");
   m.def("patch_pixels(Tensor images, Tensor? patch_of_slot, int grid_h, int grid_w) -> Tensor");

@@ -45,7 +45,7 @@ def scaled_linear(
     """Folds GRN into weight and bias where an image has more rows than the weight, else applies it to h, in place."""
     offsets, _, count = segments
     rows = h.shape[0] // count if count else 0
-    if offsets is None and rows > weight.shape[0]:
+    if offsets is None and rows > 2 * weight.shape[0]:
         folded_bias = (bias + weight.to(beta.dtype) @ beta).to(h.dtype)
         adds = [None] * count if residual is None else residual.split(rows)
         parts = [
@@ -103,14 +103,15 @@ def _(dy, z, rstd, weight):
 
 
 @_fake("space_to_depth_normalize")
-def _(x, eps):
+def _(x, weight, bias, eps):
     maps, h, w, c = x.shape
     return x.new_empty(maps, h // 2, w // 2, 4 * c), _stat(x, maps, h, w)
 
 
 @_fake("space_to_depth_normalize_backward")
-def _(dz, z, rstd):
-    return z.new_empty(*rstd.shape, z.shape[-1] // 4)
+def _(dy, z, rstd, weight):
+    c = z.shape[-1] // 4
+    return z.new_empty(*rstd.shape, c), _stat(z, c), _stat(z, c)
 
 
 @_fake("grn_forward")
@@ -156,6 +157,11 @@ def _(t, norm, gamma, eps):
 @_fake("column_sum")
 def _(x):
     return _stat(x, x.shape[-1])
+
+
+@_fake("transpose_rows")
+def _(x):
+    return x.new_empty(x.shape[1], x.shape[0])
 
 
 @_fake("gather_patches")

@@ -74,10 +74,13 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """``grad [M, H]' @ x [M, C]`` in the statistics dtype."""
     if not (_use_onednn(x) and grad.numel()):
         return (grad.t() @ x).to(statistics_dtype(x.dtype))
-    if x.shape[0] > 2 * min(grad.shape[1], x.shape[1]):
-        # a small result summed over many rows: oneDNN's linear does not split the sum, its convolution gradient does
+    rows, out_c, in_c = x.shape[0], grad.shape[1], x.shape[1]
+    # Two ways, chosen by measurement (docs/kernels.md 7). oneDNN's linear does not split the sum over rows, so a small
+    # result of many rows goes to the weight gradient of a convolution, which does.
+    if min(out_c, in_c) < 64 or (out_c > in_c and rows > 3 * in_c):
         return _conv_weight_grad(grad, x)
-    return linear(grad.t(), x.t(), None)
+    # the operator would copy a transposed first operand element by element
+    return linear(torch.ops.convnextv2_kernels.transpose_rows.default(grad.contiguous()), x.t(), None)
 
 
 def _conv_weight_grad(grad: Tensor, x: Tensor) -> Tensor:

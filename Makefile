@@ -1,0 +1,58 @@
+# make demo   pre-train FCMAE on bundled photographs and draw its reconstructions
+# make test   lint, build and run every test
+# Both make their own virtual environment in .venv and build the kernels; they need Python 3.10+ and a C++ compiler.
+
+PYTHON ?= python3
+# Name the PyTorch to install, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 'sources.txt')
+
+.PHONY: demo test venv lint ctest sanitize format bench clean
+
+demo: venv
+	$(BIN)/python -m convnextv2_kernels pretrain --demo
+
+test: venv lint ctest
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+bench: venv
+	$(BIN)/python -m convnextv2_kernels bench
+
+venv: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+
+ctest: venv
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > /dev/null
+	$(BIN)/cmake --build build/cmake -j$(WORKERS)
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: venv
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DCNX_SANITIZE=address,undefined > /dev/null
+	$(BIN)/cmake --build build/sanitize -j$(WORKERS)
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+clean:
+	rm -rf build $(VENV) *.egg-info convnextv2_kernels/*.so

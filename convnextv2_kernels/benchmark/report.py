@@ -1,0 +1,107 @@
+"""What a run leaves behind: one JSON file, tables on the terminal."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..train.atomic import atomic_file
+from .arms import SPARSE
+
+WIDTH_IN_FILES = 120
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console whose tables are not squeezed where the output is no terminal."""
+    console = Console(stderr=stderr, highlight=False)
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, highlight=False, width=WIDTH_IN_FILES)
+
+
+def write_report(path: Path, report: dict) -> None:
+    """Write the JSON atomically, each list of samples on one line."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    with atomic_file(path) as file:
+        file.write((text + "\n").encode())
+
+
+def mebibytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 2**20:.1f} MiB"
+
+
+def print_step(console: Console, step: dict, parameters: dict, threads: int) -> None:
+    """Table of one model's training step."""
+    console.print(_step_title(step, parameters, threads))
+    table = Table()
+    for name in ("arm", "median ms", "quartiles ms", "time / sparse", "saved", "peak"):
+        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
+    sparse = step["arms"][SPARSE]
+    for name, arm in step["arms"].items():
+        peak = arm["peak"]
+        table.add_row(
+            name,
+            f"{arm['median_ms']:.1f}",
+            f"{arm['q1_ms']:.1f} - {arm['q3_ms']:.1f}",
+            f"{arm['median_ms'] / sparse['median_ms']:.2f}",
+            mebibytes(arm["saved_bytes"]),
+            "" if peak is None or peak["bytes"] is None else mebibytes(peak["bytes"]),
+            style="bold" if name == SPARSE else None,
+        )
+    for name, reason in step["skipped"].items():
+        table.add_row(name, f"skipped: {reason}")
+    console.print(table)
+    console.print(
+        f"The fastest dense variant ({step['fastest_dense']}) takes {step['time_ratio']:.2f} times "
+        f"the time of the sparse step; the most frugal ({step['frugal_dense']}) saves "
+        f"{step['saved_ratio']:.1f} times the bytes."
+    )
+    for name, arm in step["arms"].items():
+        if arm["peak"] is not None and arm["peak"]["bytes"] is None:
+            console.print(f"Peak memory of {name} is unknown: {arm['peak']['reason']}")
+    console.print()
+
+
+def _step_title(step: dict, parameters: dict, threads: int) -> str:
+    flops = step["flops"]
+    return (
+        f"{step['model']}: FCMAE step (forward and backward), batch {parameters['batch_size']}, "
+        f"{parameters['img_size']} px, {parameters['dtype']}, {threads} threads\nCounted work: "
+        f"{flops['sparse'] * 1e-9:.1f} GFLOP sparse, {flops['dense'] * 1e-9:.1f} dense"
+    )
+
+
+def print_ops(console: Console, model: str, ops: dict) -> None:
+    """Table of one model's ops; rates are counted minimum work over measured time."""
+    console.print(
+        f"{model}: ops, forward and backward, of width C on patches of s x s sites\n"
+        "Dense is the fastest variant, named; rates are sparse | dense"
+    )
+    table = Table(padding=(0, 0, 0, 1))
+    for name in ("op", "C", "s", "sparse ms", "dense ms", "variant", "ratio", "GFLOP/s", "GB/s"):
+        text = name in ("op", "variant")
+        table.add_column(name, justify="left" if text else "right", no_wrap=True)
+    for row in ops["rows"]:
+        sparse, dense = row["arms"][SPARSE], row["arms"][row["fastest_dense"]]
+        rates = [arm["rates"] for arm in (sparse, dense)]
+        table.add_row(
+            row["op"],
+            str(row["width"]),
+            str(row["side"]),
+            f"{sparse['median_ms']:.2f}",
+            f"{dense['median_ms']:.2f}",
+            row["fastest_dense"],
+            f"{row['time_ratio']:.2f}",
+            " | ".join(f"{rate['gflops']:.0f}" for rate in rates) if rates[0]["gflops"] else "",
+            " | ".join(f"{rate['gbytes']:.1f}" for rate in rates),
+        )
+    console.print(table)
+    if ops["skipped"]:
+        console.print(f"Skipped for the time budget: {', '.join(ops['skipped'])}")
+    console.print()

@@ -1,0 +1,142 @@
+"""Checkpoints: written atomically, read back with a check, pruned to the last few."""
+
+import random
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .atomic import atomic_file
+from .data import describe
+from .errors import TrainingError
+
+FORMAT = 1
+REQUIRED = {"format", "model", "optimizer", "step", "epoch", "position", "rng", "config"}
+_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return the name of the checkpoint taken after ``step`` steps."""
+    return folder / f"checkpoint-{step}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of the checkpoints in a folder, newest first."""
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return sorted(found, reverse=True)
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    steps_per_epoch: int,
+    config: dict[str, Any],
+    environment: dict[str, Any],
+) -> Path:
+    """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
+
+    Raises TrainingError where a weight is not finite (a run resumed from it could not go on) or the
+    file cannot be written.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise TrainingError(
+                f"step {step}: parameter {name} is no longer finite; no checkpoint was written. "
+                "The newest one before it is still good: try a lower --lr or a longer warm-up."
+            )
+    epoch, position = divmod(step, steps_per_epoch)
+    state = {
+        "format": FORMAT,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "epoch": epoch,
+        "position": position,
+        "rng": rng_state(),
+        "config": config,
+        "environment": environment,
+    }
+    path = checkpoint_path(folder, step)
+    try:
+        with atomic_file(path) as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(f"cannot write {path}: {describe(error)}") from error
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU; raise TrainingError where it is damaged or of another kind."""
+    try:
+        # torch.load trusts the bytes of a tensor; the archive's checksums catch flipped ones.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise TrainingError(f"{path}: the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except TrainingError:
+        raise
+    except Exception as error:  # A damaged archive makes zipfile and the unpickler raise anything.
+        raise TrainingError(f"{path}: not a readable checkpoint ({describe(error)})") from error
+    if not isinstance(state, dict) or not REQUIRED <= state.keys() or state["format"] != FORMAT:
+        raise TrainingError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+    return state
+
+
+def newest_valid(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+    """Load the newest sound checkpoint of a folder.
+
+    Returns (state, path, warnings), one warning for each damaged checkpoint passed over, and
+    (None, None, []) where there is none at all. Raises TrainingError where all are damaged: to
+    start again from nothing is for the user to decide.
+    """
+    warnings = []
+    for _, path in list_checkpoints(folder):
+        try:
+            return load_checkpoint(path), path, warnings
+        except TrainingError as error:
+            warnings.append(f"{error}; it is passed over")
+    if warnings:
+        raise TrainingError(
+            f"{folder}: every checkpoint is damaged; give a new --output, or delete them to start "
+            "afresh. " + " ".join(f"{warning}." for warning in warnings)
+        )
+    return None, None, []
+
+
+def prune_checkpoints(folder: Path, newest: int, keep: int) -> None:
+    """Delete all but the last ``keep`` checkpoints up to step ``newest``.
+
+    One of a later step can only be a damaged one that was passed over; it is left for the user to
+    see until the run writes that step again.
+    """
+    for _, path in [c for c in list_checkpoints(folder) if c[0] <= newest][keep:]:
+        path.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Delete what a killed process left half-written. Only for the process that owns the folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the global random states of PyTorch and Python in types ``weights_only`` can load."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what :func:`rng_state` returned."""
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,114 @@
+"""``pretrain --demo``: a short FCMAE run on bundled photographs, a picture and a comparison."""
+
+import dataclasses
+from importlib.util import find_spec
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..backends import use_backend
+from .atomic import write_json
+from .checkpoint import list_checkpoints
+from .config import environment
+from .data import RepeatedCrops, load_crop
+from .errors import TrainingError
+from .export import export_encoder
+from .loop import Storage, draw_mask, train
+from .options import Options
+from .photos import load_photos
+from .picture import describe_errors, reconstruct, save_picture
+from .prepare import build_model, make_config, prepare_output
+from .progress import format_seconds
+from .stopping import folder_lock
+
+
+def run_demo(options: Options) -> int:
+    """Train on the bundled photographs for ``options.max_steps`` steps; return the exit code.
+
+    Deterministic given the options, keeps no checkpoints, and starts over when run again.
+    """
+    if find_spec("matplotlib") is None:
+        raise TrainingError("the demo draws a picture with matplotlib: pip install matplotlib.")
+    names, photos = load_photos()
+    model = build_model(options)
+    prepare_output(options.output)
+    if list_checkpoints(options.output):
+        raise TrainingError(
+            f"--output {options.output}: holds checkpoints of another run, whose log and config "
+            "the demo would overwrite; give it a folder of its own."
+        )
+    steps, batch = options.max_steps, options.batch_size
+    # One epoch as long as the demo: each crop of it is drawn anew from one of the photographs.
+    config = dataclasses.replace(
+        make_config(options, model.patch_size, "bundled photographs", names),
+        num_images=steps * batch,
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{config.model}: {steps} steps of {batch} random crops of {len(photos)} photographs "
+        f"({', '.join(names)}), {config.img_size[0]} px, {config.mask_ratio:.0%} of patches hidden"
+    )
+    with folder_lock(options.output), use_backend(options.backend):
+        settings = {"config": config.to_dict(), "environment": environment()}
+        write_json(options.output / "config.json", settings)
+        outcome = train(
+            model,
+            RepeatedCrops(photos, config.img_size, config.seed, steps * batch),
+            config,
+            Storage(options.output, checkpoints=False),
+            options.workers,
+        )
+        if outcome.stop_signal is not None:
+            print(f"Stopped after step {outcome.step} of {steps}. The demo keeps no checkpoints.")
+            return 128 + outcome.stop_signal
+        console.print(
+            f"{steps} steps in {format_seconds(outcome.seconds)}, "
+            f"{steps * batch / outcome.seconds:.1f} images/s"
+        )
+        _show(console, options, config, model, photos)
+        _compare(console, options)
+    return 0
+
+
+def _show(console, options, config, model, photos) -> None:
+    pixels = torch.stack([load_crop(photo, config.img_size, None) for photo in photos])
+    # A step beyond the last: masks that training has not drawn.
+    mask = draw_mask(config, len(pixels), config.total_steps)
+    result = reconstruct(model, pixels, mask)
+    picture, encoder = options.output / "reconstruction.png", options.output / "encoder.safetensors"
+    save_picture(
+        picture,
+        result,
+        f"FCMAE {config.model} after {config.total_steps} steps on random crops of these "
+        "photographs, under masks not drawn in training",
+    )
+    export_encoder(encoder, model, config.model)
+    console.print("\nMean squared error over the hidden pixels (0..1 scale), predicting with")
+    for line in describe_errors(result):
+        console.print(f"  {line}")
+    console.print(
+        f"The masks are new to the model, the photographs are not. Picture: {picture}, "
+        f"encoder: {encoder}"
+    )
+
+
+def _compare(console: Console, options: Options) -> None:
+    from ..benchmark import compare_fcmae_step
+
+    console.print("\nOne training step (forward and backward), measured now on this machine:")
+    size = options.img_size[0]
+    c = compare_fcmae_step(options.model, options.batch_size, img_size=size, repeats=3)
+    table = Table("", "time", "saved for backward")
+    table.add_row("sparse (this library)", f"{c['sparse_ms']:.0f} ms", _mib(c["sparse_bytes"]))
+    table.add_row("masked dense PyTorch", f"{c['dense_ms']:.0f} ms", _mib(c["dense_bytes"]))
+    table.add_row("dense / sparse", f"{c['time_ratio']:.1f}x", f"{c['bytes_ratio']:.1f}x")
+    console.print(table)
+    console.print(
+        f"Masked dense is the fastest of its uncompiled variants here ({c['dense_variant']}); "
+        "'bench' measures with care and compiles them too."
+    )
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,86 @@
+// What the kernel tests share: checks that report, random data, an exact thread runner.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <thread>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace test {
+
+inline int& failures() {
+  static int count = 0;
+  return count;
+}
+
+inline void check(bool ok, const char* what, double value = 0) {
+  if (ok) return;
+  ++failures();
+  std::printf("FAILED %s (%g)\n", what, value);
+}
+
+// Largest difference relative to the largest expected magnitude.
+template <class A, class B>
+double relative_error(const std::vector<A>& got, const std::vector<B>& expected) {
+  double error = 0, size = 1e-30;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error = std::fmax(error, std::fabs(double(got[i]) - double(expected[i])));
+    size = std::fmax(size, std::fabs(double(expected[i])));
+    if (std::isnan(double(got[i]))) return INFINITY;
+  }
+  return error / size;
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2654435761u + 88172645463325252ull) {}
+  double uniform() {  // [-1, 1)
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return double(state_ >> 11) / double(1ull << 52) - 1.0;
+  }
+  template <class A>
+  std::vector<A> vector(int64_t n) {
+    std::vector<A> v(n);
+    for (auto& x : v) x = A(uniform());
+    return v;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+// Cuts the range over two std::threads, so that a sanitizer sees real concurrency.
+inline cnx::Threads two_threads() {
+  return {[](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+    const int64_t middle = begin + (end - begin) / 2;
+    std::thread first([=] {
+      if (begin < middle) body(begin, middle, context);
+    });
+    body(middle, end, context);
+    first.join();
+  }};
+}
+
+inline cnx::Threads one_thread() {
+  return {[](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+    body(begin, end, context);
+  }};
+}
+
+template <class A>
+cnx::DType dtype_of();
+template <>
+inline cnx::DType dtype_of<float>() {
+  return cnx::DType::f32;
+}
+template <>
+inline cnx::DType dtype_of<double>() {
+  return cnx::DType::f64;
+}
+
+}  // namespace test

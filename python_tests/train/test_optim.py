@@ -1,0 +1,44 @@
+import math
+
+import pytest
+
+from convnextv2_kernels.train.optim import (
+    lr_at_step,
+    make_optimizer,
+    parameter_groups,
+    scaled_lr,
+)
+
+from .conftest import tiny_model
+
+
+def test_only_weights_of_maps_are_decayed():
+    model = tiny_model()
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, undecayed = parameter_groups(model, 0.05)
+    assert decayed["weight_decay"] == 0.05 and undecayed["weight_decay"] == 0
+    kept = {names[id(p)] for p in undecayed["params"]}
+    assert {"mask_token", "encoder.stages.0.0.grn.gamma", "decoder.0.grn.beta"} <= kept
+    assert {"proj.bias", "encoder.stages.2.0.norm.weight"} <= kept
+    shrunk = {names[id(p)] for p in decayed["params"]}
+    assert {"encoder.stages.0.0.dwconv.weight", "pred.weight", "decoder.0.pwconv1.weight"} <= shrunk
+    assert all(n.endswith(".weight") and ".norm." not in n for n in shrunk)
+    assert len(shrunk) + len(kept) == len(names)
+
+
+def test_optimizer_is_the_official_one():
+    groups = make_optimizer(tiny_model(), 1e-3, 0.05).param_groups
+    assert all(group["betas"] == (0.9, 0.95) for group in groups)
+
+
+def test_schedule():
+    rates = [lr_at_step(step, 100, 10, 2.0) for step in range(101)]
+    assert rates[0] == 0 and rates[5] == 1.0 and rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90)) and rates[100] == 0
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert lr_at_step(0, 100, 0, 2.0) == 2.0
+
+
+def test_rate_is_scaled_to_256_images():
+    assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)

@@ -1,0 +1,137 @@
+"""Whole runs through the command line, in this process."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convnextv2_kernels.cli import main
+from convnextv2_kernels.models import create_model
+from convnextv2_kernels.train import checkpoint
+from convnextv2_kernels.train.stopping import folder_lock
+
+from .test_loop import losses
+
+
+def command(folder, output, *more):
+    return [
+        "pretrain", "--data", str(folder), "--output", str(output), "--img-size", "64",
+        "--epochs", "2", "--batch-size", "4", "--workers", "0", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "data"
+    shutil.copytree(photos, folder)
+    (folder / "sub" / "broken.jpg").write_text("no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A run stopped by --max-steps and then finished."""
+    output = tmp_path_factory.mktemp("run")
+    assert main(command(folder, output, "--max-steps", "3")) == 0
+    assert not (output / "encoder.safetensors").exists()
+    assert main(command(folder, output)) == 0
+    return output
+
+
+def test_run_leaves_everything_behind(finished):
+    assert len(losses(finished)) == 4
+    names = {path.name for path in finished.iterdir()}
+    assert {"checkpoint-2.pt", "checkpoint-3.pt", "checkpoint-4.pt"} <= names
+    assert {"encoder.safetensors", "reconstruction.png", "images.json", "config.json"} <= names
+    assert (finished / "skipped_files.txt").read_text().startswith("sub/broken.jpg\t")
+    config = json.loads((finished / "config.json").read_text())["config"]
+    assert config["lr"] == pytest.approx(1.5e-4 * 4 / 256) and config["warmup_epochs"] == 0.1
+    assert config["img_size"] == [64, 64] and config["num_images"] == 9
+
+
+def test_encoder_loads_into_the_dense_classifier(finished):
+    tensors = load_file(finished / "encoder.safetensors")
+    classifier = create_model("convnextv2_atto")
+    keys = classifier.load_state_dict(tensors, strict=False)
+    assert keys.unexpected_keys == []
+    assert set(keys.missing_keys) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    saved = torch.load(finished / "checkpoint-4.pt")["model"]
+    assert all(torch.equal(tensors[n], saved["encoder." + n]) for n in tensors)
+
+
+def test_running_again_reports_completion(folder, finished, capsys):
+    assert main(command(folder, finished)) == 0
+    text = capsys.readouterr().out
+    assert "complete" in text and "1 unreadable file skipped" in text
+    assert str(finished / "skipped_files.txt") in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--model", "convnextv2_femto"], "model: convnextv2_atto in the checkpoint"),
+        (["--mask-ratio", "0.5"], "mask_ratio: 0.6"),
+        (["--model", "resnet50"], "resnet50"),
+        (["--img-size", "65"], "img_size"),
+        (["--img-size", "32x64"], "img_size: [64, 64]"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(folder, finished, capsys, more, message):
+    assert main(command(folder, finished, *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_other_folder_is_refused_by_name(photos, finished, capsys):
+    assert main(command(photos, finished)) == 1
+    assert "data: " in (error := capsys.readouterr().err) and f"{photos.resolve()} now" in error
+
+
+def test_output_that_is_a_file(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(command(folder, tmp_path / "file")) == 1
+    assert "--output" in capsys.readouterr().err
+
+
+def test_device_that_is_not_there(folder, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(command(folder, tmp_path, "--device", "cuda")) == 1
+    assert "--device cuda: cannot be used here" in capsys.readouterr().err
+
+
+def test_too_few_images(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path, "--batch-size", "10")) == 1
+    assert "lower --batch-size to at most 9" in capsys.readouterr().err
+
+
+def test_non_square_crops(folder, tmp_path):
+    size = ["--img-size", "32x96", "--epochs", "1", "--max-steps", "1"]
+    assert main(command(folder, tmp_path, *size)) == 0
+    assert checkpoint.newest_valid(tmp_path)[0]["config"]["img_size"] == [32, 96]
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    import multiprocessing
+
+    with folder_lock(tmp_path):
+        # Record locks belong to a process: only another one can tell.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert (
+                pool.apply(try_lock, (tmp_path,))
+                == f"{tmp_path}: another run is writing to this folder."
+            )
+    with folder_lock(tmp_path):
+        pass
+
+
+def try_lock(path):
+    from convnextv2_kernels.train.errors import TrainingError
+
+    try:
+        with folder_lock(path):
+            return "locked"
+    except TrainingError as error:
+        return str(error)
