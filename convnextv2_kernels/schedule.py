@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .backends.reference.rows import statistics_dtype
 
-# Bytes of one hidden [rows, H] tensor of a chunk. CPU: three of them stay in a 32 MiB last-level cache
-# (measured, docs/kernels.md); GPU: chunking only bounds memory.
-_DEFAULT_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 1 << 30}
+# Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
+# share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.
+_DEFAULT_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes(device_type: str) -> int:
@@ -81,7 +81,8 @@ def chunks(rows: Rows, hidden: int, itemsize: int, budget: int) -> Iterator[Chun
     if rows.batch_scope:
         yield Chunk(0, rows.images, 0, rows.total, (None, 1, 1))
         return
-    most = max(1, budget // (hidden * itemsize))
+    # fewer rows than half the hidden width would make the products inefficient, whatever the budget
+    most = max(1, budget // (hidden * itemsize), hidden // 2)
     if rows.offsets is None:
         if not rows.images:
             return

@@ -1,6 +1,7 @@
 // Depthwise convolution: forward (also the gradient with respect to x, with flipped taps), fused LayerNorm, and the
 // gradients of weight and bias.
 #include "conv_rows.h"
+#include "conv_small.h"
 #include "conv_taps.h"
 #include "norm.inl"
 
@@ -114,6 +115,41 @@ void conv_forward_rows(const ConvForward& p, const Threads& threads) {
   });
 }
 
+// One patch of side 1 or 2 at a time, several vectors of channels together to hide the multiply-adds' latency.
+template <class T, int kSide>
+void conv_forward_small(const ConvForward& p, const Threads& threads) {
+  using A = Acc<T>;
+  const ConvGeometry& g = p.geometry;
+  constexpr int lanes = kLanes<T>, taps = kTap * kTap, pixels = kSide * kSide, group = kSide == 1 ? 4 : 2;
+  Scratch<A> packed(ceil_div(g.channels, lanes) * taps * lanes);
+  pack_by_block<T>(in<A>(p.weight), g.channels, taps, p.flip, packed.get());
+  const Vec<T>* w = reinterpret_cast<const Vec<T>*>(packed.get());
+  parallel_for(threads, g.maps, 4, [&](int64_t begin, int64_t end) {
+    Scratch<A> value(pixels * g.channels);
+    for (int64_t patch = begin; patch < end; ++patch) {
+      int64_t c = 0;
+      for (; c + group * lanes <= g.channels; c += group * lanes) {
+        Vec<T> sums[pixels][group];
+        for (int v = 0; v < group; ++v) {
+          const Vec<T> start = p.bias ? Full::load(in<A>(p.bias) + c + v * lanes) : Vec<T>{};
+          for (int o = 0; o < pixels; ++o) sums[o][v] = start;
+        }
+        convolve_small<T, kSide, group>(g, in<T>(p.x) + c, patch, Full(lanes), w + c / lanes * taps, sums);
+        for (int o = 0; o < pixels; ++o)
+          for (int v = 0; v < group; ++v) Full::store(value.get() + o * g.channels + c + v * lanes, sums[o][v]);
+      }
+      each_vector<T>(c, g.channels, [&](auto rest, int64_t at) {
+        const Vec<T> start = p.bias ? rest.load(in<A>(p.bias) + at) : Vec<T>{};
+        Vec<T> sums[pixels][1];
+        for (int o = 0; o < pixels; ++o) sums[o][0] = start;
+        convolve_small<T, kSide, 1>(g, in<T>(p.x) + at, patch, rest, w + at / lanes * taps, sums);
+        for (int o = 0; o < pixels; ++o) rest.store(value.get() + o * g.channels + at, sums[o][0]);
+      });
+      for (int o = 0; o < pixels; ++o) finish_pixel<T>(p, patch * pixels + o, value.get() + o * g.channels);
+    }
+  });
+}
+
 template <class T>
 void conv_forward_taps(const ConvForward& p, const Threads& threads) {
   using A = Acc<T>;
@@ -214,6 +250,33 @@ void conv_weight_grad_rows(const ConvWeightGrad& p, const Threads& threads) {
   reduce_weight_grad(p, partial.get(), parts, taps, threads);
 }
 
+template <class T, int kSide>
+void conv_weight_grad_small(const ConvWeightGrad& p, const Threads& threads) {
+  using A = Acc<T>;
+  const ConvGeometry& g = p.geometry;
+  constexpr int lanes = kLanes<T>, taps = kTap * kTap, pixels = kSide * kSide;
+  const int64_t blocks = ceil_div(g.channels, lanes);
+  const int64_t parts = larger(1, smaller(g.maps, ceil_div(16, blocks)));
+  Scratch<A> partial(parts * (taps + 1) * g.channels);
+  parallel_for(threads, parts * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t part = unit / blocks, c = unit % blocks * lanes;
+      const int64_t first = g.maps * part / parts, last = g.maps * (part + 1) / parts;
+      A* target = partial.get() + part * (taps + 1) * g.channels + c;
+      each_vector<T>(c, smaller(c + lanes, g.channels), [&](auto some, int64_t) {
+        Vec<T> dw[taps] = {};
+        Vec<T> db{};
+        accumulate_small<T, kSide>(g, in<T>(p.x) + c, in<T>(p.grad) + c, first, last, some, dw);
+        for (int64_t row = first * pixels; row < last * pixels; ++row)
+          db += some.load(in<T>(p.grad) + row * g.channels + c);
+        for (int t = 0; t < taps; ++t) some.store(target + t * g.channels, dw[t]);
+        some.store(target + taps * g.channels, db);
+      });
+    }
+  });
+  reduce_weight_grad(p, partial.get(), parts, taps, threads);
+}
+
 template <class T>
 void conv_weight_grad_taps(const ConvWeightGrad& p, const Threads& threads) {
   using A = Acc<T>;
@@ -244,11 +307,15 @@ void conv_weight_grad_taps(const ConvWeightGrad& p, const Threads& threads) {
 
 template <class T>
 void conv_forward_of(const ConvForward& p, const Threads& t) {
-  serves_rows(p.geometry) ? conv_forward_rows<T>(p, t) : conv_forward_taps<T>(p, t);
+  if (serves_rows(p.geometry)) return conv_forward_rows<T>(p, t);
+  if (!serves_small(p.geometry)) return conv_forward_taps<T>(p, t);
+  p.geometry.height == 1 ? conv_forward_small<T, 1>(p, t) : conv_forward_small<T, 2>(p, t);
 }
 template <class T>
 void conv_weight_grad_of(const ConvWeightGrad& p, const Threads& t) {
-  serves_rows(p.geometry) ? conv_weight_grad_rows<T>(p, t) : conv_weight_grad_taps<T>(p, t);
+  if (serves_rows(p.geometry)) return conv_weight_grad_rows<T>(p, t);
+  if (!serves_small(p.geometry)) return conv_weight_grad_taps<T>(p, t);
+  p.geometry.height == 1 ? conv_weight_grad_small<T, 1>(p, t) : conv_weight_grad_small<T, 2>(p, t);
 }
 
 inline void conv_forward(const ConvForward& p, const Threads& t) {

@@ -115,7 +115,7 @@ CNX_INLINE void with_tile(int size, const F& f) {
   }
 }
 
-// Whether the row loops serve this shape; the tap loops of conv_taps.h serve every other one.
+// Whether the row loops serve this shape; conv_small.h serves smaller patches, conv_taps.h every other kernel size.
 CNX_INLINE bool serves_rows(const ConvGeometry& g) {
   return g.kernel_size == kTap && (!g.neighbours || g.height >= kRadius);
 }

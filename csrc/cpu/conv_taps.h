@@ -1,5 +1,5 @@
 // The depthwise convolution pixel by pixel: list the taps whose pixel is visible, then run over the channels. Serves
-// patches smaller than the kernel's radius (s = 2, 1 for K = 7) and kernel sizes other than 7.
+// kernel sizes other than 7, packed and dense.
 #pragma once
 
 #include "parallel.h"
