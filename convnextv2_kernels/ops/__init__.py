@@ -1,6 +1,6 @@
 """Public ops: functions of tensors with autograd, each checked, dispatched to a backend and documented with shapes."""
 
-from .embed import patch_embed
+from .embed import patch_embed, patch_embed_layer_norm
 from .mlp import convnextv2_block, gathered_pointwise_mlp, pointwise_mlp
 from .rows import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn, linear
 from .spatial import (
@@ -22,6 +22,7 @@ __all__ = [
     "layer_norm_grn",
     "linear",
     "patch_embed",
+    "patch_embed_layer_norm",
     "pointwise_mlp",
     "scatter_patches",
     "submanifold_depthwise_conv2d",

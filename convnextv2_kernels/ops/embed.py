@@ -9,44 +9,70 @@ from .. import backends
 from ..backends.reference import rows as ref
 from ..layout import PatchLayout
 from . import _checks as check
+from . import library
 from ._autograd import once_differentiable
-from .amp import no_autocast, product_dtype
-from .rows import linear
+from .amp import no_autocast, product_dtype, stat_params
 
 
-class _PatchPixels(torch.autograd.Function):
+class _Stem(torch.autograd.Function):
+    """4x4/4 convolution of the visible patches, then LayerNorm unless ``ln_weight`` is None.
+
+    Keeps only the images, which are alive anyway: the pixels of visible patches are gathered again in backward.
+    """
+
     @staticmethod
-    def forward(ctx, images, patch_of_slot, slot_of_patch, gh, gw, backend):
-        ctx.save_for_backward(slot_of_patch)
-        ctx.args = (gh, gw, images.shape[1], images.shape[2], images.shape[3])
-        ctx.backend = backend
-        return backends.primitives(backend).patch_pixels(images, patch_of_slot, gh, gw)
+    def forward(
+        ctx, images, weight, bias, ln_weight, ln_bias, patch_of_slot, slot_of_patch, gh, gw, eps, dtype, backend
+    ):
+        k = backends.primitives(backend)
+        ctx.save_for_backward(images, weight, bias, ln_weight, patch_of_slot, slot_of_patch)
+        ctx.args, ctx.backend = (gh, gw, eps, dtype), backend
+        ctx.ln_bias_dtype = None if ln_bias is None else ln_bias.dtype
+        y = _convolve(k.patch_pixels(images, patch_of_slot, gh, gw), weight, bias, dtype, backend)
+        if ln_weight is None:
+            return y
+        return k.layer_norm_forward(y, *stat_params(ln_weight, ln_bias, like=y), eps)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (slots,) = ctx.saved_tensors
-        gh, gw, c, h, w = ctx.args
+        images, weight, bias, ln_weight, patch_of_slot, slot_of_patch = ctx.saved_tensors
+        gh, gw, eps, dtype = ctx.args
         k = backends.primitives(ctx.backend)
-        grad = grad.contiguous()
-        if slots is not None:
-            grad = k.scatter_patches(grad, slots, gh, gw, None)
-        rows = grad.reshape(-1, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5)
-        return rows.reshape(-1, c, h, w), None, None, None, None, None
+        pixels = k.patch_pixels(images, patch_of_slot, gh, gw)
+        dy, dgain, dshift = grad.contiguous(), None, None
+        if ln_weight is not None:
+            y = _convolve(pixels, weight, bias, dtype, ctx.backend)
+            z, _, rstd = k.layer_norm_forward(y, None, None, eps)
+            dy, dgain, dshift = k.normalized_backward(dy, z, rstd, *stat_params(ln_weight, like=y))
+            dgain, dshift = dgain.to(ln_weight.dtype), dshift.to(ctx.ln_bias_dtype)
+        rows = dy.view(-1, dy.shape[-1])
+        db = None if bias is None else k.column_sum(rows).to(bias.dtype)
+        rows = rows.to(dtype)
+        flat = pixels.view(-1, pixels.shape[-1]).to(dtype)
+        dw = library.product_weight_grad(rows, flat, ctx.backend).to(weight.dtype).view(weight.shape)
+        dimages = None
+        if ctx.needs_input_grad[0]:
+            dpixels = library.product_input_grad(rows, weight.flatten(1).to(dtype), ctx.backend)
+            dpixels = dpixels.to(images.dtype).view(pixels.shape)
+            if slot_of_patch is not None:
+                dpixels = k.scatter_patches(dpixels, slot_of_patch, gh, gw, None)
+            n, c, h, w = images.shape
+            dimages = dpixels.view(n, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
+        return dimages, dw, db, dgain, dshift, None, None, None, None, None, None, None
 
 
-def patch_embed(
-    images: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
-) -> Tensor:
-    """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
+def _convolve(pixels: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+    """Rows of pixels ``[..., in*16]`` -> features ``[..., C]`` of the pixels' dtype."""
+    rows = pixels.view(-1, pixels.shape[-1]).to(dtype)
+    b = None if bias is None else bias.to(dtype)
+    y = library.product(rows, weight.flatten(1).to(dtype), b, backend)
+    return y.to(pixels.dtype).view(*pixels.shape[:-1], weight.shape[0])
 
-    Args:
-        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4.
-        weight: ``[C, in, 4, 4]``. bias: ``[C]`` or None.
 
-    Returns:
-        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H/4, W/4, C]`` without a layout. Hidden pixels are not read.
-    """
+def _check_images(
+    images: Tensor, weight: Tensor, bias: Tensor | None, layout: PatchLayout | None
+) -> None:
     check.check_float(images, "images")
     if images.dim() != 4:
         raise ValueError(f"images has shape {list(images.shape)}, expected [N, in_chans, H, W]")
@@ -68,14 +94,59 @@ def patch_embed(
     check.check_param(weight, "weight", (weight.shape[0], c, 4, 4), images)
     if bias is not None:
         check.check_param(bias, "bias", (weight.shape[0],), images)
+
+
+def _index(images: Tensor, layout: PatchLayout | None) -> tuple:
+    """``(patch_of_slot, slot_of_patch, grid rows, grid columns)``; without a layout every 4x4 block is a patch."""
+    if layout is None:
+        return None, None, images.shape[2] // 4, images.shape[3] // 4
+    return layout.patch_of_slot, layout.slot_of_patch, *layout.grid
+
+
+def patch_embed(
+    images: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
+) -> Tensor:
+    """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
+
+    Args:
+        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4.
+        weight: ``[C, in, 4, 4]``. bias: ``[C]`` or None.
+
+    Returns:
+        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H/4, W/4, C]`` without a layout. Hidden pixels are not read.
+    """
+    _check_images(images, weight, bias, layout)
     dtype = product_dtype(images)
     backend = backends.select(images, "patch_embed", dtype)
-    if backend == "reference":
-        with no_autocast(images):
+    with no_autocast(images):
+        if backend == "reference":
             return ref.patch_embed(images, weight, bias, layout, dtype)
-    if layout is None:
-        args = (None, None, h // 4, w // 4)
-    else:
-        args = (layout.patch_of_slot, layout.slot_of_patch, *layout.grid)
-    pixels = _PatchPixels.apply(images.contiguous(), *args, backend)
-    return linear(pixels, weight.reshape(weight.shape[0], -1), bias)
+        index = _index(images, layout)
+        return _Stem.apply(images.contiguous(), weight, bias, None, None, *index, 0.0, dtype, backend)
+
+
+def patch_embed_layer_norm(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    layout: PatchLayout | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """LayerNorm of :func:`patch_embed` as one autograd node that keeps nothing but the images.
+
+    ``ln_weight``, ``ln_bias``: ``[C]``. Shapes, dtypes and errors as there.
+    """
+    _check_images(images, weight, bias, layout)
+    check.check_param(ln_weight, "ln_weight", (weight.shape[0],), images)
+    check.check_param(ln_bias, "ln_bias", (weight.shape[0],), images)
+    check.check_eps(eps)
+    dtype = product_dtype(images)
+    backend = backends.select(images, "patch_embed_layer_norm", dtype)
+    with no_autocast(images):
+        if backend == "reference":
+            y = ref.patch_embed(images, weight, bias, layout, dtype)
+            return ref.layer_norm(y, ln_weight, ln_bias, eps)
+        index = _index(images, layout)
+        return _Stem.apply(images.contiguous(), weight, bias, ln_weight, ln_bias, *index, eps, dtype, backend)
