@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 _load_error: str | None = None
 try:
-    from ... import _C as extension  # registers torch.ops.convnextv2_kernels
+    # loading it registers torch.ops.convnextv2_kernels
+    extension = importlib.import_module("convnextv2_kernels._C")
 except ModuleNotFoundError:
     extension = None
     _load_error = "the C++ extension was not built (no compiler was found at installation)"

@@ -1,0 +1,128 @@
+"""Writes the numbers of README.md and docs/benchmarks.md from the committed results, so that none is typed by hand.
+
+    python bench/readme_tables.py           # rewrite the files
+    python bench/readme_tables.py --check   # exit 1 if they differ from the results
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "bench" / "results" / "cpu.json"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+SPARSE = "sparse"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.1f}"
+
+
+def _best(arms: dict, keep) -> tuple[str, dict] | None:
+    chosen = {name: arm for name, arm in arms.items() if name != SPARSE and keep(name)}
+    return min(chosen.items(), key=lambda item: item[1]["median_ms"]) if chosen else None
+
+
+def machine_line(report: dict) -> str:
+    """What the numbers were measured on."""
+    machine, parameters = report["machine"], report["parameters"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32, batch "
+        f"{parameters['batch_size']}, {parameters['img_size']} px, mask ratio 0.6; forward and backward, medians of "
+        f"interleaved runs; raw samples in `bench/results/cpu.json`."
+    )
+
+
+def summary(report: dict) -> str:
+    """The README's table: per model the fastest dense arm of each kind against sparse."""
+    lines = [
+        "| FCMAE training step on a CPU | masked dense, as commonly written | masked dense, best of all variants | "
+        "sparse (this library) | faster than best / common | saved for backward, dense best / sparse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for step in report["step"]:
+        arms = step["arms"]
+        sparse = arms[SPARSE]
+        plain = _best(arms, lambda name: " plain " in name)
+        best = _best(arms, lambda name: True)
+        frugal = arms[step["frugal_dense"]]["saved_bytes"]
+        lines.append(
+            f"| {step['model'].removeprefix('convnextv2_')} | {plain[1]['median_ms']:.0f} ms | "
+            f"{best[1]['median_ms']:.0f} ms ({best[0].removeprefix('dense ')}) | **{sparse['median_ms']:.0f} ms** | "
+            f"**{best[1]['median_ms'] / sparse['median_ms']:.1f}x** / "
+            f"{plain[1]['median_ms'] / sparse['median_ms']:.1f}x | {_mib(frugal)} / {_mib(sparse['saved_bytes'])} MiB "
+            f"(**{frugal / sparse['saved_bytes']:.1f}x**) |"
+        )
+    return "\n".join([*lines, "", machine_line(report)])
+
+
+def details(report: dict) -> str:
+    """Every arm of every model, then the ops."""
+    blocks = [machine_line(report)]
+    for step in report["step"]:
+        arms = step["arms"]
+        sparse = arms[SPARSE]["median_ms"]
+        rows = [
+            f"**{step['model']}**, counted work {step['flops']['sparse'] * 1e-9:.1f} GFLOP sparse, "
+            f"{step['flops']['dense'] * 1e-9:.1f} dense",
+            "",
+            "| arm | median ms | quartiles ms | time / sparse | saved MiB | peak MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, arm in arms.items():
+            peak = arm["peak"]["bytes"] if arm["peak"] else None
+            rows.append(
+                f"| {name} | {arm['median_ms']:.1f} | {arm['q1_ms']:.1f} - {arm['q3_ms']:.1f} | "
+                f"{arm['median_ms'] / sparse:.2f} | {_mib(arm['saved_bytes'])} | {_mib(peak) if peak else ''} |"
+            )
+        rows += [f"| {name} | skipped: {why} | | | | |" for name, why in step["skipped"].items()]
+        blocks.append("\n".join(rows))
+    for model, ops in report.get("ops", {}).items():
+        rows = [
+            f"**Ops of {model}**, forward and backward, sparse against the faster dense layout:",
+            "",
+            "| op | shape | sparse ms | dense ms (layout) | dense / sparse | sparse GFLOP/s | sparse GB/s |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        rows += [_op_row(row) for row in ops["rows"]]
+        blocks.append("\n".join(rows))
+    return "\n\n".join(blocks)
+
+
+def _op_row(row: dict) -> str:
+    arms = row["arms"]
+    sparse = arms[SPARSE]
+    name, dense = _best(arms, lambda n: True)
+    return (
+        f"| {row['op']} | C={row['width']} s={row['side']} | {sparse['median_ms']:.3f} | {dense['median_ms']:.3f} "
+        f"({name.removeprefix('dense ')}) | {dense['median_ms'] / sparse['median_ms']:.1f} | "
+        f"{sparse['rates']['gflops']:.0f} | {sparse['rates']['gbytes']:.1f} |"
+    )
+
+
+def fill(text: str, content: str) -> str:
+    """The text with everything between the markers replaced."""
+    head, rest = text.split(BEGIN, 1)
+    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}"
+
+
+def main(arguments: list[str]) -> int:
+    report = json.loads(RESULT.read_text())
+    stale = []
+    for path, content in (("README.md", summary(report)), ("docs/benchmarks.md", details(report))):
+        text = (ROOT / path).read_text()
+        new = fill(text, content)
+        if new != text:
+            stale.append(path)
+            if "--check" not in arguments:
+                (ROOT / path).write_text(new)
+    if stale and "--check" in arguments:
+        print(f"not up to date with {RESULT.relative_to(ROOT)}: {', '.join(stale)}; run python bench/readme_tables.py")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

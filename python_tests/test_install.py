@@ -1,0 +1,88 @@
+"""Installation without a compiler, the info report, and the documents' claims."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import convnextv2_kernels as ck
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(code_or_args, cwd, **environment):
+    args = [sys.executable, "-c", code_or_args] if isinstance(code_or_args, str) else [sys.executable, *code_or_args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(args, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def without_compiler(tmp_path_factory):
+    """The package as built where no C++ compiler is on the PATH."""
+    target = tmp_path_factory.mktemp("pure")
+    build = ["setup.py", "-q", "build", "--build-base", str(target / "base"), "--build-lib", str(target / "lib")]
+    done = run(build, ROOT, PATH=str(target), CXX="")
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler was found" in done.stderr
+    return target / "lib"
+
+
+def test_pure_python_install_works_and_says_so(without_compiler):
+    code = """
+import convnextv2_kernels as ck, torch
+assert ck.__file__.startswith(%r), ck.__file__
+print(ck.info())
+model = ck.models.FCMAE(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), img_size=64, decoder_embed_dim=16)
+loss, _, _ = model(torch.randn(2, 3, 64, 64))
+loss.backward()
+print("loss", float(loss))
+try:
+    with ck.use_backend("cpu"):
+        ck.ops.layer_norm(torch.ones(2, 3), None, None)
+except RuntimeError as error:
+    print("error:", error)
+""" % str(without_compiler)
+    done = run(code, without_compiler, PYTHONPATH=str(without_compiler))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"extension +not loaded: the C\+\+ extension was not built", done.stdout)
+    assert re.search(r"convnextv2_block +reference +reference", done.stdout)
+    assert "error: layer_norm was asked of backend 'cpu', but the C++ extension was not built" in done.stdout
+
+
+def test_info_names_every_op_and_backend():
+    report = ck.info()
+    for name in [*ck.ops.__all__, "reference", "cpu", "cuda", "triton"]:
+        assert name in report
+    with ck.use_backend("reference"):
+        assert re.search(r"convnextv2_block +reference +reference +reference +reference", ck.info())
+
+
+def test_readme_python_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        done = run(block.replace("randn(8, 3", "randn(8, 3"), ROOT)
+        assert done.returncode == 0, done.stderr
+
+
+def test_documented_numbers_come_from_the_committed_results():
+    done = run(["bench/readme_tables.py", "--check"], ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_committed_results_are_whole():
+    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    for step in report["step"]:
+        assert step["arms"]["sparse"]["median_ms"] > 0 and step["gate"]
+        assert any(" plain " in name for name in step["arms"])
+
+
+def test_every_environment_variable_is_documented():
+    documented = (ROOT / "docs" / "environment.md").read_text()
+    sources = [*ROOT.glob("convnextv2_kernels/**/*.py"), *ROOT.glob("csrc/**/*.cpp"), ROOT / "setup.py"]
+    used = {name for path in sources for name in re.findall(r"CONVNEXTV2_KERNELS_[A-Z_]+", path.read_text())}
+    assert used and all(f"`{name}`" in documented for name in used)
