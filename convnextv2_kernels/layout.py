@@ -57,6 +57,7 @@ class PatchLayout:
                 f"{list(mask.shape)}"
             )
         n, gh, gw = mask.shape
+        _check_grid((gh, gw))
         _check_size(n, gh, gw)
         visible = ~mask.reshape(n, gh * gw)
         flat = visible.reshape(-1)
@@ -183,6 +184,8 @@ def random_kept(
 ) -> Tensor:
     """``[N, K]`` int64 ids of the patches that stay visible, uniform without replacement, K = :func:`num_kept`."""
     kept = num_kept(grid, ratio)
+    if num_images < 0:
+        raise ValueError(f"num_images must be >= 0, got {num_images}")
     noise = torch.rand(num_images, grid[0] * grid[1], generator=generator, device=device)
     return noise.argsort(dim=1)[:, :kept]
 

@@ -23,7 +23,7 @@ from .backends.reference.rows import statistics_dtype
 
 # Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
 # share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.
-_DEFAULT_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 1 << 30}
+_DEFAULT_CHUNK_BYTES = {"cpu": 3 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes(device_type: str) -> int:
@@ -152,7 +152,7 @@ def mlp_forward(
     tensor. Matrix products run in y's dtype."""
     stat = statistics_dtype(y.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma, beta = gamma.reshape(-1).to(stat), beta.reshape(-1).to(stat)
+    gamma, beta = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
     w1, b1, w2, b2 = (p.to(y.dtype) for p in (w1, b1, w2, b2))
     segments = 1 if rows.batch_scope else rows.images
     norms = torch.zeros(segments, hidden, dtype=stat, device=y.device)
@@ -226,7 +226,7 @@ def mlp_backward(
     """
     stat = statistics_dtype(x.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma, shift = gamma.reshape(-1).to(stat), beta.reshape(-1).to(stat)
+    gamma, shift = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
     w2_stat = w2.to(stat)
     w1, b1, w2 = w1.to(x.dtype), b1.to(x.dtype), w2.to(x.dtype)
     gain = None if layer_norm is None else layer_norm.weight.to(stat).contiguous()

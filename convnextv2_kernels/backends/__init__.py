@@ -49,15 +49,15 @@ class use_backend:  # noqa: N801  (a context manager that reads like a function,
 
     def __init__(self, name: str):
         self.name = _check_name(name, "backend")
-        self._previous = "auto"
+        self._previous: list[str] = []  # a stack: one object may be entered again inside itself
 
     def __enter__(self) -> use_backend:
-        self._previous = _state.forced
+        self._previous.append(_state.forced)
         _state.forced = self.name
         return self
 
     def __exit__(self, *exc) -> None:
-        _state.forced = self._previous
+        _state.forced = self._previous.pop()
 
 
 def forced() -> str:

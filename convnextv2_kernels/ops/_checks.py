@@ -31,6 +31,8 @@ def check_packed(x: Tensor, layout: PatchLayout | None, name: str = "x") -> None
     if x.dim() != 4:
         kind = "[N, H, W, C]" if layout is None else "[P, s, s, C]"
         raise ValueError(f"{name} has shape {list(x.shape)}, expected four dimensions {kind}")
+    if min(x.shape[1:]) < 1:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected sides >= 1 and C >= 1")
     if layout is None:
         return
     check_layout(layout, x, name)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import backends, schedule
 from ..backends.reference.rows import statistics_dtype
+from .amp import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
 _GEOMETRY = "int rows_per_slot, int images, bool batch_scope, float eps, ScalarType dtype, str backend"
@@ -19,8 +20,14 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 def _define(schema: str, implementation, fake):
     name = schema.split("(", 1)[0]
+
+    def run(*args):
+        # compiled code runs these under the caller's autocast; their casts are placed explicitly (ops/amp.py)
+        with no_autocast(args[0]):
+            return implementation(*args)
+
     _library.define(schema)
-    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
     return getattr(torch.ops.convnextv2_kernels, name).default
 

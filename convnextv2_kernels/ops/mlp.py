@@ -78,6 +78,8 @@ def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, s
     if w1.dim() != 2:
         raise ValueError(f"w1 has shape {list(w1.shape)}, expected [hidden, {c}]")
     hidden = w1.shape[0]
+    if hidden < 1:
+        raise ValueError(f"w1 has shape {list(w1.shape)}, expected [hidden, {c}] with hidden >= 1")
     check.check_param(w1, "w1", (hidden, c), x)
     check.check_param(b1, "b1", (hidden,), x)
     check.check_param(gamma, "gamma", hidden, x)
@@ -128,7 +130,10 @@ def pointwise_mlp(
         ``[..., O]``, the leading dimensions and dtype of x. The hidden activations are recomputed in backward.
     """
     check.check_packed(x, layout)
-    out_c = b2.shape[-1] if isinstance(b2, Tensor) and b2.dim() else 0
+    check.check_float(w2, "w2")
+    if w2.dim() != 2 or w2.shape[0] < 1:
+        raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
+    out_c = w2.shape[0]
     _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps)
     if residual is not None:
         check.check_param(residual, "residual", (*x.shape[:-1], out_c), x)

@@ -58,10 +58,13 @@ class _Scatter(torch.autograd.Function):
         dx = k.gather_patches(grad, patches, *ctx.grid)
         dfill = None
         if ctx.needs_input_grad[1]:
-            c = grad.shape[-1]
-            stat = ref_rows.statistics_dtype(grad.dtype)
-            hidden = grad - k.scatter_patches(dx, slots, *ctx.grid, None)  # exactly zero at visible sites
-            dfill = hidden.reshape(-1, c).sum(0, dtype=stat).to(ctx.fill_dtype)
+            gh, gw = ctx.grid
+            n, h, w, c = grad.shape
+            sites = grad.view(n, gh, h // gh, gw, w // gw, c)
+            hidden = (slots < 0).view(n, gh, 1, gw, 1, 1)
+            # chosen, not multiplied: a NaN at a visible site stays there
+            total = torch.where(hidden, sites, 0).sum((0, 1, 2, 3, 4), dtype=ref_rows.statistics_dtype(grad.dtype))
+            dfill = total.to(ctx.fill_dtype)
         return dx, dfill, None, None, None, None, None
 
 

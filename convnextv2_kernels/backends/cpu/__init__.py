@@ -34,3 +34,7 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"its kernels serve float32, float64 and bfloat16, and the input is {dtype}"
     return None
+
+
+if extension is not None:
+    from . import primitives  # noqa: F401  (registers the operators' fakes, so that they can be traced)

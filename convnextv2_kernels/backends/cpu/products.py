@@ -60,6 +60,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     if not (_use_onednn(x) and weight.numel()):
         y = F.linear(x, weight, bias)
         return y if residual is None else residual + y
+    bias = None if bias is None else bias.contiguous()  # the operator reads it as if it were
     if residual is None:
         return _onednn(x, weight, bias, "none", [], "")
     return _onednn_add(x, residual, weight, bias, "add")

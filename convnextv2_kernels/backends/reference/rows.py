@@ -111,10 +111,10 @@ def pointwise_mlp(
     a = F.linear(x.to(dtype), w1.to(dtype), b1.to(dtype))
     h = F.gelu(a, approximate="tanh" if act == "gelu_tanh" else "none")
     h = global_response_norm(h, gamma, beta, layout, scope, eps)
-    y = F.linear(h, w2.to(dtype), b2.to(dtype)).to((x if residual is None else residual).dtype)
+    y = F.linear(h, w2.to(dtype), b2.to(dtype)).to(x.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
-    return y if residual is None else residual + y
+    return y if residual is None else residual.to(x.dtype) + y
 
 
 def convnextv2_block(
