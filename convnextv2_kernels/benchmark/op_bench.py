@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from .timing import rounds_for, summarize, time_interleaved
 
 # Short ops get more rounds, until they fill this time, so that their medians settle.
 MIN_SECONDS = 0.4
+# A sample is as many calls as fill this time, so that a short op is not timed with cold caches.
+SAMPLE_SECONDS = 0.005
 GATE_IMAGES = 2
 
 
@@ -37,6 +40,16 @@ class OpArm:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             output = self.run()
         return output, torch.autograd.grad(output, list(self.leaves.values()), self.cotangent)
+
+
+def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
+    """A function of ``times`` calls."""
+
+    def run() -> None:
+        for _ in range(times):
+            call()
+
+    return run
 
 
 def pack(dense: Tensor, mask: Tensor) -> Tensor:
@@ -199,16 +212,24 @@ def measure_case(
 ) -> dict:
     """Time the arms of one case, interleaved; JSON-ready, with rates by counted work."""
     arms = case.arms()
-    steps = {name: arm.forward_backward for name, arm in arms.items()}
-    # Two warm rounds; the second, without one-time set-up, tells how many rounds are affordable.
+    # Two warm rounds; the second, without one-time set-up, tells how many calls make a sample and
+    # how many rounds are affordable.
+    calls = {}
     for _ in range(2):
-        start = budget.clock()
-        for step in steps.values():
-            step()
-        seconds = budget.clock() - start
-    rounds = rounds_for(seconds, repeats, min_seconds)
+        for name, arm in arms.items():
+            start = budget.clock()
+            arm.forward_backward()
+            calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(budget.clock() - start, 1e-9)))
+    steps = {name: repeated(arm.forward_backward, calls[name]) for name, arm in arms.items()}
+    start = budget.clock()
+    for step in steps.values():
+        step()
+    rounds = rounds_for(budget.clock() - start, repeats, min_seconds)
     samples = time_interleaved(steps, rounds, budget.deadline, budget.clock)
-    results = {name: summarize(times) for name, times in samples.items()}
+    results = {
+        name: {**summarize([t / calls[name] for t in times]), "calls_per_sample": calls[name]}
+        for name, times in samples.items()
+    }
     for name, result in results.items():
         work = case.work(dense=name != SPARSE)
         result["rates"] = work.rates(result["median_ms"])

@@ -1,0 +1,1 @@
+"""The conformance suite: what every backend must compute, op by op. Start at ``backends.py``."""

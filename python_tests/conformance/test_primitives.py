@@ -1,0 +1,107 @@
+"""Each primitive of a backend against its contract, ``backends/reference/primitives.py``, one at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convnextv2_kernels import backends
+
+from .backends import F32, F64, parametrize_backends_and_dtypes
+from .layouts import make_layout
+
+H, C = 21, 10
+EPS = 1e-6
+
+
+def segments_of(where: str, rows_per_slot: int = 16):
+    layout = make_layout(where)
+    offsets = None if layout.patches_per_image is not None else layout.image_offsets
+    rows = layout.num_patches * rows_per_slot
+    return rows, (offsets, rows_per_slot if offsets is not None else 1, layout.num_images)
+
+
+def partial_segments():
+    """Offsets of a chunk in the middle of a batch: they do not start at zero."""
+    offsets = make_layout("ragged").image_offsets[1:]
+    return int(offsets[-1] - offsets[0]) * 16, (offsets, 16, 2)
+
+
+WHOLE_BATCH = (64, (None, 1, 1))
+CASES = {
+    "uniform": segments_of("uniform"),
+    "ragged": segments_of("ragged"),
+    "empty_image": segments_of("empty_image"),
+    "none_visible": segments_of("none_visible"),
+    "batch_0": segments_of("batch_0"),
+    "middle": partial_segments(),
+    "whole_batch": WHOLE_BATCH,
+    "more_rows_than_columns": (300, (None, 1, 2)),
+}
+
+
+def draw(*shape, positive=False):
+    t = torch.randn(shape, dtype=F64)
+    return t.abs() + 0.1 if positive else t
+
+
+def calls(rows, segments):
+    """``{primitive: arguments}`` in float64."""
+    count = segments[2]
+    norm = draw(count, H, positive=True)
+    if count:
+        norm[0, :3] = 0.0  # channels of zero norm
+    return {
+        "linear": (draw(rows, C), draw(H, C), draw(H)),
+        "linear_input_grad": (draw(rows, H), draw(H, C)),
+        "linear_weight_grad": (draw(rows, H), draw(rows, C)),
+        "column_sum": (draw(rows, H),),
+        "gelu_square_sum": (draw(rows, H), *segments),
+        "grn_scale": (norm.square(), draw(H), EPS),
+        "scaled_linear": (draw(rows, H), draw(C, H), draw(C), draw(count, H), draw(H), None, *segments),
+        "scaled_linear with residual": (
+            draw(rows, H), draw(C, H), draw(C), draw(count, H), draw(H), draw(rows, C), *segments,
+        ),
+        "mlp_backward_reduce": (draw(rows, H), draw(rows, H), *segments),
+        "grn_gradient": (draw(count, H), norm, draw(H), EPS),
+        "mlp_backward_pointwise": (
+            draw(rows, H), draw(rows, H), draw(count, H), draw(count, H), draw(H), *segments,
+        ),
+        "normalized_backward": (draw(rows, C), draw(rows, C), draw(rows, positive=True), draw(C)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@parametrize_backends_and_dtypes((F64, F32))
+def test_primitives_keep_the_contract(backend, dtype, case):
+    rows, segments = CASES[case]
+    native, contract = backends.primitives(backend.name), backends.primitives("reference")
+
+    def prepare(arguments):
+        return [
+            a.to(backend.device, dtype if a.is_floating_point() else a.dtype, copy=True) if torch.is_tensor(a) else a
+            for a in arguments
+        ]
+
+    for name, arguments in calls(rows, segments).items():
+        function = name.split()[0]
+        expected = getattr(contract, function)(*[a.clone() if torch.is_tensor(a) else a for a in arguments])
+        got = getattr(native, function)(*prepare(arguments))
+        expected, got = ([t] if torch.is_tensor(t) else t for t in (expected, got))
+        for g, e in zip(got, expected, strict=True):
+            assert g.shape == e.shape and g.dtype == dtype, f"{name}: {list(g.shape)} of {g.dtype}"
+            if e.numel():
+                # sums of up to 300 terms of size one
+                bound = 64 * torch.finfo(dtype).eps * max(1.0, float(e.abs().max()))
+                error = float((g.double().cpu() - e).abs().max())
+                assert error <= bound, f"{name} is off by {error:.3e}, more than {bound:.3e}"
+
+
+def test_every_primitive_of_the_contract_is_here():
+    contract = backends.primitives("reference")
+    defined = {
+        name
+        for name, value in vars(contract).items()
+        if callable(value) and not name.startswith("_") and value.__module__ == contract.__name__
+    }
+    assert {name.split()[0] for name in calls(*WHOLE_BATCH)} == defined

@@ -1,0 +1,258 @@
+"""The chunked schedule: chunks cover the batch, and neither they nor what is saved change the results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance.backends import BF16, F32, F64, parametrize_backends, parametrize_backends_and_dtypes
+from conformance.layouts import make_layout
+from conformance.samples import cotangent_of, make_sample
+from conformance.tolerance import check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd.graph import saved_tensors_hooks
+
+import convnextv2_kernels as ck
+from convnextv2_kernels import schedule
+from convnextv2_kernels.backends.reference import primitives
+from convnextv2_kernels.ops import library
+
+OPS = ("pointwise_mlp", "convnextv2_block")
+PLACES = [("uniform", 4), ("ragged", 4), ("empty_image", 2), ("none_visible", 2), ("dense_14x9", None), ("batch_0", 2)]
+HIDDEN = 20
+
+
+def sample_of(op, at, scope="image"):
+    axes = {"at": at, "c": 6, "hidden": HIDDEN, "scope": scope}
+    return make_sample(op, **axes | ({"out_c": 6} if op == "pointwise_mlp" else {"k": 7}))
+
+
+def assert_close(got, expected, factor):
+    for name, t in expected.items():
+        if t.numel():
+            bound = factor * torch.finfo(t.dtype).eps * float(t.abs().max())
+            error = float((got[name] - t).abs().max())
+            assert error <= bound, f"{name} is off by {error:.3e}, more than {bound:.3e}"
+
+
+# -- chunks
+
+
+@settings(max_examples=60)
+@given(
+    slots=st.lists(st.integers(0, 6), max_size=6),
+    per_slot=st.sampled_from((1, 4, 16)),
+    budget=st.integers(1, 4000),
+    batch_scope=st.booleans(),
+)
+def test_chunks_of_ragged_batches_cover_every_row_once(slots, per_slot, budget, batch_scope):
+    offsets = torch.tensor([sum(slots[:n]) for n in range(len(slots) + 1)], dtype=torch.int32)
+    rows = schedule.Rows(sum(slots) * per_slot, len(slots), per_slot, offsets, batch_scope)
+    parts = list(schedule.chunks(rows, hidden=8, itemsize=4, budget=budget))
+    cover(parts, rows, [count * per_slot for count in slots], budget)
+    if not batch_scope:
+        for part in parts:
+            segment_offsets, segment_rows, count = part.segments
+            assert (segment_rows, count) == (per_slot, part.n1 - part.n0)
+            assert torch.equal(segment_offsets, offsets[part.n0 : part.n1 + 1])
+
+
+@settings(max_examples=60)
+@given(images=st.integers(0, 7), each=st.integers(0, 40), budget=st.integers(1, 4000), batch_scope=st.booleans())
+def test_chunks_of_uniform_batches_cover_every_row_once(images, each, budget, batch_scope):
+    rows = schedule.Rows(images * each, images, 1, None, batch_scope)
+    parts = list(schedule.chunks(rows, hidden=8, itemsize=4, budget=budget))
+    cover(parts, rows, [each] * images, budget)
+    if not batch_scope and parts:
+        sizes = [part.n1 - part.n0 for part in parts]
+        assert max(sizes) - sizes[-1] <= len(parts), "equal chunks, not full ones and a small rest"
+
+
+def cover(parts, rows, counts, budget):
+    # rows of 8 float32; fewer than half as many rows as columns are never asked for
+    most = max(budget // 32, 4)
+    if rows.batch_scope:
+        assert [part[:4] for part in parts] == [(0, rows.images, 0, rows.total)]
+        return
+    assert [n for part in parts for n in range(part.n0, part.n1)] == list(range(rows.images))
+    for part in parts:
+        assert (part.r0, part.r1) == (sum(counts[: part.n0]), sum(counts[: part.n1]))
+        assert part.stats == slice(part.n0, part.n1)
+        assert part.r1 - part.r0 <= most or part.n1 - part.n0 == 1, "more than the budget without need"
+
+
+class Recorder:
+    """The reference primitives, remembering how many rows each hidden tensor had."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __getattr__(self, name):
+        primitive = getattr(primitives, name)
+        if name != "gelu_square_sum":
+            return primitive
+
+        def recorded(a, *segments):
+            self.rows.append(a.shape[0])
+            return primitive(a, *segments)
+
+        return recorded
+
+
+@pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 4)])
+def test_hidden_tensors_stay_within_the_budget(at, monkeypatch):
+    sample = sample_of("pointwise_mlp", at)
+    layout = sample.constants["layout"]
+    t = sample.tensors
+    recorder = Recorder()
+    largest = int(layout.image_offsets.diff().max()) * 16
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(largest * HIDDEN * 8))
+    offsets = None if layout.patches_per_image is not None else layout.image_offsets
+    rows = schedule.Rows(layout.num_patches * 16, layout.num_images, 16, offsets, False)
+    mlp = (t["w1"], t["b1"], t["gamma"], t["beta"], t["w2"], t["b2"])
+    schedule.mlp_forward(recorder, t["x"].reshape(-1, 6), *mlp, None, None, rows, 1e-6, F64, False)
+    assert len(recorder.rows) > 1 and max(recorder.rows) <= largest
+    assert sum(recorder.rows) == rows.total
+
+
+# -- results
+
+
+@pytest.mark.parametrize("scope", ("image", "batch"))
+@pytest.mark.parametrize("at", PLACES, ids=lambda at: at[0])
+@pytest.mark.parametrize("op", OPS)
+@parametrize_backends_and_dtypes((F64, F32, BF16))
+def test_chunking_does_not_change_results(backend, dtype, op, at, scope, monkeypatch):
+    sample = sample_of(op, at, scope).rounded(dtype).cast(dtype, backend.device)
+    cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
+    results = []
+    for size in (1, 5000, 1 << 30):
+        monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(size))
+        results.append(sample.run(backend.name, cotangent))
+    for chunked in results[:2]:
+        # parameter gradients add over chunks, and products of other sizes may add in another order
+        assert_close(chunked, results[2], factor=16)
+
+
+@pytest.mark.parametrize("policy", schedule.SAVE_POLICIES)
+@pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 2), ("empty_image", 2)], ids=lambda at: at[0])
+@pytest.mark.parametrize("op", OPS)
+@parametrize_backends_and_dtypes((F64, F32, BF16))
+def test_every_save_policy_conforms(backend, dtype, op, at, policy, monkeypatch):
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "5000")
+    check(sample_of(op, at), backend.name, dtype, backend.device)
+
+
+@pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 4)], ids=lambda at: at[0])
+@parametrize_backends_and_dtypes((F64, F32))
+def test_save_policies_agree(backend, dtype, at, monkeypatch):
+    sample = sample_of("convnextv2_block", at).rounded(dtype).cast(dtype, backend.device)
+    cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
+    results = {}
+    for policy in schedule.SAVE_POLICIES:
+        monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+        results[policy] = sample.run(backend.name, cotangent)
+    assert_close(results["normalized"], results["inputs"], factor=8)
+    assert_close(results["hidden"], results["inputs"], factor=8)
+
+
+@pytest.mark.parametrize("scope", ("image", "batch"))
+@pytest.mark.parametrize("residual", (True, False))
+@pytest.mark.parametrize("at", PLACES, ids=lambda at: at[0])
+def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scope, monkeypatch):
+    """The algebra of the schedule, without any kernel: against PyTorch's derivatives of the plain formula."""
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "4000")
+    sample = sample_of("pointwise_mlp", at, scope).cast(F64)
+    if not residual:
+        sample.tensors["residual"] = None
+    cotangent = cotangent_of(sample.run("reference")["out"], F64)
+    expected = sample.run("reference", cotangent)
+
+    layout, t = sample.constants["layout"], {k: v if v is None else v.detach() for k, v in sample.tensors.items()}
+    drop = sample.constants["drop_path_scale"]
+    uniform = layout is None or layout.patches_per_image is not None
+    offsets = None if uniform else layout.image_offsets
+    per_slot = 1 if layout is None else t["x"].shape[1] * t["x"].shape[2]
+    images = t["x"].shape[0] if layout is None else layout.num_images
+    geometry = (per_slot, images, scope == "batch", 1e-6, F64, "reference")
+    mlp = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")]
+    out, norms, hidden = library.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
+    grads = library.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)
+    got = dict(zip(("out", "x", "w1", "b1", "gamma", "beta", "w2", "b2"), (out, *grads), strict=True))
+    assert_close(got, {name: expected[name] for name in got}, factor=64)
+
+
+# -- what is kept for backward
+
+
+def saved(sample, backend):
+    """Elements of every tensor an op keeps, without its own arguments."""
+    arguments = {t.data_ptr() for t in sample.tensors.values() if t is not None and t.numel()}
+    kept = []
+
+    def pack(t):
+        if t.data_ptr() not in arguments and t.is_floating_point():
+            kept.append(t.numel())
+        return t
+
+    with ck.use_backend(backend), saved_tensors_hooks(pack, lambda t: t):
+        out = sample()
+    out.sum().backward()
+    return sorted(n for n in kept if n)
+
+
+@pytest.mark.parametrize(
+    ("policy", "op", "rows", "hidden"),
+    [
+        ("inputs", "convnextv2_block", 0, 0),
+        ("normalized", "convnextv2_block", 1, 0),
+        ("hidden", "convnextv2_block", 1, 1),
+        ("inputs", "pointwise_mlp", 0, 0),
+        ("normalized", "pointwise_mlp", 0, 0),
+        ("hidden", "pointwise_mlp", 0, 1),
+    ],
+)
+@parametrize_backends()
+def test_what_each_policy_keeps(backend, policy, op, rows, hidden, monkeypatch):
+    """One norm per image and hidden channel always; normalised rows with 1/std, and hidden activations, as asked."""
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    sample = sample_of(op, ("ragged", 4)).cast(F32, backend.device)
+    sample.constants["drop_path_scale"] = None
+    total = sample.rows
+    expected = [3 * HIDDEN] + rows * [total * 6, total] + hidden * [total * HIDDEN]
+    assert saved(sample, backend.name) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "expected"),
+    [
+        ("submanifold_depthwise_conv2d", lambda rows, images, c: []),
+        ("depthwise_conv_layer_norm", lambda rows, images, c: []),
+        ("downsample", lambda rows, images, c: []),
+        ("patch_embed", lambda rows, images, c: []),
+        ("patch_embed_layer_norm", lambda rows, images, c: []),
+        ("gather_patches", lambda rows, images, c: []),
+        ("scatter_patches", lambda rows, images, c: []),
+        ("layer_norm", lambda rows, images, c: [rows, rows]),
+        ("global_response_norm", lambda rows, images, c: [images * c]),
+        ("gelu_grn", lambda rows, images, c: [images * c]),
+        ("layer_norm_grn", lambda rows, images, c: [rows, rows, images * c]),
+    ],
+)
+@parametrize_backends()
+def test_other_ops_keep_their_input_and_statistics(backend, op, expected):
+    sample = make_sample(op, at=("ragged", 4), c=6).cast(F32, backend.device)
+    layout = make_layout("ragged")
+    assert saved(sample, backend.name) == sorted(expected(layout.num_patches * 16, layout.num_images, 6))
+
+
+def test_a_new_policy_or_chunk_size_applies_at_once(monkeypatch):
+    monkeypatch.delenv("CONVNEXTV2_KERNELS_SAVE", raising=False)
+    monkeypatch.delenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", raising=False)
+    assert schedule.save_policy("cpu") == "inputs" and schedule.save_policy("cuda") == "hidden"
+    assert schedule.chunk_bytes("cuda") > schedule.chunk_bytes("cpu") > 0
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", "normalized")
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "123")
+    assert schedule.save_policy("cpu") == schedule.save_policy("cuda") == "normalized"
+    assert schedule.chunk_bytes("cpu") == 123
