@@ -78,7 +78,7 @@ def details(report: dict) -> str:
                 f"{arm['median_ms'] / sparse:.2f} | {_mib(arm['saved_bytes'])} | {_mib(peak) if peak else ''} |"
             )
         rows += [f"| {name} | skipped: {why} | | | | |" for name, why in step["skipped"].items()]
-        blocks.append("\n".join(rows))
+        blocks += ["\n".join(rows), _limit(step)]
     for model, ops in report.get("ops", {}).items():
         rows = [
             f"**Ops of {model}**, forward and backward, sparse against the faster dense layout:",
@@ -89,6 +89,27 @@ def details(report: dict) -> str:
         rows += [_op_row(row) for row in ops["rows"]]
         blocks.append("\n".join(rows))
     return "\n\n".join(blocks)
+
+
+TARGETS = {"convnextv2_atto": 5, "convnextv2_tiny": 4}
+
+
+def _limit(step: dict) -> str:
+    """How far the step is from its target, in counted work per second."""
+    best = _best(step["arms"], lambda name: True)[1]["median_ms"]
+    sparse = step["arms"][SPARSE]["median_ms"]
+    flops, dense = step["flops"]["sparse"] * 1e-6, step["flops"]["dense"] * 1e-6
+    text = (
+        f"The counted work shrinks {dense / flops:.2f} times, the time {best / sparse:.2f} times. The sparse step runs "
+        f"its counted work at {flops / sparse:.0f} GFLOP/s, the best dense one at {dense / best:.0f}."
+    )
+    target = TARGETS.get(step["model"])
+    if target and best / sparse < target:
+        text += (
+            f" The target of {target}x against the best variant is missed: it would take {flops * target / best:.0f} "
+            "GFLOP/s over the whole step, element-wise passes included."
+        )
+    return text
 
 
 def _op_row(row: dict) -> str:

@@ -14,7 +14,7 @@ from ..backends.reference.rows import statistics_dtype
 from .amp import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
-_GEOMETRY = "int rows_per_slot, int images, bool batch_scope, float eps, ScalarType dtype, str backend"
+_GEOMETRY = "SymInt rows_per_slot, SymInt images, bool batch_scope, float eps, ScalarType dtype, str backend"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 

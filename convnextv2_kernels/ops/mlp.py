@@ -87,7 +87,7 @@ def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, s
     check.check_param(w2, "w2", (out_c, hidden), x)
     check.check_param(b2, "b2", (out_c,), x)
     check.check_scope(scope)
-    check.check_eps(eps)
+    check.check_grn_eps(eps)
     check.check_drop_path(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")

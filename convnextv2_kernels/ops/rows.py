@@ -222,7 +222,7 @@ def _check_grn(x, gamma, beta, layout, scope, eps):
     check.check_param(gamma, "gamma", x.shape[-1], x)
     check.check_param(beta, "beta", x.shape[-1], x)
     check.check_scope(scope)
-    check.check_eps(eps)
+    check.check_grn_eps(eps)
 
 
 def global_response_norm(

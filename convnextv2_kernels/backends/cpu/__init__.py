@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import torch
 
+ISAS = ("avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+_isa = os.environ.get("CONVNEXTV2_KERNELS_CPU_ISA", "")
+if _isa not in ("", *ISAS):
+    raise ValueError(f"CONVNEXTV2_KERNELS_CPU_ISA must be one of {', '.join(ISAS)}, got {_isa!r}")
 
 _load_error: str | None = None
 try:
