@@ -1,4 +1,4 @@
-"""Writes the numbers of README.md and docs/benchmarks.md from the committed results, so that none is typed by hand.
+"""Writes the measured numbers of README.md and docs/ from the committed results, so that none is typed by hand.
 
     python bench/readme_tables.py           # rewrite the files
     python bench/readme_tables.py --check   # exit 1 if they differ from the results
@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu.json"
+CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPARSE = "sparse"
 
@@ -123,6 +124,40 @@ def _op_row(row: dict) -> str:
     )
 
 
+def choices(report: dict) -> str:
+    """Tables of docs/kernels.md: products by library, what is kept for backward, chunk sizes."""
+    lines = [
+        "Matrix products, GFLOP/s, warm:",
+        "",
+        "| rows M x width C | `[M, C] [C, 4C]`: mm / backend | weight gradient: mm / backend |",
+        "|---|---|---|",
+    ]
+    for row in report["products"]:
+        g = row["gflops"]
+        lines.append(
+            f"| {row['rows']} x {row['width']} | {g['mm']:.0f} / {g['backend']:.0f} | "
+            f"{g['mm weight gradient']:.0f} / {g['backend weight gradient']:.0f} |"
+        )
+    lines += ["", "FCMAE step by `CONVNEXTV2_KERNELS_SAVE`:", "", "| model | " + " | ".join(_columns(report["save"]))]
+    lines[-1] += " |"
+    lines.append("|---" * (1 + len(_columns(report["save"]))) + "|")
+    for model, arms in report["save"].items():
+        cells = [f"{arm['median_ms']:.0f} ms, {_mib(arm['saved_bytes'])} MiB" for arm in arms.values()]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    sizes = [f"{int(b) / 2**20:g} MiB" for b in _columns(report["chunk"])]
+    lines += ["", "FCMAE step by `CONVNEXTV2_KERNELS_CHUNK_BYTES`:", "", "| model | " + " | ".join(sizes) + " |"]
+    lines.append("|---" * (1 + len(sizes)) + "|")
+    for model, arms in report["chunk"].items():
+        lines.append(f"| {model} | " + " | ".join(f"{arm['median_ms']:.0f} ms" for arm in arms.values()) + " |")
+    machine = report["machine"]
+    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32."]
+    return "\n".join(lines)
+
+
+def _columns(table: dict) -> list[str]:
+    return list(next(iter(table.values())))
+
+
 def fill(text: str, content: str) -> str:
     """The text with everything between the markers replaced."""
     head, rest = text.split(BEGIN, 1)
@@ -132,7 +167,12 @@ def fill(text: str, content: str) -> str:
 def main(arguments: list[str]) -> int:
     report = json.loads(RESULT.read_text())
     stale = []
-    for path, content in (("README.md", summary(report)), ("docs/benchmarks.md", details(report))):
+    contents = {
+        "README.md": summary(report),
+        "docs/benchmarks.md": details(report),
+        "docs/kernels.md": choices(json.loads(CHOICES.read_text())),
+    }
+    for path, content in contents.items():
         text = (ROOT / path).read_text()
         new = fill(text, content)
         if new != text:
@@ -140,7 +180,7 @@ def main(arguments: list[str]) -> int:
             if "--check" not in arguments:
                 (ROOT / path).write_text(new)
     if stale and "--check" in arguments:
-        print(f"not up to date with {RESULT.relative_to(ROOT)}: {', '.join(stale)}; run python bench/readme_tables.py")
+        print(f"not up to date with bench/results: {', '.join(stale)}; run python bench/readme_tables.py")
         return 1
     return 0
 
