@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu.json"
+BASE = ROOT / "bench" / "results" / "cpu_base.json"  # a larger model, nothing compiled
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 SPARSE = "sparse"
@@ -32,7 +33,7 @@ def machine_line(report: dict) -> str:
     return (
         f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32, batch "
         f"{parameters['batch_size']}, {parameters['img_size']} px, mask ratio 0.6; forward and backward, medians of "
-        f"interleaved runs; raw samples in `bench/results/cpu.json`."
+        f"interleaved runs; raw samples in `bench/results/`. Base: no compiled variants."
     )
 
 
@@ -92,7 +93,7 @@ def details(report: dict) -> str:
     return "\n\n".join(blocks)
 
 
-TARGETS = {"convnextv2_atto": 5, "convnextv2_tiny": 4}
+TARGETS = {"convnextv2_atto": 5, "convnextv2_tiny": 4, "convnextv2_base": 4}
 
 
 def _limit(step: dict) -> str:
@@ -164,8 +165,18 @@ def fill(text: str, content: str) -> str:
     return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}"
 
 
-def main(arguments: list[str]) -> int:
+def load() -> dict:
+    """The run of the small models with the steps of the larger one added."""
     report = json.loads(RESULT.read_text())
+    base = json.loads(BASE.read_text())
+    if any(base["machine"][key] != report["machine"][key] for key in ("cpu", "threads", "torch")):
+        raise SystemExit(f"{BASE.name} and {RESULT.name} were not measured on the same machine")
+    report["step"] += base["step"]
+    return report
+
+
+def main(arguments: list[str]) -> int:
+    report = load()
     stale = []
     contents = {
         "README.md": summary(report),
