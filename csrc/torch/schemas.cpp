@@ -1,6 +1,6 @@
 // The schemas of the kernels, once for every backend that implements them as operators. The composite operators of the
-// MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Their contract, tensor by tensor, is
-// convnextv2_kernels/backends/reference/primitives.py.
+// MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Contracts, tensor by tensor: the structs
+// of csrc/cpu/kernels.h, and for the MLP's parts convnextv2_kernels/backends/reference/primitives.py.
 #include "binding.h"
 
 STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {

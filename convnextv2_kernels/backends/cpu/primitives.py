@@ -1,6 +1,6 @@
 """The primitives of the CPU backend: C++ operators, their fakes, and the vendor's matrix products.
 
-The contract stands in ``backends/reference/primitives.py``.
+Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/cpu/kernels.h`` for the rest.
 """
 
 from __future__ import annotations

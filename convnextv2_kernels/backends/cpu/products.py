@@ -1,7 +1,7 @@
 """Matrix products of the CPU backend by the vendor library that is faster for the case.
 
 PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
-``F.linear``'s oneDNN form a float32 product ran 2.1-2.3 times as fast as ``mm`` on an AMD EPYC (``docs/kernels.md``).
+``F.linear``'s oneDNN form a float32 product runs about twice as fast there (measured: ``docs/kernels.md``, section 8).
 float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
 ``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
 """

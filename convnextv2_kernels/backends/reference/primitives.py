@@ -1,4 +1,7 @@
-"""The primitives a backend supplies to the schedule and the ops, in plain PyTorch: the contract of a new backend.
+"""The primitives of the MLP schedule in plain PyTorch: their contract, for a new backend to keep.
+
+A backend supplies beside them the convolution, the norms and the copies; their schemas stand in
+``csrc/torch/schemas.cpp``, their contracts in the structs of ``csrc/cpu/kernels.h``.
 
 Features are contiguous and of any float dtype T; parameters, statistics and parameter gradients are float32 (float64
 for float64 features). ``segments`` is ``(offsets, rows_per_slot, count)``: rows fall into ``count`` equal segments
