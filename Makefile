@@ -9,14 +9,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 'sources.txt')
+CUDA := $(shell find csrc/cuda csrc/emulation csrc/torch -type f)
+# The CUDA toolkit, whose headers the CPU emulation of the CUDA kernels needs; without it those tests are left out.
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))))
+EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
+CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
+FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test venv lint ctest sanitize format bench clean
+.PHONY: demo test test-emulated venv lint ctest sanitize format bench clean
 
 demo: venv
 	$(BIN)/python -m convnextv2_kernels pretrain --demo
 
 test: venv lint ctest
 	$(BIN)/python -m pytest -n $(WORKERS)
+ifneq ($(CUDA_HOME),)
+	$(MAKE) test-emulated
+endif
+
+# The CUDA kernels, compiled for the CPU, through the conformance suite.
+test-emulated: $(EMULATED)
+	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
+		$(BIN)/python -m pytest -n $(WORKERS) -k cuda python_tests/conformance python_tests/test_schedule.py python_tests/cuda
+
+$(EMULATED): $(VENV)/.installed setup.py $(CUDA)
+	CUDA_HOME=$(CUDA_HOME) $(BIN)/python setup.py -q build_emulation --output $@
 
 bench: venv
 	$(BIN)/python -m convnextv2_kernels bench
@@ -36,21 +53,21 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 
 lint: venv
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: venv
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format -i $(FORMATTED)
 
 ctest: venv
-	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja > /dev/null
+	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(CMAKE_CUDA) > /dev/null
 	$(BIN)/cmake --build build/cmake -j$(WORKERS)
 	$(BIN)/ctest --test-dir build/cmake --output-on-failure
 
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: venv
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-		-DCNX_SANITIZE=address,undefined > /dev/null
+		-DCNX_SANITIZE=address,undefined $(CMAKE_CUDA) > /dev/null
 	$(BIN)/cmake --build build/sanitize -j$(WORKERS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 

@@ -1,25 +1,39 @@
 """Builds the extension ``convnextv2_kernels._C`` from the sources listed in ``csrc/sources.txt``.
 
-Without a C++ compiler the package installs as pure Python and runs on its reference path; a compiler that is there and
-fails is an error. ``CONVNEXTV2_KERNELS_NO_EXTENSION=1`` skips the extension, ``MAX_JOBS`` limits parallel compilation,
-``CXX`` and ``CXXFLAGS`` are respected, ``CONVNEXTV2_KERNELS_SANITIZE=address,undefined`` instruments the build.
+The CUDA kernels are compiled where nvcc is there and PyTorch is a CUDA build; no GPU is needed. ``FORCE_CUDA=1``
+compiles them whatever PyTorch is and makes a missing nvcc an error, ``FORCE_CUDA=0`` leaves them out;
+``TORCH_CUDA_ARCH_LIST`` names the architectures. Without a C++ compiler the package installs as pure Python and runs on
+its reference path; a compiler that is there and fails is an error. ``CONVNEXTV2_KERNELS_NO_EXTENSION=1`` skips the
+extension, ``MAX_JOBS`` limits parallel compilation, ``CXX``, ``CXXFLAGS``, ``NVCC_FLAGS`` and ``CUDA_HOME`` are
+respected, ``CONVNEXTV2_KERNELS_SANITIZE=address,undefined`` instruments the build. ``python setup.py build_emulation``
+compiles the CUDA sources for the CPU, for tests.
 """
 
+import hashlib
+import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses a function boundary here
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# type punning is what vector accesses of device code are
+EMULATION_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DCNX_EMULATION"]
+EMULATION_FLAGS += ["-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-attributes", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
+BUILT_FOR = "_C.build.json"  # beside the module
+DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def package_version() -> str:
@@ -27,8 +41,8 @@ def package_version() -> str:
     return text.split('__version__ = "', 1)[1].split('"', 1)[0]
 
 
-def read_sources() -> list[tuple[str, Path, list[str]]]:
-    """``(kind, path, extra flags)`` of each source that this machine's architecture builds."""
+def read_sources(*kinds: str) -> list[tuple[str, Path, list[str]]]:
+    """``(kind, path, extra flags)`` of each source of these kinds that this machine's architecture builds."""
     sources = []
     for line in (CSRC / "sources.txt").read_text().splitlines():
         if not line or line.startswith("#"):
@@ -38,7 +52,8 @@ def read_sources() -> list[tuple[str, Path, list[str]]]:
             if platform.machine().lower() not in ("x86_64", "amd64"):
                 continue
             kind = "kernel"
-        sources.append((kind, Path("csrc") / path, flags))
+        if kind in kinds:
+            sources.append((kind, Path("csrc") / path, flags))
     return sources
 
 
@@ -51,69 +66,183 @@ def find_compiler() -> str | None:
     return None
 
 
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or where the nvcc of PATH or of /usr/local/cuda lies."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        homes.insert(2, Path(nvcc).resolve().parent.parent)
+    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").exists()), None)
+
+
+def nvcc_version(home: Path) -> str:
+    """Release of the toolkit, such as 13.0."""
+    text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split("release ", 1)[1].split(",", 1)[0]
+
+
+def wants_cuda() -> bool:
+    import torch
+
+    force = os.environ.get("FORCE_CUDA", "")
+    if force == "0":
+        return False
+    if force == "1" and cuda_home() is None:
+        raise SystemExit("convnextv2_kernels: FORCE_CUDA=1, but no nvcc was found (CUDA_HOME, PATH, /usr/local/cuda)")
+    return force == "1" or (torch.version.cuda is not None and cuda_home() is not None)
+
+
+def architectures() -> list[str]:
+    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all we test."""
+    import torch
+
+    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wish and torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wish = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+    options = []
+    for item in (wish or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+        number = item.removesuffix("+PTX").replace(".", "")
+        if not number or not number.rstrip("af").isdigit():
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be versions such as 8.0;9.0+PTX, got {wish!r}")
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if item.endswith("+PTX"):
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
 def jobs() -> int:
+    """MAX_JOBS, or as many as there are cores and 2 GiB of memory for each."""
     limit = os.environ.get("MAX_JOBS")
-    return max(1, int(limit)) if limit else os.cpu_count() or 1
+    if limit:
+        return max(1, int(limit))
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 8
+    return max(1, min(os.cpu_count() or 1, int(gib / 2)))
+
+
+class Build:
+    """Compiles sources in parallel and links a shared library. An object is reused while its command and everything
+    under csrc/ that it could include are unchanged."""
+
+    def __init__(self, spawn, folder: Path):
+        self.spawn, self.folder = spawn, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.compiler = os.environ["CXX"].split() if os.environ.get("CXX") else [find_compiler()]
+        self.extra = os.environ.get("CXXFLAGS", "").split()
+        sanitize = os.environ.get("CONVNEXTV2_KERNELS_SANITIZE")
+        if sanitize:
+            self.extra += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+
+    def compile(self, commands: list[tuple[list[str], Path]]) -> list[str]:
+        """Objects of ``(command without input and output, source)``, the longest compilations first."""
+        with ThreadPoolExecutor(jobs()) as pool:
+            return list(pool.map(lambda item: self._compile_one(*item), commands))
+
+    def _compile_one(self, command: list[str], source: Path) -> str:
+        target = self.folder / f"{source.parent.name}_{source.stem}.o"
+        key_file, key = target.with_suffix(".key"), self._key(command, source)
+        if not (target.exists() and key_file.exists() and key_file.read_text() == key):
+            key_file.unlink(missing_ok=True)
+            self.spawn([*command, "-c", str(source), "-o", str(target)])
+            key_file.write_text(key)
+        return str(target)
+
+    def _key(self, command: list[str], source: Path) -> str:
+        digest = hashlib.sha256(json.dumps([*command, str(source)]).encode())
+        for path in (source, *sorted(p for p in CSRC.glob("*/*") if p.suffix in (".h", ".inl", ".cuh"))):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    def link(self, objects: list[str], libraries: list[str], target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        self.spawn([*self.compiler, *shared, *self.extra, *objects, *libraries, "-o", str(target)])
+
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """Include and link options of PyTorch."""
+    import torch
+    from torch.utils import cpp_extension
+
+    defines = [
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        f"-DCNX_PACKAGE_VERSION={package_version()}",
+        f"-DCNX_TORCH_VERSION={torch.__version__}",
+    ]
+    paths = cpp_extension.library_paths()
+    libraries = [f"-L{p}" for p in paths] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    if any((Path(p) / "libtorch_cuda.so").exists() for p in paths):
+        libraries += ["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"]
+    return [*(f"-I{p}" for p in cpp_extension.include_paths()), *defines], libraries
 
 
 class BuildKernels(build_ext):
-    """Compiles each source with its own instruction-set flags, in parallel, and links one module."""
+    """The module ``_C``: CPU kernels each with its own instruction-set flags, CUDA kernels, bindings."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
             import pybind11
             import torch
-            from torch.utils import cpp_extension
         except ImportError as error:
             raise SystemExit(
                 f"convnextv2_kernels: building the extension needs {error.name}, which is not installed here. Install "
                 "torch and pybind11 first and build with `pip install --no-build-isolation .`"
             ) from error
-        import setuptools  # noqa: F401  (its compiler shims must be in place before customize_compiler)
-        from setuptools._distutils.sysconfig import customize_compiler
-
-        compiler = find_compiler()
-        customize_compiler(self.compiler)
-        command = [*(os.environ["CXX"].split() if os.environ.get("CXX") else [compiler])]
-        extra = os.environ.get("CXXFLAGS", "").split()
-        sanitize = os.environ.get("CONVNEXTV2_KERNELS_SANITIZE")
-        if sanitize:
-            extra += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
-        includes = {
-            "kernel": [],
-            "torch": [f"-I{p}" for p in cpp_extension.include_paths()],
-            "python": [f"-I{pybind11.get_include()}", f"-I{self._python_include()}"],
-        }
-        defines = [
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
-            f"-DCNX_PACKAGE_VERSION={package_version()}",
-            f"-DCNX_TORCH_VERSION={torch.__version__}",
-        ]
-        build_dir = Path(self.build_temp)
-        build_dir.mkdir(parents=True, exist_ok=True)
-
-        def compile_one(source: tuple[str, Path, list[str]]) -> str:
-            kind, path, flags = source
-            target = build_dir / (path.stem + f".{kind}.o")
-            self.spawn(
-                [*command, *BASE_FLAGS, *flags, *includes[kind], *defines, *extra, "-c", str(path), "-o", str(target)]
-            )
-            return str(target)
-
-        # the longest compilations are the kernels, so start with those
-        with ThreadPoolExecutor(jobs()) as pool:
-            objects = list(pool.map(compile_one, read_sources()))
+        build = Build(self.spawn, Path(self.build_temp))
+        torch_options, libraries = torch_flags()
+        cpp = [*build.compiler, *BASE_FLAGS]
+        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        commands, cuda = [], wants_cuda()
+        if cuda:
+            home = cuda_home()
+            nvcc = [str(home / "bin" / "nvcc"), *NVCC_FLAGS, *architectures()]
+            nvcc += os.environ.get("NVCC_FLAGS", "").split()
+            commands += [([*nvcc, *flags], path) for _, path, flags in read_sources("cuda")]
+            folders = [home / name for name in ("lib64", "lib") if (home / name / "libcudart_static.a").exists()]
+            libraries += [*(f"-L{f}" for f in folders[:1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            python.append(f"-DCNX_CUDA_VERSION={nvcc_version(home)}")
+            python.append(f"-DCNX_CUDA_ARCHITECTURES={','.join(a.rsplit('=')[-1] for a in architectures())}")
+        options = {"kernel": [], "torch": torch_options, "cuda_torch": torch_options}
+        options["python"] = [*torch_options, *python]
+        kinds = ["kernel", "torch", "python", *(["cuda_torch"] if cuda else [])]
+        for kind, path, flags in read_sources(*kinds):
+            commands.append(([*cpp, *flags, *options[kind], *build.extra], path))
         target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        libraries = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
-        shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        self.spawn([*command, *shared, *extra, *objects, *libraries, "-o", str(target)])
+        build.link(build.compile(commands), libraries, target)
+        # read when the module itself cannot be loaded, to say what it was built for
+        built = {"torch": torch.__version__, "cuda": nvcc_version(cuda_home()) if cuda else None}
+        target.with_name(BUILT_FOR).write_text(json.dumps(built))
 
-    @staticmethod
-    def _python_include() -> str:
-        import sysconfig
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            package = Path(self.get_finalized_command("build_py").get_package_dir("convnextv2_kernels"))
+            shutil.copy(built.with_name(BUILT_FOR), package / BUILT_FOR)
 
-        return sysconfig.get_paths()["include"]
+
+class BuildEmulation(Command):
+    """The CUDA sources compiled for the CPU, as operators on CPU tensors; for tests, never part of a wheel."""
+
+    description = "compile the CUDA kernels for the CPU (csrc/emulation)"
+    user_options = [("output=", "o", "shared library to write")]
+
+    def initialize_options(self):
+        self.output = "build/emulation/libconvnextv2_kernels_emulated.so"
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        if cuda_home() is None:
+            raise SystemExit("the emulation needs the CUDA toolkit's headers (CUDA_HOME, or nvcc on PATH)")
+        build = Build(self.spawn, Path(self.output).parent)
+        torch_options, libraries = torch_flags()
+        cpp = [*build.compiler, *EMULATION_FLAGS, f"-I{cuda_home() / 'include'}", *build.extra]
+        commands = [(cpp, path) for _, path, _ in read_sources("cuda", "emulation")]
+        bindings = [path for _, path, _ in read_sources("cuda_torch", "torch") if not path.stem.startswith("cpu")]
+        commands += [([*cpp, *torch_options], path) for path in bindings]
+        build.link(build.compile(commands), libraries, Path(self.output))
 
 
 def extensions() -> list[Extension]:
@@ -126,7 +255,12 @@ def extensions() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    return [Extension("convnextv2_kernels._C", sources=[str(path) for _, path, _ in read_sources()])]
+    sources = read_sources("kernel", "torch", "python", "cuda", "cuda_torch")
+    return [Extension("convnextv2_kernels._C", sources=[str(path) for _, path, _ in sources])]
 
 
-setup(version=package_version(), ext_modules=extensions(), cmdclass={"build_ext": BuildKernels})
+setup(
+    version=package_version(),
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildKernels, "build_emulation": BuildEmulation},
+)

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import backends, ops, schedule
-from .backends import cpu
+from .backends import cpu, cuda
 from .version import __version__
 
 ENVIRONMENT = (
@@ -17,6 +17,7 @@ ENVIRONMENT = (
     "CONVNEXTV2_KERNELS_CPU_GEMM",
     "CONVNEXTV2_KERNELS_CHUNK_BYTES",
     "CONVNEXTV2_KERNELS_SAVE",
+    "CONVNEXTV2_KERNELS_CUDA_EMULATION",
 )
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -59,7 +60,16 @@ def _extension_lines() -> list[str]:
         f"(stable ABI {build['torch_target']}), sanitizer {build['sanitizer']}",
         f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 matrix "
         f"products by {products.vendor()}",
+        "cuda kernels       " + _cuda_kernels(build),
     ]
+
+
+def _cuda_kernels(build: dict) -> str:
+    if cuda.EMULATED:
+        return f"emulated on the CPU by {os.environ['CONVNEXTV2_KERNELS_CUDA_EMULATION']}, for tests"
+    if build["cuda"] is None:
+        return "not built"
+    return f"compiled by nvcc {build['cuda']} for {', '.join(build['cuda_architectures'])}"
 
 
 def info() -> str:
@@ -75,7 +85,7 @@ def info() -> str:
         f"backend            {backends.forced()}",
     ]
     for name in backends.NAMES[:-1]:
-        device = "cuda" if name in ("cuda", "triton") else "cpu"
+        device = {"cuda": cuda.DEVICE, "triton": "cuda"}.get(name, "cpu")
         reason = backends.why_not(name, device, torch.float32)
         lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
     for device in _devices():

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 _INT32_MAX = 2**31 - 1
+
+# Per device type the two kernels that build a layout in one launch each; a backend that has them registers itself.
+_kernels: dict[str, ModuleType] = {}
+
+
+def register_kernels(device_type: str, module: ModuleType) -> None:
+    """Uses ``module.layout_from_kept(ids, Gh, Gw)`` and ``module.neighbour_slots(slot_of_patch, patch_of_slot, Gh, Gw,
+    radius)``, which return what the methods below compute, for tensors of a device type."""
+    _kernels[device_type] = module
 
 
 class PatchLayout:
@@ -74,8 +85,8 @@ class PatchLayout:
     def from_kept(cls, ids: Tensor, grid: tuple[int, int]) -> PatchLayout:
         """Layout of ``ids [N, K]`` int64, the kept patches of each image (any order, no repeats), no device sync.
 
-        On a CPU the ids are checked; on a GPU an id out of range or given twice is undefined, as a check would
-        be a sync.
+        On a CPU the ids are checked; on a GPU an id out of range is ignored and one given twice is undefined, as a
+        check would be a sync.
         """
         gh, gw = _check_grid(grid)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
@@ -86,7 +97,8 @@ class PatchLayout:
         _check_size(n, gh, gw)
         if kept > total:
             raise ValueError(f"ids keeps {kept} patches per image, but grid {gh}x{gw} has only {total}")
-        ids = ids.sort(dim=1).values
+        if ids.device.type not in _kernels:
+            ids = ids.sort(dim=1).values
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             if int(ids.min()) < 0 or int(ids.max()) >= total:
                 raise ValueError(
@@ -96,6 +108,9 @@ class PatchLayout:
             if kept > 1 and bool((ids[:, 1:] == ids[:, :-1]).any()):
                 raise ValueError("ids must not repeat a patch within an image, got at least one repeated id")
         device = ids.device
+        native = _kernels.get(device.type)
+        if native is not None:
+            return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), gh, gw), kept)
         flat = (ids + torch.arange(n, device=device)[:, None] * total).reshape(-1)
         slots = torch.full((n * total,), -1, dtype=torch.int32, device=device)
         slots = slots.scatter(0, flat, torch.arange(n * kept, dtype=torch.int32, device=device))
@@ -124,6 +139,9 @@ class PatchLayout:
 
     def _build_neighbours(self, radius: int) -> Tensor:
         gh, gw = self.grid
+        native = _kernels.get(self.device.type)
+        if native is not None:
+            return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, gh, gw, radius)
         width = 2 * radius + 1
         padded_w = gw + 2 * radius
         padded = torch.nn.functional.pad(

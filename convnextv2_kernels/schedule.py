@@ -131,6 +131,16 @@ class LayerNormParams(NamedTuple):
     def apply(self, z: Tensor) -> Tensor:
         return torch.addcmul(self.bias.to(z.dtype), z, self.weight.to(z.dtype))
 
+    def fold(self, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the product of z that equals ``apply(z) @ w1' + b1``, in the parameters' widest dtype."""
+        dtype = torch.promote_types(w1.dtype, self.weight.dtype)
+        return w1.to(dtype) * self.weight.to(dtype), b1.to(dtype) + w1.to(dtype) @ self.bias.to(dtype)
+
+    def unfold(self, w1: Tensor, dw1: Tensor, db1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of w1, weight and bias from those of the folded weight and bias, all statistics."""
+        w1, gain, shift = (t.to(dw1.dtype) for t in (w1, self.weight, self.bias))
+        return dw1 * gain + torch.outer(db1, shift), (w1 * dw1).sum(0), db1 @ w1
+
 
 def mlp_forward(
     k,
@@ -156,21 +166,22 @@ def mlp_forward(
     w1, b1, w2, b2 = (p.to(y.dtype) for p in (w1, b1, w2, b2))
     segments = 1 if rows.batch_scope else rows.images
     norms = torch.zeros(segments, hidden, dtype=stat, device=y.device)
-    kept = y.new_empty((y.shape[0], hidden) if keep_hidden else (0, hidden))
-    out = None
+    kept = out = None
     for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
         part = slice(chunk.r0, chunk.r1)
         whole = chunk.r1 - chunk.r0 == y.shape[0]
         a = k.linear(y[part], w1, b1)
-        if keep_hidden:
+        if keep_hidden and whole:
+            kept = a
+        elif keep_hidden:
+            kept = y.new_empty(y.shape[0], hidden) if kept is None else kept
             kept[part] = a
-        h, square_sum = k.gelu_square_sum(a, *chunk.segments)
-        norms[chunk.stats], scale = k.grn_scale(square_sum, gamma, eps)
         add = None if residual is None else residual[part]
-        if factors is None:
-            result = k.scaled_linear(h, w2, b2, scale, beta, add, *chunk.segments)
-        else:
-            result = k.scaled_linear(h, w2, b2, scale, beta, None, *chunk.segments)
+        inside = None if factors is not None else add
+        result, norms[chunk.stats] = k.gelu_grn_linear(
+            a, gamma, beta, eps, w2, b2, inside, keep_hidden and whole, *chunk.segments
+        )
+        if factors is not None:
             result = _scale_images_(result, factors, rows, chunk)
             result = result if add is None else add + result
         if whole:
@@ -180,7 +191,7 @@ def mlp_forward(
             out[part] = result
     if out is None:
         out = y.new_empty(y.shape[0], out_c, dtype=out_dtype)
-    return out, norms, kept
+    return out, norms, y.new_empty(0, hidden) if kept is None else kept
 
 
 class MLPGradients(NamedTuple):
@@ -227,33 +238,36 @@ def mlp_backward(
     stat = statistics_dtype(x.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
     gamma, shift = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
-    w2_stat = w2.to(stat)
+    w1_given, w2_stat = w1, w2.to(stat)
+    fold = layer_norm is not None and k.FOLDS_LAYER_NORM
+    if fold:
+        w1, b1 = layer_norm.fold(w1, b1)
     w1, b1, w2 = w1.to(x.dtype), b1.to(x.dtype), w2.to(x.dtype)
-    gain = None if layer_norm is None else layer_norm.weight.to(stat).contiguous()
+    gain = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
     dw1 = dw2 = db1 = db2 = dgamma = dgain = dshift = dx = None
     for chunk in chunks(rows, hidden, x.element_size(), chunk_bytes(x.device.type)):
         part = slice(chunk.r0, chunk.r1)
-        y = x[part] if layer_norm is None else layer_norm.apply(x[part])
-        a = kept[part].clone() if kept.shape[0] else k.linear(y, w1, b1)
+        y = x[part] if layer_norm is None or fold else layer_norm.apply(x[part])
+        keep = kept.shape[0] > 0
+        a = kept[part] if keep else k.linear(y, w1, b1)
         d = dout[part].to(x.dtype)
         if factors is not None:
             d = _scale_images_(d.clone(), factors, rows, chunk)
-        norm = norms[chunk.stats]
-        scale = k.grn_scale(norm.square(), gamma, eps)[1]
-        ds = k.linear_input_grad(d, w2)
-        t = k.mlp_backward_reduce(a, ds, *chunk.segments)
-        kappa, dgamma_part = k.grn_gradient(t, norm, gamma, eps)
-        hs, da, db1_part = k.mlp_backward_pointwise(a, ds, scale, kappa, shift, *chunk.segments)
+        db2_part = k.column_sum(d)
+        da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
+            a, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
+        )
         dgamma = _accumulate(dgamma, dgamma_part)
         db1 = _accumulate(db1, db1_part)
-        db2 = _accumulate(db2, k.column_sum(d))
-        dw2 = _accumulate(dw2, k.linear_weight_grad(d, hs))
+        db2 = _accumulate(db2, db2_part)
+        dw2 = _accumulate(dw2, dw2_part)
         dw1 = _accumulate(dw1, k.linear_weight_grad(da, y))
         dy = k.linear_input_grad(da, w1)
         if layer_norm is not None:
             dy, dgain_part, dshift_part = k.normalized_backward(dy, x[part], rstd[part], gain)
-            dgain = _accumulate(dgain, dgain_part)
-            dshift = _accumulate(dshift, dshift_part)
+            if not fold:
+                dgain = _accumulate(dgain, dgain_part)
+                dshift = _accumulate(dshift, dshift_part)
         if dy.shape[0] == x.shape[0]:
             dx = dy
         else:
@@ -263,5 +277,7 @@ def mlp_backward(
         zero = [torch.zeros(n, dtype=stat, device=x.device) for n in (hidden, hidden, out_c, x.shape[1], x.shape[1])]
         dgamma, db1, db2, dgain, dshift = zero
         dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1, dtype=stat), torch.zeros_like(w2, dtype=stat)
+    if fold:
+        dw1, dgain, dshift = layer_norm.unfold(w1_given, dw1, db1)
     # beta is added to every row before W2, so its gradient follows from db2 alone
     return MLPGradients(dx, dw1, db1, dgamma, db2 @ w2_stat, dw2, db2, dgain, dshift)

@@ -89,12 +89,12 @@ class Recorder:
 
     def __getattr__(self, name):
         primitive = getattr(primitives, name)
-        if name != "gelu_square_sum":
+        if name != "gelu_grn_linear":
             return primitive
 
-        def recorded(a, *segments):
+        def recorded(a, *rest):
             self.rows.append(a.shape[0])
-            return primitive(a, *segments)
+            return primitive(a, *rest)
 
         return recorded
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cuda
 
 NAMES = ("reference", "cpu", "cuda", "triton", "auto")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -71,6 +71,8 @@ def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
         return None
     if name == "cpu":
         return cpu.why_not(device_type, dtype)
+    if name == "cuda":
+        return cuda.why_not(device_type, dtype)
     return f"backend '{name}' {_ABSENT}"
 
 
@@ -94,6 +96,8 @@ def primitives(name: str) -> ModuleType:
     """The row, convolution and matrix-product primitives of a backend, called by the schedule and the ops."""
     if name == "cpu":
         from .cpu import primitives as module
+    elif name == "cuda":
+        from .cuda import primitives as module
     else:
         from .reference import primitives as module
     return module

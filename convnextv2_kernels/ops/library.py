@@ -117,12 +117,17 @@ def _block_forward(
 ):  # fmt: skip
     k = backends.primitives(backend)
     layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
-    if _keeps(x, "normalized"):
+    keep = _keeps(x, "normalized")
+    if keep or k.FOLDS_LAYER_NORM:
         z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
-        z = z.to(dtype)
-        y = layer_norm.apply(z)
+        y = z = z.to(dtype)
+        if k.FOLDS_LAYER_NORM:
+            w1, b1 = layer_norm.fold(w1, b1)
+        else:
+            y = layer_norm.apply(z)
     else:
         y = _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps)[0].to(dtype)
+    if not keep:
         z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
@@ -151,10 +156,10 @@ def _block_backward(
         z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
         z = z.to(dtype)
     rows = _rows(x, offsets, rows_per_slot, images, batch)
-    layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
     grads = schedule.mlp_backward(
-        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, eps, layer_norm, rstd.view(-1)
-    )
+        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, eps,
+        schedule.LayerNormParams(ln_weight, ln_bias), rstd.view(-1),
+    )  # fmt: skip
     dy = grads.x.to(x.dtype).view(x.shape)
     ddw, ddb = k.depthwise_conv_backward_weight(dy, x, neighbours, dw_weight.shape[-1])
     dx = k.depthwise_conv_forward(dy, dw_weight.to(stat).contiguous(), None, dout, neighbours, True)

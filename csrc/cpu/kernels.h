@@ -1,162 +1,14 @@
-// Torch-free interface of the CPU kernels: raw pointers, plain structs, a caller-supplied thread runner.
-//
-// Features are contiguous rows of type T (float, double or bfloat16). Parameters and statistics are of the
-// accumulator type A: float for float and bfloat16, double for double. Every kernel is deterministic and its result
-// does not depend on the number of threads: work is cut into units by shape alone, partial sums are added in order.
+// Torch-free interface of the CPU kernels: the structs of common/params.h and a caller-supplied thread runner. Results
+// do not depend on the number of threads.
 #pragma once
 
-#include <cstdint>
+#include "../common/params.h"
 
 namespace cnx {
-
-enum class DType : int { f32 = 0, f64 = 1, bf16 = 2 };
 
 // Runs body(begin, end, context) over a partition of [begin, end), ranges of at least `grain`.
 struct Threads {
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-};
-
-// Rows that belong together: `count` equal shares of `rows` when offsets is null, else segment i holds rows
-// rows_per_slot * (offsets[i] - offsets[0]) up to the next.
-struct Segments {
-  const int32_t* offsets;
-  int64_t rows_per_slot;
-  int64_t count;
-  int64_t rows;
-
-  // always inline: this header is compiled for several instruction sets, and one shared copy could use the widest
-  __attribute__((always_inline)) int64_t begin(int64_t i) const {
-    if (offsets) return (int64_t{offsets[i]} - offsets[0]) * rows_per_slot;
-    return count ? rows / count * i : 0;
-  }
-};
-
-// Depthwise convolution. Packed patches x[P, s, s, C]: neighbours [P, (2r+1)^2] with r = ceil((K/2) / s), maps = P,
-// height = width = s. Dense maps x[N, H, W, C]: neighbours null, maps = N.
-struct ConvGeometry {
-  int64_t maps, height, width, channels;
-  int kernel_size;
-  const int32_t* neighbours;
-};
-
-struct ConvForward {
-  DType dtype;
-  ConvGeometry geometry;
-  const void* x;
-  const void* weight;    // A [C, K, K]
-  const void* bias;      // A [C] or null
-  const void* residual;  // T like y or null, added to the result
-  bool flip;             // correlate with the weights turned by 180 degrees: the gradient with respect to x
-  void* y;
-  bool normalize;         // y becomes LN(conv) over the channels of each pixel
-  const void* ln_weight;  // A [C], or null: (conv - mean) * rstd without an affine part
-  const void* ln_bias;    // A [C] or null
-  double eps;
-  void* rstd;  // A [rows], with normalize
-};
-
-struct ConvWeightGrad {
-  DType dtype;
-  ConvGeometry geometry;
-  const void* x;
-  const void* grad;
-  void* dweight;  // A [C, K, K]
-  void* dbias;    // A [C]
-};
-
-struct LayerNormForward {
-  DType dtype;
-  int64_t rows, channels;
-  const void* x;
-  const void* weight;  // A [C] or null
-  const void* bias;    // A [C] or null
-  double eps;
-  void* y;
-  void* mean;  // A [rows]
-  void* rstd;  // A [rows]
-};
-
-struct LayerNormBackward {
-  DType dtype;
-  int64_t rows, channels;
-  const void* grad;
-  const void* x;
-  const void* mean;    // A [rows], or null when x is normalised already
-  const void* rstd;    // A [rows]
-  const void* weight;  // A [C] or null
-  void* dx;
-  void* dweight;  // A [C]
-  void* dbias;    // A [C]
-};
-
-// x[maps, 2h, 2w, C] -> y[maps, h, w, 2, 2, C], LayerNorm of every pixel, and back.
-struct SpaceToDepthNorm {
-  DType dtype;
-  int64_t maps, height, width, channels;  // height and width of x
-  const void* x;                          // forward: x; backward: gradient of y
-  const void* weight;                     // A [C], or null: normalised without an affine part
-  const void* bias;                       // A [C] or null
-  double eps;
-  const void* z;  // backward: the normalised pixels, laid out as y
-  void* out;      // forward: y; backward: gradient of x
-  void* rstd;     // A [maps, 2h, 2w], written by forward, read by backward
-  void* dweight;  // backward: A [C]
-  void* dbias;    // backward: A [C]
-};
-
-struct GrnForward {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  bool gelu;
-  const void* x;
-  const void* gamma;  // A [C]
-  const void* beta;   // A [C]
-  double eps;
-  void* y;
-  void* norm;  // A [count, C]
-};
-
-struct GrnBackward {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  bool gelu;
-  const void* grad;
-  const void* x;
-  const void* gamma;
-  const void* norm;
-  double eps;
-  void* dx;
-  void* dgamma;  // A [C]
-  void* dbeta;   // A [C]
-};
-
-// The element-wise parts of the chunked MLP; which members are used is told at each entry of KernelTable.
-struct MlpRows {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  void* a;            // T [rows, H]
-  void* ds;           // T [rows, H]
-  const void* scale;  // A [count, H]
-  const void* kappa;  // A [count, H]
-  const void* beta;   // A [H]
-  void* sums;         // A [count, H] or [H]
-};
-
-// Small per-image statistics [count, H]; see grn_scale and grn_gradient.
-struct GrnStatistics {
-  DType dtype;  // f32 or f64: the accumulator type
-  int64_t count, channels;
-  const void* input;  // square sums, or t
-  const void* norm_in;
-  const void* gamma;
-  double eps;
-  void* norm;    // forward
-  void* scale;   // forward
-  void* kappa;   // backward
-  void* dgamma;  // backward, [H]
 };
 
 struct KernelTable {
@@ -186,27 +38,9 @@ const KernelTable& kernels();
 // The table of "avx512", "avx2" or "baseline", or null where this processor cannot run it.
 const KernelTable* find_kernels(const char* isa);
 
-// Copies between dense maps and packed patches; plain memory moves, the same for every instruction set.
-// Dense map [N, Gh*s, Gw*s] of pixels of `pixel_bytes`; patch_of_slot and slot_of_patch as in PatchLayout.
-struct PatchCopy {
-  int64_t images, grid_h, grid_w, side, slots, pixel_bytes;
-  const int32_t* patch_of_slot;
-  const int32_t* slot_of_patch;
-  const void* source;
-  const void* fill;  // one pixel for hidden sites, or null for zero bytes
-  void* target;
-};
+// Plain memory moves, the same for every instruction set.
 void gather_patches(const PatchCopy&, const Threads&);
 void scatter_patches(const PatchCopy&, const Threads&);
-
-// Rows of 4x4 pixels, channel-major as a conv weight: images[N, C, H, W] -> [slots, side, side, C*16], where `side`
-// is the patch side divided by 4. patch_of_slot null: every patch in order, which for side 1 is [N, H/4, W/4, C*16].
-struct PatchPixels {
-  int64_t channels, height, width, grid_h, grid_w, side, slots, element_bytes;
-  const int32_t* patch_of_slot;
-  const void* images;
-  void* rows;
-};
 void patch_pixels(const PatchPixels&, const Threads&);
 
 // out[cols, rows] = x[rows, cols]' of float32, in tiles that stay in cache.

@@ -3,8 +3,8 @@
 
 #include "../cpu/kernels.h"
 
-#define CNX_STRING_OF(x) #x
-#define CNX_STRING(x) CNX_STRING_OF(x)
+#define CNX_STRING_OF(...) #__VA_ARGS__
+#define CNX_STRING(...) CNX_STRING_OF(__VA_ARGS__)
 
 namespace py = pybind11;
 
@@ -32,7 +32,13 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["cpu_isas"] = py::make_tuple("baseline");
 #endif
+#if defined(CNX_CUDA_VERSION)
+        info["cuda"] = CNX_STRING(CNX_CUDA_VERSION);
+        info["cuda_architectures"] = py::str(CNX_STRING(CNX_CUDA_ARCHITECTURES)).attr("split")(",");
+#else
         info["cuda"] = py::none();
+        info["cuda_architectures"] = py::list();
+#endif
         return info;
       },
       "What the extension was built with.");

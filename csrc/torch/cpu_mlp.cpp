@@ -1,15 +1,15 @@
-// CPU bindings: the element-wise parts of the chunked MLP and the small statistics of GRN.
-#include "binding.h"
+// CPU bindings: the element-wise parts of the chunked MLP, the small statistics of GRN, and a transpose.
+#include "cpu.h"
 
 namespace cnx {
 namespace binding {
 namespace {
 
 MlpRows rows_of(const Tensor& a, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
-  check_features(a, "a");
+  check_device<Cpu>(a, "a");
   MlpRows p{};
-  p.dtype = dtype_of(a);
-  p.segments = segments_of(offsets, rows_per_slot, segments, row_count(a));
+  p.dtype = Cpu::dtype_of(a);
+  p.segments = segments_of(offsets, a, rows_per_slot, segments);
   p.channels = last_size(a);
   p.a = const_cast<void*>(a.const_data_ptr());
   return p;
@@ -73,7 +73,7 @@ GrnStatistics statistics_of(const Tensor& input, const Tensor& gamma, double eps
   check_stat(input, input, input.numel(), "input");
   check_stat(gamma, input, last_size(input), "gamma");
   GrnStatistics p{};
-  p.dtype = dtype_of(input);
+  p.dtype = Cpu::dtype_of(input);
   p.count = row_count(input);
   p.channels = last_size(input);
   p.input = input.const_data_ptr();
@@ -102,11 +102,21 @@ std::tuple<Tensor, Tensor> grn_gradient(const Tensor& t, const Tensor& norm, con
   return {kappa, dgamma};
 }
 
+Tensor transpose_rows(const Tensor& x) {
+  check_device<Cpu>(x, "x");
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float,
+                  "convnextv2_kernels: x must be a float32 matrix");
+  Tensor y = new_features(x, {x.size(1), x.size(0)});
+  transpose_f32(static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1),
+                static_cast<float*>(y.mutable_data_ptr()), torch_threads());
+  return y;
+}
+
 }  // namespace
 }  // namespace binding
 }  // namespace cnx
 
-STABLE_TORCH_LIBRARY_IMPL(convnextv2_kernels, CPU, m) {
+CNX_LIBRARY_IMPL(CNX_LIBRARY, CPU, m) {
   m.impl("gelu_square_sum_", TORCH_BOX(&cnx::binding::gelu_square_sum_));
   m.impl("scale_rows_", TORCH_BOX(&cnx::binding::scale_rows_));
   m.impl("mlp_backward_reduce", TORCH_BOX(&cnx::binding::mlp_backward_reduce));
@@ -114,4 +124,5 @@ STABLE_TORCH_LIBRARY_IMPL(convnextv2_kernels, CPU, m) {
   m.impl("column_sum", TORCH_BOX(&cnx::binding::column_sum));
   m.impl("grn_scale", TORCH_BOX(&cnx::binding::grn_scale));
   m.impl("grn_gradient", TORCH_BOX(&cnx::binding::grn_gradient));
+  m.impl("transpose_rows", TORCH_BOX(&cnx::binding::transpose_rows));
 }

@@ -1,9 +1,12 @@
 // The schemas of the kernels, once for every backend that implements them as operators. The composite operators of the
 // MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Contracts, tensor by tensor: the structs
-// of csrc/cpu/kernels.h, and for the MLP's parts convnextv2_kernels/backends/reference/primitives.py.
+// of csrc/common/params.h and csrc/cuda/kernels.h, and for the MLP's parts
+// convnextv2_kernels/backends/reference/primitives.py.
+#include <string>
+
 #include "binding.h"
 
-STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
+CNX_LIBRARY_DEF(CNX_LIBRARY, m) {
   m.def(
       "depthwise_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? neighbours, bool flip)"
       " -> Tensor");
@@ -49,4 +52,19 @@ STABLE_TORCH_LIBRARY(convnextv2_kernels, m) {
   m.def("gather_patches(Tensor x, Tensor patch_of_slot, int grid_h, int grid_w) -> Tensor");
   m.def("scatter_patches(Tensor x, Tensor slot_of_patch, int grid_h, int grid_w, Tensor? fill) -> Tensor");
   m.def("patch_pixels(Tensor images, Tensor? patch_of_slot, int grid_h, int grid_w) -> Tensor");
+
+  // CUDA only. Arguments marked (a!) are results written in place of what they held; they may be the inputs themselves.
+  const char* segments = "Tensor? offsets, int rows_per_slot, int segments";
+  const auto def = [&](const char* head, const char* tail) { m.def((std::string(head) + segments + tail).c_str()); };
+  def("gelu_statistics(Tensor a, Tensor(a!)? h, Tensor gamma, float eps, ", ") -> (Tensor norm, Tensor scale)");
+  def("gelu_scale(Tensor a, Tensor(a!) out, Tensor? scale, bool activated, ", ") -> ()");
+  def("mlp_backward_statistics(Tensor? a, Tensor? ds, Tensor? t, Tensor norm, Tensor gamma, float eps, ",
+      ") -> (Tensor scale, Tensor kappa, Tensor dgamma)");
+  def("mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da, ",
+      ") -> Tensor");
+  m.def("normalized_backward_input(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+  m.def(
+      "layout_from_kept(Tensor ids, int grid_h, int grid_w)"
+      " -> (Tensor slot_of_patch, Tensor patch_of_slot, Tensor image_offsets)");
+  m.def("neighbour_slots(Tensor slot_of_patch, Tensor patch_of_slot, int grid_h, int grid_w, int radius) -> Tensor");
 }

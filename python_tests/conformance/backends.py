@@ -32,7 +32,10 @@ class Backend(NamedTuple):
 
 
 REFERENCE = Backend("reference", "cpu", (F32, F64, BF16, F16))
-BACKENDS = (Backend("cpu", "cpu", (F32, F64, BF16)),)
+CPU = Backend("cpu", "cpu", (F32, F64, BF16))
+CUDA = Backend("cuda", backends.cuda.DEVICE, (F32, F64, BF16, F16))
+# The CUDA kernels take part where there is a GPU, or emulated (`make test-emulated`).
+BACKENDS = tuple(b for b in (CPU, CUDA) if b is CPU or b.missing() is None)
 
 
 def parametrize_backends(reference: bool = False):

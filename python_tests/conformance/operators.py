@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from convnextv2_kernels import schedule
+from convnextv2_kernels.backends import cuda
 
-from .backends import F32, F64
+from .backends import F32, F64, Backend
 from .layouts import make_layout
 
 NAMESPACE = "convnextv2_kernels"
@@ -150,6 +151,23 @@ SAMPLES = {
         d.features(3, 2, 12 * d.s, 12 * d.s),
         *((d.layout.patch_of_slot, 3, 3) if d.optional else (None, 3 * d.s, 3 * d.s)),
     ),
+    "gelu_statistics": lambda d: (
+        d.features(d.rows, d.h), d.maybe(d.features(d.rows, d.h)), d.stat(d.h), EPS, *d.segments,
+    ),
+    "gelu_scale": lambda d: (
+        *(d.features(d.rows, d.h) for _ in range(2)), d.maybe(d.stat(d.images, d.h)), not d.optional, *d.segments,
+    ),
+    "mlp_backward_statistics": lambda d: (
+        *(d.maybe(d.features(d.rows, d.h)) for _ in range(2)), None if d.optional else d.stat(d.images, d.h),
+        d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS, *d.segments,
+    ),
+    "mlp_backward_pointwise": lambda d: (
+        *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)),
+        d.maybe(d.features(d.rows, d.h)), d.features(d.rows, d.h), *d.segments,
+    ),
+    "normalized_backward_input": lambda d: (d.x(), d.x(), d.stat(*d.map, positive=True)),
+    "layout_from_kept": lambda d: (torch.tensor([[3, 0], [2, 5]], device=d.device), 2, 3),
+    "neighbour_slots": lambda d: (d.layout.slot_of_patch, d.layout.patch_of_slot, *d.layout.grid, 2),
     "product": lambda d: (d.features(6, d.c), d.features(d.h, d.c), d.maybe(d.features(d.h)), d.backend),
     "product_input_grad": lambda d: (d.features(6, d.h), d.features(d.h, d.c), d.backend),
     "product_weight_grad": lambda d: (d.features(40, d.h), d.features(40, d.c), d.backend),
@@ -165,15 +183,40 @@ SAMPLES = {
     ),
 }  # fmt: skip
 
+# operators that only one backend has, or more than one but not all
+CPU_ONLY = (
+    "gelu_square_sum_", "scale_rows_", "mlp_backward_reduce", "mlp_backward_pointwise_", "grn_scale", "grn_gradient",
+    "transpose_rows",
+)  # fmt: skip
+CUDA_ONLY = (
+    "gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise", "normalized_backward_input",
+    "layout_from_kept", "neighbour_slots",
+)  # fmt: skip
+
+
+def names_on(backend: Backend) -> list[str]:
+    """The operators a backend has."""
+    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY}[backend.name]
+    return [name for name in SAMPLES if name not in absent]
+
+
+def operator(name: str, backend: Backend):
+    """The operator that serves a backend; emulated CUDA kernels have a namespace of their own."""
+    native = backend.name == "cuda" and name not in COMPOSITE
+    return getattr(getattr(torch.ops, cuda.NAMESPACE if native else NAMESPACE), name).default
+
+
 # operators that serve fewer dtypes than their backend
 ONLY = {"transpose_rows": (F32,)}
+
+# The operators of ops/library.py, which call others. They all contain matrix products: see WITH_PRODUCTS.
+COMPOSITE = (
+    "product", "product_input_grad", "product_weight_grad", "mlp_forward", "mlp_backward", "block_forward",
+    "block_backward",
+)  # fmt: skip
 
 # What a vendor's matrix product has a part in: its bits may depend on threads and strides.
 WITH_PRODUCTS = (
     "linear", "patch_embed", "patch_embed_layer_norm", "downsample", "pointwise_mlp", "gathered_pointwise_mlp",
     "convnextv2_block",
-)  # fmt: skip
-PRODUCT_OPERATORS = (
-    "product", "product_input_grad", "product_weight_grad", "mlp_forward", "mlp_backward", "block_forward",
-    "block_backward",
 )  # fmt: skip

@@ -7,8 +7,8 @@ import torch
 
 from convnextv2_kernels import backends
 
-from .backends import BF16, F32, dtype_name, parametrize_backends, parametrize_backends_and_dtypes
-from .operators import LARGE, NAMESPACE, ONLY, PRODUCT_OPERATORS, SAMPLES, WITH_PRODUCTS, Draw
+from .backends import BACKENDS, BF16, F32, dtype_name, marks, parametrize_backends_and_dtypes
+from .operators import COMPOSITE, LARGE, ONLY, SAMPLES, WITH_PRODUCTS, Draw, names_on, operator
 from .samples import SPECS, cotangent_of, make_sample
 from .tolerance import check
 
@@ -65,18 +65,18 @@ def test_native_ops_have_the_same_bits_with_two_threads(backend, op, dtype):
 
 
 NATIVE = [
-    pytest.param(name, dtype, id=f"{name}-{dtype_name(dtype)}")
-    for name in SAMPLES
+    pytest.param(backend, name, dtype, id=f"{backend.name}-{name}-{dtype_name(dtype)}", marks=marks(backend))
+    for backend in BACKENDS
+    for name in names_on(backend)
     for dtype in ONLY.get(name, (F32, BF16))
-    if name not in PRODUCT_OPERATORS
+    if name not in COMPOSITE
 ]
 
 
-@pytest.mark.parametrize(("name", "dtype"), NATIVE)
-@parametrize_backends()
+@pytest.mark.parametrize(("backend", "name", "dtype"), NATIVE)
 def test_native_operators_have_the_same_bits_with_two_threads(backend, name, dtype):
     backends.primitives(backend.name)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    op = operator(name, backend)
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)

@@ -10,8 +10,8 @@ import torch
 
 from convnextv2_kernels import backends
 
-from .backends import BF16, F32, F64, dtype_name, needs_cpu_kernels, parametrize_backends
-from .operators import NAMESPACE, ONLY, SAMPLES, Draw, registered
+from .backends import BACKENDS, BF16, F32, F64, dtype_name, marks, needs_cpu_kernels, parametrize_backends
+from .operators import ONLY, SAMPLES, Draw, names_on, operator, registered
 
 
 @needs_cpu_kernels
@@ -21,20 +21,20 @@ def test_every_operator_has_a_sample():
 
 
 def _cases():
-    for name in SAMPLES:
-        for dtype, optional in ((F32, True), (BF16, True), (F64, False)):
-            if dtype in ONLY.get(name, (dtype,)):
-                label = "with" if optional else "without"
-                yield pytest.param(name, dtype, optional, id=f"{name}-{dtype_name(dtype)}-{label}_optional")
+    for backend in BACKENDS:
+        for name in names_on(backend):
+            for dtype, optional in ((F32, True), (BF16, True), (F64, False)):
+                if dtype in ONLY.get(name, (dtype,)):
+                    label = "with" if optional else "without"
+                    label = f"{backend.name}-{name}-{dtype_name(dtype)}-{label}_optional"
+                    yield pytest.param(backend, name, dtype, optional, id=label, marks=marks(backend))
 
 
-@pytest.mark.parametrize(("name", "dtype", "optional"), list(_cases()))
-@parametrize_backends()
+@pytest.mark.parametrize(("backend", "name", "dtype", "optional"), list(_cases()))
 def test_opcheck(backend, name, dtype, optional):
     backends.primitives(backend.name)
     draw = Draw(dtype, backend.device, optional, backend.name)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.library.opcheck(op, SAMPLES[name](draw))
+    torch.library.opcheck(operator(name, backend), SAMPLES[name](draw))
 
 
 @pytest.mark.parametrize("policy", ["normalized", "hidden"])

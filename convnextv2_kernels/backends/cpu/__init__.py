@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import torch
+
+from .. import extension as _extension
 
 ISAS = ("avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -14,16 +15,8 @@ _isa = os.environ.get("CONVNEXTV2_KERNELS_CPU_ISA", "")
 if _isa not in ("", *ISAS):
     raise ValueError(f"CONVNEXTV2_KERNELS_CPU_ISA must be one of {', '.join(ISAS)}, got {_isa!r}")
 
-_load_error: str | None = None
-try:
-    # loading it registers torch.ops.convnextv2_kernels
-    extension = importlib.import_module("convnextv2_kernels._C")
-except ModuleNotFoundError:
-    extension = None
-    _load_error = "the C++ extension was not built (no compiler was found at installation)"
-except ImportError as error:
-    extension = None
-    _load_error = f"the C++ extension failed to load with PyTorch {torch.__version__}: {error}"
+extension = _extension.module
+_load_error = _extension.load_error
 
 
 def load_error() -> str | None:

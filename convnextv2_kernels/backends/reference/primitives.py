@@ -1,7 +1,8 @@
 """The primitives of the MLP schedule in plain PyTorch: their contract, for a new backend to keep.
 
 A backend supplies beside them the convolution, the norms and the copies; their schemas stand in
-``csrc/torch/schemas.cpp``, their contracts in the structs of ``csrc/cpu/kernels.h``.
+``csrc/torch/schemas.cpp``, their contracts in the structs of ``csrc/common/params.h``. A backend with
+``FOLDS_LAYER_NORM`` is given LN's affine part inside the first weight and bias.
 
 Features are contiguous and of any float dtype T; parameters, statistics and parameter gradients are float32 (float64
 for float64 features). ``segments`` is ``(offsets, rows_per_slot, count)``: rows fall into ``count`` equal segments
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .rows import statistics_dtype
+
+FOLDS_LAYER_NORM = False
 
 
 def _segment_of_row(x: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int) -> Tensor:
@@ -51,68 +54,63 @@ def column_sum(x: Tensor) -> Tensor:
     return x.sum(0, dtype=statistics_dtype(x.dtype))
 
 
-def gelu_square_sum(a: Tensor, *segments) -> tuple[Tensor, Tensor]:
-    """``h = gelu(a) [M, H]`` and the column sums of ``h^2`` of each segment ``[count, H]``; may overwrite a."""
+def gelu_grn_linear(
+    a: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor, residual: Tensor | None,
+    keep_a: bool, *segments,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``GRN(h) @ weight [O, H]' + bias [+ residual]`` of ``h = gelu(a) [M, H]``, and GRN's ``norm [count, H]``.
+
+    ``norm`` is the root of the sum of ``h^2`` over the rows of a segment, ``GRN(h) = h * scale + beta`` with
+    ``scale = 1 + gamma * norm / (mean over H of norm + eps)``. a, weight and bias have T, gamma, beta ``[H]`` and norm
+    are statistics; the result has T, or the residual's dtype. Unless ``keep_a``, a may be overwritten."""
+    owner = _segment_of_row(a, *segments)
     h = F.gelu(a)
-    square = h.to(statistics_dtype(a.dtype)).square()
-    return h, _sums(square, _segment_of_row(a, *segments), segments[2])
-
-
-def grn_scale(square_sum: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``norm = sqrt(square_sum)`` and ``scale = 1 + gamma * norm / (mean(norm) + eps)``, both ``[count, H]``."""
-    norm = square_sum.sqrt()
-    return norm, 1 + gamma * norm / (norm.mean(-1, keepdim=True) + eps)
-
-
-def scaled_linear(
-    h: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, beta: Tensor, residual: Tensor | None, *segments
-) -> Tensor:
-    """``(h * scale of the row's segment + beta) @ weight [C, H]' + bias [+ residual]``; may overwrite h.
-
-    scale ``[count, H]`` and beta ``[H]`` are statistics; the result has T, or the residual's dtype."""
-    grn = h.to(scale.dtype) * scale[_segment_of_row(h, *segments)] + beta
+    norm = _sums(h.to(gamma.dtype).square(), owner, segments[2]).sqrt()
+    grn = h.to(gamma.dtype) * _grn_scale(norm, gamma, eps)[owner] + beta
     y = F.linear(grn.to(h.dtype), weight, bias)
-    return y if residual is None else residual + y
+    return y if residual is None else residual + y, norm
 
 
-def mlp_backward_reduce(a: Tensor, ds: Tensor, *segments) -> Tensor:
-    """``t = column sums of ds * gelu(a)`` of each segment, ``[count, H]``."""
-    stat = statistics_dtype(a.dtype)
-    return _sums(ds.to(stat) * F.gelu(a.to(stat)), _segment_of_row(a, *segments), segments[2])
+def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    return 1 + gamma * norm / (norm.mean(-1, keepdim=True) + eps)
 
 
-def grn_gradient(t: Tensor, norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """From t: ``kappa [count, H]`` with ``dh = ds * scale + h * kappa``, and ``dgamma [H]``; kappa is 0 at norm 0."""
+def gelu_grn_linear_backward(
+    a: Tensor, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor,
+    keep_a: bool, *segments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """From the gradient ``d [M, O]`` of the result and its column sums: ``da [M, H]``, its column sums ``[H]``, and
+    the gradients of gamma ``[H]`` and weight ``[O, H]``; norm is what forward gave. Unless ``keep_a``, a may be
+    overwritten.
+
+    With ``ds = d @ weight``, and ``dnorm`` the gradient of norm, which depends on the column sums of ``ds * h`` of each
+    segment: ``da = (ds * scale + h * kappa) * gelu'(a)``, ``kappa = dnorm / norm``, 0 where norm is 0."""
+    stat = gamma.dtype
+    owner, wide = _segment_of_row(a, *segments), a.to(stat)
+    h, scale = F.gelu(wide), _grn_scale(norm, gamma, eps)
+    ds = (d @ weight).to(stat)
+    t = _sums(ds * h, owner, segments[2])
     mean = norm.mean(-1, keepdim=True) + eps
-    dgamma = (norm / mean * t).sum(0)
     dq = gamma * t
     dnorm = dq / mean - (dq * norm).sum(-1, keepdim=True) / (norm.shape[-1] * mean.square())
-    return torch.where(norm > 0, dnorm / torch.where(norm > 0, norm, 1.0), 0.0), dgamma
-
-
-def mlp_backward_pointwise(
-    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, beta: Tensor, *segments
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``h * scale + beta``, ``da = (ds * scale + h * kappa) * gelu'(a)`` and ``db1 = column sums of da``; may overwrite
-    a and ds."""
-    stat = statistics_dtype(a.dtype)
-    owner = _segment_of_row(a, *segments)
-    wide = a.to(stat)
-    h = F.gelu(wide)
-    dh = ds.to(stat) * scale[owner] + h * kappa[owner]
-    da = torch.ops.aten.gelu_backward(dh, wide)
-    return (h * scale[owner] + beta).to(a.dtype), da.to(a.dtype), da.sum(0)
+    kappa = torch.where(norm > 0, dnorm / torch.where(norm > 0, norm, 1.0), 0.0)
+    da = torch.ops.aten.gelu_backward(ds * scale[owner] + h * kappa[owner], wide)
+    dweight = d.to(stat).t() @ (h * scale[owner] + beta)
+    return da.to(a.dtype), da.sum(0), (norm / mean * t).sum(0), dweight
 
 
 def normalized_backward(
-    dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """LayerNorm's backward from its normalised rows ``z = (x - mean) * rstd``, ``y = z * weight + bias``.
 
-    dy, z ``[..., C]``, rstd ``[...]``, weight ``[C]`` -> gradients of x, weight, bias."""
+    dy, z ``[..., C]``, rstd ``[...]``, weight ``[C]`` -> gradients of x, weight, bias; None for the last two without a
+    weight, which only a backend with ``FOLDS_LAYER_NORM`` is asked for."""
     stat = rstd.dtype
     g, n = dy.to(stat), z.to(stat)
-    gw = g * weight
+    gw = g if weight is None else g * weight
     dx = rstd.unsqueeze(-1) * (gw - gw.mean(-1, keepdim=True) - n * (gw * n).mean(-1, keepdim=True))
+    if weight is None:
+        return dx.to(dy.dtype), None, None
     rows = tuple(range(dy.dim() - 1))
     return dx.to(dy.dtype), (g * n).sum(rows), g.sum(rows)
