@@ -30,7 +30,7 @@ BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # type punning is what vector accesses of device code are
 EMULATION_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DCNX_EMULATION"]
-EMULATION_FLAGS += ["-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-attributes", "-x", "c++"]
+EMULATION_FLAGS += ["-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -72,7 +72,9 @@ def cuda_home() -> Path | None:
     nvcc = shutil.which("nvcc")
     if nvcc:
         homes.insert(2, Path(nvcc).resolve().parent.parent)
-    return next((Path(home) for home in homes if home and (Path(home) / "bin" / "nvcc").exists()), None)
+    # a wrapper script on PATH may lie elsewhere than the toolkit, so its headers are looked for too
+    needs = ("bin/nvcc", "include/cuda_runtime_api.h")
+    return next((Path(h) for h in homes if h and all((Path(h) / need).exists() for need in needs)), None)
 
 
 def nvcc_version(home: Path) -> str:
@@ -238,7 +240,7 @@ class BuildEmulation(Command):
             raise SystemExit("the emulation needs the CUDA toolkit's headers (CUDA_HOME, or nvcc on PATH)")
         build = Build(self.spawn, Path(self.output).parent)
         torch_options, libraries = torch_flags()
-        cpp = [*build.compiler, *EMULATION_FLAGS, f"-I{cuda_home() / 'include'}", *build.extra]
+        cpp = [*build.compiler, *EMULATION_FLAGS, "-isystem", str(cuda_home() / "include"), *build.extra]
         commands = [(cpp, path) for _, path, _ in read_sources("cuda", "emulation")]
         bindings = [path for _, path, _ in read_sources("cuda_torch", "torch") if not path.stem.startswith("cpu")]
         commands += [([*cpp, *torch_options], path) for path in bindings]

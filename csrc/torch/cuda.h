@@ -12,8 +12,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #define CNX_CUDA_KEY CUDA
 
-// Declared in PyTorch's shim only where its own CUDA headers are on the path.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+// Declared in PyTorch's shim only where its own CUDA headers are on the path. Weak, so that the module also loads with
+// a PyTorch without CUDA, whose tensors never get here.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
 #endif
 
 namespace cnx {
@@ -47,7 +49,9 @@ struct Cuda {
     const int32_t device = like.get_device_index();
     torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+        "convnextv2_kernels: PyTorch has no current stream on CUDA device ", device);
 #endif
     const int64_t bytes = workspace_bytes(p);
     if (!bytes) return kernel(p, {stream, nullptr});

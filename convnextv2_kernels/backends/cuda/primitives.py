@@ -1,9 +1,9 @@
 """The primitives of the CUDA backend: CUDA operators and cuBLAS.
 
 Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/common/params.h`` and
-``csrc/cuda/kernels.h`` for the rest. The algebra is derived in ``docs/kernels.md``: beta never touches a hidden tensor,
-and where an image has many more rows than the block has channels, GRN's scale goes into the second weight and its
-gradient comes from a product of its own.
+``csrc/cuda/kernels.h`` for the rest. The algebra is derived in ``docs/kernels.md``: beta never touches a hidden
+tensor, and where an image has many more rows than the block has channels, GRN's scale goes into the second weight and
+its gradient comes from a product of its own.
 """
 
 from __future__ import annotations

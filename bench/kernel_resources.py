@@ -1,0 +1,127 @@
+"""Registers, shared memory and spills of every CUDA kernel, as nvcc reports them; needs no GPU.
+
+    python bench/kernel_resources.py                 # a table
+    python bench/kernel_resources.py --json FILE     # every instantiation, for each architecture
+
+A source is compiled again only when it or a header changed (``build/resources``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+_CACHE = ROOT / "build" / "resources"
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(.*)")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def nvcc() -> str | None:
+    """Path of the CUDA compiler, or None."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    candidates = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next((path for path in candidates if path and Path(path).exists()), None)
+
+
+def sources() -> list[Path]:
+    lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
+    return [ROOT / "csrc" / line.split()[1] for line in lines if line.startswith("cuda ")]
+
+
+def parse(text: str) -> list[dict]:
+    """Rows ``{kernel, arch, registers, shared, stack, spills}`` (bytes) of ptxas's report."""
+    rows: list[dict] = []
+    for line in text.splitlines():
+        if match := _ENTRY.search(line):
+            rows.append({"kernel": match[1], "arch": match[2]})
+        elif rows and (match := _SPILLS.search(line)) and "spills" not in rows[-1]:
+            rows[-1] |= {"stack": int(match[1]), "spills": int(match[2]) + int(match[3])}
+        elif rows and (match := _USED.search(line)) and "registers" not in rows[-1]:
+            shared = _SHARED.search(match[2])
+            rows[-1] |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
+    return rows
+
+
+def demangle(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt") or shutil.which("cu++filt")
+    if tool is None:
+        return names
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [re.sub(r"^void |cnx::cuda::|\(anonymous namespace\)::|\(.*\)$", "", n) for n in done.stdout.splitlines()]
+
+
+def measure(source: Path) -> list[dict]:
+    """Rows of one source for all architectures; from the cache where nothing changed."""
+    compiler = nvcc()
+    if compiler is None:
+        raise FileNotFoundError("no nvcc was found (PATH, CUDA_HOME, /usr/local/cuda)")
+    options = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"]
+    options += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
+    digest = hashlib.sha256(" ".join(options).encode() + source.read_bytes())
+    for header in sorted([*source.parent.glob("*.cuh"), *source.parent.glob("*.h"), *ROOT.glob("csrc/common/*.h")]):
+        digest.update(header.read_bytes())
+    cached = _CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.json"
+    if cached.exists():
+        return json.loads(cached.read_text())
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    command = [compiler, *options, "-c", str(source), "-o", str(cached.with_suffix(".o"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"nvcc failed for {source.name}:\n{done.stderr}")
+    rows = parse(done.stderr + done.stdout)
+    for row, name in zip(rows, demangle([row["kernel"] for row in rows]), strict=True):
+        row |= {"kernel": name, "source": source.name}
+    cached.write_text(json.dumps(rows))
+    cached.with_suffix(".o").unlink()
+    return rows
+
+
+def measure_all(workers: int | None = None) -> list[dict]:
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return [row for rows in pool.map(measure, sources()) for row in rows]
+
+
+def template_name(kernel: str) -> str:
+    return kernel.split("<", 1)[0]
+
+
+def table(rows: list[dict]) -> str:
+    """One line for each kernel template: the largest figures of its instantiations."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[template_name(row["kernel"])].append(row)
+    lines = [f"{'kernel':<34}{'count':>6}" + "".join(f"{a + ' regs':>12}" for a in ARCHITECTURES) + f"{'spills':>8}"]
+    for name, members in sorted(groups.items()):
+        worst = [max((m["registers"] for m in members if m["arch"] == a), default=0) for a in ARCHITECTURES]
+        count = len(members) // len(ARCHITECTURES)
+        spills = sum(m["spills"] for m in members)
+        lines.append(f"{name:<34}{count:>6}" + "".join(f"{r:>12}" for r in worst) + f"{spills:>8}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write every instantiation to this file")
+    options = parser.parse_args()
+    rows = measure_all()
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=0))
+    return int(any(row["spills"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+// LayerNorm and its downsampling form of the CUDA backend, run by the emulation, against formulas in double on the
+// rounded inputs.
+#include "cuda_buffers.h"
+
+using namespace test;
+
+namespace {
+
+// A mean a thousand times the deviation must not cancel in the variance.
+void test_large_mean(int64_t channels) {
+  Random random(1);
+  Buffer<float> x(channels), y(channels), mean(1), rstd(1);
+  double expected_mean = 0, variance = 0;
+  for (int64_t c = 0; c < channels; ++c) expected_mean += (x.data()[c] = float(1000 + random.uniform())) / channels;
+  for (int64_t c = 0; c < channels; ++c) variance += std::pow(x[c] - expected_mean, 2) / channels;
+  RUN(layer_norm_forward, (LayerNormForward{DType::f32, 1, channels, x.data(), nullptr, nullptr, 1e-6, y.data(),
+                                            mean.data(), rstd.data()}));
+  check(std::fabs(rstd[0] * std::sqrt(variance + 1e-6) - 1) < 1e-5, "rstd beside a large mean", rstd[0]);
+}
+
+struct NormExpected {
+  std::vector<double> y, mean, rstd, dx, dweight, dbias;
+};
+
+template <class T, class A>
+NormExpected norm_expected(int64_t rows, int64_t channels, const Buffer<T>& x, const Buffer<T>& grad,
+                           const Buffer<A>* weight, const Buffer<A>* bias, double eps, const Buffer<A>* rstd_given) {
+  NormExpected e{std::vector<double>(rows * channels), std::vector<double>(rows),     std::vector<double>(rows),
+                 std::vector<double>(rows * channels), std::vector<double>(channels), std::vector<double>(channels)};
+  std::vector<double> z(channels), g(channels);
+  for (int64_t r = 0; r < rows; ++r) {
+    double mean = 0, variance = 0, g_mean = 0, gz_mean = 0;
+    for (int64_t c = 0; c < channels; ++c) mean += x[r * channels + c] / channels;
+    for (int64_t c = 0; c < channels; ++c) variance += std::pow(x[r * channels + c] - mean, 2) / channels;
+    const double rstd = rstd_given ? (*rstd_given)[r] : 1 / std::sqrt(variance + eps);
+    e.mean[r] = mean;
+    e.rstd[r] = rstd;
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = r * channels + c;
+      z[c] = rstd_given ? x[i] : (x[i] - mean) * rstd;
+      g[c] = grad[i] * (weight ? (*weight)[c] : 1);
+      e.y[i] = z[c] * (weight ? (*weight)[c] : 1) + (bias ? (*bias)[c] : 0);
+      e.dweight[c] += grad[i] * z[c];
+      e.dbias[c] += grad[i];
+      g_mean += g[c] / channels;
+      gz_mean += g[c] * z[c] / channels;
+    }
+    for (int64_t c = 0; c < channels; ++c) e.dx[r * channels + c] = rstd * (g[c] - g_mean - z[c] * gz_mean);
+  }
+  return e;
+}
+
+template <class T>
+void test_layer_norm(int64_t rows, int64_t channels, bool misaligned, bool affine) {
+  using A = Acc<T>;
+  Random random(channels + rows);
+  const double eps = 1e-6, rounding = 2 * kRounding<T>, summed = 4 * kRounding<A>;
+  Buffer<T> x(rows * channels, misaligned), grad(rows * channels, misaligned), y(rows * channels, misaligned);
+  Buffer<A> weight(channels), bias(channels), mean(rows), rstd(rows), dweight(channels), dbias(channels);
+  x.random(random, 2);
+  grad.random(random);
+  weight.random(random);
+  bias.random(random);
+  const void *w = affine ? weight.data() : nullptr, *b = affine ? bias.data() : nullptr;
+  NormExpected e =
+      norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, affine ? &bias : nullptr, eps, nullptr);
+  RUN(layer_norm_forward,
+      (LayerNormForward{kDType<T>, rows, channels, x.data(), w, b, eps, y.data(), mean.data(), rstd.data()}));
+  compare(y, e.y, rounding, "layer norm");
+  compare(mean, e.mean, summed, "mean");
+  compare(rstd, e.rstd, summed, "rstd");
+  Buffer<T> dx(rows * channels, misaligned), dx_alone(rows * channels, misaligned);
+  LayerNormBackward back{kDType<T>,   rows, channels,  grad.data(),    x.data(),    mean.data(),
+                         rstd.data(), w,    dx.data(), dweight.data(), dbias.data()};
+  RUN(layer_norm_backward, back);
+  if (channels > 1) compare(dx, e.dx, rounding, "layer norm dx");  // at one channel: 0 up to eps
+  if (channels > 1) compare(dweight, e.dweight, 4 * summed, "layer norm dweight");
+  compare(dbias, e.dbias, summed, "layer norm dbias");
+
+  // of normalised rows
+  e = norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, nullptr, eps, &rstd);
+  Buffer<A> dbias_alone(channels), dweight_again(channels);
+  back.mean = nullptr;
+  back.dx = dx_alone.data();
+  back.dweight = nullptr;
+  back.dbias = dbias_alone.data();
+  RUN(layer_norm_backward, back);
+  compare(dx_alone, e.dx, rounding, "normalised dx");
+  compare(dbias_alone, e.dbias, summed, "dbias alone");
+  Buffer<T> dx_last(rows * channels, misaligned);
+  back.dx = dx_last.data();
+  back.dbias = nullptr;
+  RUN(layer_norm_backward, back);
+  compare(dx_last, e.dx, rounding, "normalised dx alone");
+  back.dweight = dweight_again.data();
+  RUN(layer_norm_backward, back);
+  compare(dweight_again, e.dweight, 4 * summed, "normalised dweight");
+}
+
+template <class T>
+void test_space_to_depth(int64_t maps, int64_t height, int64_t width, int64_t channels, bool misaligned, bool affine) {
+  using A = Acc<T>;
+  Random random(channels + width);
+  const int64_t rows = maps * height * width, size = rows * channels;
+  const double eps = 1e-6, rounding = 2 * kRounding<T>, summed = 4 * kRounding<A>;
+  Buffer<T> x(size, misaligned), grad(size, misaligned), y(size, misaligned), dx(size, misaligned);
+  Buffer<A> weight(channels), bias(channels), rstd(rows), dweight(channels), dbias(channels);
+  x.random(random, 2);
+  grad.random(random);
+  weight.random(random);
+  bias.random(random);
+  const auto blocked = [&](int64_t r) {
+    const int64_t map = r / (height * width), i = r / width % height, j = r % width;
+    return ((map * (height / 2) + i / 2) * (width / 2) + j / 2) * 4 + i % 2 * 2 + j % 2;
+  };
+  const auto rearrange = [&](const std::vector<double>& in, bool forward) {
+    std::vector<double> out(in.size());
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < channels; ++c)
+        (forward ? out[blocked(r) * channels + c] : out[r * channels + c]) =
+            forward ? in[r * channels + c] : in[blocked(r) * channels + c];
+    return out;
+  };
+  SpaceToDepthNorm p{};
+  p.dtype = kDType<T>;
+  p.maps = maps;
+  p.height = height;
+  p.width = width;
+  p.channels = channels;
+  p.x = x.data();
+  p.weight = affine ? weight.data() : nullptr;
+  p.bias = affine ? bias.data() : nullptr;
+  p.eps = eps;
+  p.out = y.data();
+  p.rstd = rstd.data();
+  RUN(space_to_depth_norm_forward, p);
+  NormExpected e =
+      norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, affine ? &bias : nullptr, eps, nullptr);
+  compare(y, rearrange(e.y, true), rounding, "space to depth");
+  compare(rstd, e.rstd, summed, "space to depth rstd");
+
+  // x stands in for z; the rows of the expectation lie as y does, and so must its rstd
+  Buffer<A> rstd_blocked(rows);
+  for (int64_t r = 0; r < rows; ++r) rstd_blocked.data()[blocked(r)] = rstd.data()[r];
+  e = norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, nullptr, eps, &rstd_blocked);
+  p.x = grad.data();
+  p.z = x.data();
+  p.out = dx.data();
+  p.dweight = dweight.data();
+  p.dbias = dbias.data();
+  RUN(space_to_depth_norm_backward, p);
+  compare(dx, rearrange(e.dx, false), rounding, "space to depth dx");
+  compare(dweight, e.dweight, 4 * summed, "space to depth dweight");
+  compare(dbias, e.dbias, summed, "space to depth dbias");
+}
+
+template <class T>
+void test_type(const char* name) {
+  for (int64_t channels : {1, 5, 16, 40, 67, 96, 200, 264, 776, 1032, 1283, 2816})
+    for (bool misaligned : {false, true})
+      for (int64_t rows : {0, 1, channels < 300 ? 333 : 37}) {
+        const int before = failures();
+        test_layer_norm<T>(rows, channels, misaligned, channels % 3 != 2);
+        if (failures() > before)
+          std::printf("  in %s, %d rows, %d channels, misaligned %d\n", name, int(rows), int(channels), misaligned);
+      }
+  test_layer_norm<T>(40000, 8, false, true);  // several steps per block
+  for (int64_t channels : {5, 40, 1032})
+    for (bool affine : {false, true}) {
+      test_space_to_depth<T>(2, 4, 6, channels, false, affine);
+      test_space_to_depth<T>(3, 2, 2, channels, true, affine);
+    }
+  test_space_to_depth<T>(0, 4, 4, 8, false, true);
+  std::printf("%s: done\n", name);
+}
+
+}  // namespace
+
+int main() {
+  test_large_mean(96);
+  test_large_mean(1032);
+  test_type<float>("float32");
+  test_type<double>("float64");
+  test_type<bf16>("bfloat16");
+  test_type<f16>("float16");
+  return failures() ? 1 : 0;
+}
