@@ -16,7 +16,7 @@ EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
 FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-emulated venv lint ctest sanitize format bench clean
+.PHONY: demo test test-emulated gpu-check venv lint ctest sanitize format bench clean
 
 demo: venv
 	$(BIN)/python -m convnextv2_kernels pretrain --demo
@@ -31,6 +31,12 @@ endif
 test-emulated: $(EMULATED)
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest -n $(WORKERS) -k cuda python_tests/conformance python_tests/test_schedule.py python_tests/cuda
+	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
+		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
+
+# On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py --out build/gpu_check
 
 $(EMULATED): $(VENV)/.installed setup.py $(CUDA)
 	CUDA_HOME=$(CUDA_HOME) $(BIN)/python setup.py -q build_emulation --output $@

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +91,14 @@ def test_what_cannot_be_captured_is_refused():
     step = ck.make_graphed_step(model, images)
     with pytest.raises(ValueError, match="was captured for"):
         step(images[:1])
+
+
+def test_the_example_runs_or_says_what_it_needs():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "examples/graphed_pretraining.py", "--steps", "2", "--batch-size", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    if torch.cuda.is_available():
+        assert done.returncode == 0 and "images/s" in done.stdout, done.stderr
+    else:
+        assert done.returncode == 1 and "needs a CUDA device" in done.stderr, done.stderr

@@ -1,0 +1,95 @@
+"""FCMAE training step, bf16 autocast: ours against masked dense PyTorch, eager and in CUDA graphs."""
+
+from __future__ import annotations
+
+from convnextv2_kernels.benchmark.masked_dense import MEMORY_FORMATS, eager_variants
+
+from .results import Recorder, context_lost
+from .setting import Setting, Skip, first_line
+from .step_arms import Contest
+from .step_timing import fastest, ratios, time_steps
+from .timing import free_memory
+
+# (size, images, seconds it takes about), in order of value
+PLAN = (
+    ("tiny", 256, 20), ("atto", 256, 12), ("base", 256, 40), ("tiny", 64, 12), ("atto", 64, 10), ("base", 64, 30),
+    ("huge", 64, 90),
+)  # fmt: skip
+DRY_PLAN = (("atto", 1, 1),)
+ROUNDS = 7
+
+
+def run(setting: Setting, recorder: Recorder) -> None:
+    recorder.put(
+        about="forward and backward, no optimizer, 224 px, mask ratio 0.6, bf16 autocast; ms per step, interleaved "
+        "rounds; peak_step: beyond what lives before the step; dense: every hidden site computed, then masked"
+    )
+    for size, images, seconds in DRY_PLAN if setting.dry_run else PLAN:
+        _contest(size, images, seconds, setting, recorder)
+        free_memory(setting.device)
+
+
+def _contest(size: str, images: int, seconds: float, setting: Setting, recorder: Recorder) -> None:
+    key = f"{size} n{images}"
+    if all(recorder.done(group, f"{key} {group}") for group in ("gate", "eager", "graph")):
+        return
+    if setting.remaining() < seconds:
+        recorder.skip(key, f"time: {setting.remaining():.0f} s left, about {seconds:.0f} s needed")
+        return
+    contest = Contest(size, images, setting)
+    arms = [contest.dense(variant) for variant in eager_variants()]
+    limit = setting.remaining()
+    recorder.case("gate", f"{key} gate", lambda: contest.check(arms[1:2]), limit=limit)
+
+    def eager() -> dict:
+        rows = time_steps(contest, [contest.eager(), *map(contest.eager, arms)], setting, ROUNDS, memory=True)
+        return {"steps": rows, **ratios(rows, "ours eager")}
+
+    rows = recorder.case("eager", f"{key} eager", eager, limit=limit)
+    free_memory(setting.device)
+
+    def graph() -> dict:
+        if setting.dry_run:
+            raise Skip("no GPU: CUDA graphs")
+        steps = (rows or {}).get("steps", {})
+        chosen = [fastest(steps, f"dense {layout}") or f"dense {layout} linear eager" for layout in MEMORY_FORMATS]
+        return against_graphs(contest, [arm for arm in arms if arm.name in chosen], setting)
+
+    recorder.case("graph", f"{key} graph", graph, limit=limit)
+    _compare_targets(recorder, key)
+
+
+def against_graphs(contest: Contest, arms: list, setting: Setting) -> dict:
+    """Our step in a graph against each dense one in a graph, one after the other: their memory lives side by side.
+
+    Of the times of our step, one beside each dense step, the longest counts."""
+    ours = contest.graphed()
+    rows: dict[str, dict] = {}
+    for arm in arms:
+        pair = time_steps(contest, [ours, *_graphed(contest, arm, rows)], setting, ROUNDS, memory=False)
+        for name, row in pair.items():
+            if name != ours.name or "ms_median" not in rows.get(name, {}) or row["ms_median"] > rows[name]["ms_median"]:
+                rows[name] = row
+        free_memory(setting.device)
+    return {"steps": rows, **ratios(rows, "ours graph")}
+
+
+def _graphed(contest: Contest, arm, rows: dict[str, dict]) -> list:
+    try:
+        return [contest.graphed(arm)]
+    except Exception as error:  # out of memory, or not to be captured: the other layout may do
+        if context_lost(error):
+            raise
+        rows[f"{arm.name} graph"] = {"error": first_line(error)}
+        free_memory(contest.setting.device)
+        return []
+
+
+def _compare_targets(recorder: Recorder, key: str) -> None:
+    """Our graph against the fastest dense eager step as well, which is the comparison users see."""
+    eager = recorder.result.get("eager", {}).get(f"{key} eager", {}).get("steps", {})
+    graph = recorder.result.get("graph", {}).get(f"{key} graph", {}).get("steps", {})
+    best = fastest(eager, "dense")
+    if best and "ms_median" in graph.get("ours graph", {}):
+        ratio = eager[best]["ms_median"] / graph["ours graph"]["ms_median"]
+        recorder.put(dense_eager_over_ours_graph={**recorder.result.get("dense_eager_over_ours_graph", {}), key: ratio})

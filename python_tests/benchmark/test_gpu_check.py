@@ -1,0 +1,250 @@
+"""bench/gpu_check.py: what can be tested of it without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = os.environ.get("CONVNEXTV2_KERNELS_CUDA_EMULATION")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Imports a module of bench/gpu."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return lambda name: importlib.import_module(f"gpu.{name}")
+
+
+@pytest.fixture
+def run_stages(gpu, monkeypatch, tmp_path):
+    """Runs stages given as ``name=source of their module`` for some seconds; returns the stages of results.json."""
+    runner, setting = gpu("runner"), gpu("setting")
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run(seconds: float = 60, needs: float = 0, most: float = 60, **sources: str) -> dict:
+        stages = []
+        for name, source in sources.items():
+            (tmp_path / f"stage_{name}.py").write_text(source)
+            stages.append(runner.Stage(name, f"stage_{name}", needs, most))
+        deadline = time.time() + seconds
+        runner.run_stages(stages, setting.Setting(str(tmp_path), deadline, True), reserve=0)
+        return json.loads((tmp_path / "results.json").read_text())["stages"]
+
+    return run
+
+
+GOOD = "def run(setting, recorder):\n    recorder.put(value=1.23456789)\n"
+
+
+def test_a_stage_that_raises_is_recorded_and_the_rest_goes_on(run_stages):
+    bad = "def run(setting, recorder):\n    recorder.put(before=1)\n    raise ValueError('no such thing')\n"
+    stages = run_stages(bad=bad, good=GOOD)
+    assert stages["bad"]["status"] == "failed" and stages["bad"]["reason"] == "ValueError: no such thing"
+    assert "in run" in stages["bad"]["traceback"] and stages["bad"]["result"] == {"before": 1}
+    assert stages["good"]["status"] == "done" and stages["good"]["result"] == {"value": 1.235}
+
+
+def test_cases_survive_errors_crashes_and_hangs_of_others(run_stages):
+    source = """
+import os, time
+def boom():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def run(setting, recorder):
+    recorder.case("numbers", "one", lambda: 1)
+    recorder.case("numbers", "wrong", lambda: 1 / 0)
+    recorder.case("numbers", "lost", boom)
+    recorder.case("numbers", "crash", lambda: os.abort())
+    recorder.case("numbers", "hang", lambda: time.sleep(100), limit=1)
+    recorder.case("numbers", "late", lambda: 3, needs=1000)
+    recorder.case("numbers", "two", lambda: 2)
+"""
+    stage = run_stages(cases=source)["cases"]
+    assert stage["result"]["numbers"] == {"one": 1, "two": 2}
+    errors = stage["result"]["errors"]
+    assert errors["wrong"].startswith("ZeroDivisionError: division by zero [") and "CUDA error" in errors["lost"]
+    assert "code -6" in errors["crash"] and "crash, or a hang" in errors["hang"]
+    assert "1000 s needed" in stage["result"]["skipped"]["late"]
+    assert stage["status"] == "done" and stage["restarts"] == 3
+
+
+def test_the_time_limit_holds(run_stages):
+    start = time.monotonic()
+    stages = run_stages(
+        6,
+        slow="import time\ndef run(setting, recorder):\n    recorder.put(half=1)\n    time.sleep(100)\n",
+        good=GOOD,
+        needs=1,
+    )
+    assert time.monotonic() - start < 20
+    assert stages["slow"]["status"] == "failed" and "time was up" in stages["slow"]["reason"]
+    assert stages["slow"]["result"] == {"half": 1}
+    assert stages["good"]["status"] == "skipped" and "1 s needed" in stages["good"]["reason"]
+
+
+def test_a_stage_may_skip_itself(run_stages):
+    source = "from gpu.setting import Skip\ndef run(setting, recorder):\n    raise Skip('no such tool')\n"
+    stage = run_stages(absent=source)["absent"]
+    assert stage["status"] == "skipped" and stage["reason"] == "no such tool"
+
+
+class Counting:
+    """A namespace of operators that adds up the bytes of all tensors the last call was given or returned."""
+
+    def __init__(self, ops):
+        self.ops, self.total = ops, 0
+
+    def __getattr__(self, name):
+        operator = getattr(self.ops, name).default
+
+        def call(*args):
+            out = operator(*args)
+            tensors = [*args, *(out if isinstance(out, (tuple, list)) else [out])]
+            self.total = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+            return out
+
+        return type("Packet", (), {"default": staticmethod(call)})
+
+
+def test_counted_bytes_are_those_of_the_tensors(gpu):
+    """Never more than all tensors of a call have, and not much less: what is left out is small."""
+    from convnextv2_kernels.backends import cpu, extension
+
+    if extension.load_error is not None:
+        pytest.skip(extension.load_error)
+    assert cpu.extension is not None
+    cases, conv, rows, operators = (gpu(name) for name in ("cases", "conv_cases", "row_cases", "operators"))
+    counting = Counting(torch.ops.convnextv2_kernels)
+    draw = operators.Draw("meta", torch.bfloat16)
+    families = (conv.packed_cases, conv.dense_cases, rows.norm_cases, rows.mlp_cases, rows.copy_cases)
+    checked = set()
+    for shape in cases.stage_shapes("tiny", 256)[:2]:
+        for case in (case for family in families for case in family(counting, shape, 2)):
+            operator = case.key.split()[0]
+            if case.peer or operator in ("gather", "patch_pixels"):  # they read only a part of a tensor
+                continue
+            try:
+                case.make(draw, 1)[0]()
+            except (AttributeError, NotImplementedError) as error:
+                pytest.skip(f"the extension is older than the sources: {error}")
+            assert case.bytes <= counting.total, case.key
+            least = 0.4 if operator == "neighbour_slots" else 0.95
+            assert case.bytes >= least * counting.total, case.key
+            checked.add(operator)
+    assert len(checked) >= 19
+
+
+def test_bytes_of_what_reads_a_part_of_a_tensor(gpu):
+    moved = gpu("bytes_moved")
+    assert moved.gather(10, 3, 2) == 2 * 10 * 3 * 2
+    assert moved.scatter(10, 25, 3, 2) == (10 + 25) * 3 * 2
+    assert moved.patch_pixels(10, 3, 4) == 2 * 10 * 48 * 4
+
+
+def test_shares_and_targets(gpu):
+    kernels, cases = gpu("kernels"), gpu("cases")
+    big = cases.Case("big", 400_000_000, None, target=0.5)
+    row = kernels.judge(big, cold=160e-6, warm=100e-6, copy_tbps=4.0)
+    assert row["cold_us"] == pytest.approx(160) and row["copy_share_cold"] == pytest.approx(0.625)
+    assert row["copy_share_warm"] == pytest.approx(1.0) and row["met"]
+    assert not kernels.judge(big, cold=210e-6, warm=1e-4, copy_tbps=4.0)["met"]
+    small = cases.Case("small", 4_000_000, None, target=0.5)
+    assert "met" not in kernels.judge(small, cold=1e-3, warm=1e-3, copy_tbps=4.0)
+
+
+def test_numbers_of_buffers(gpu):
+    timing = gpu("timing")
+    assert timing.cold_sets(300 << 20) == 2 and timing.cold_sets(20 << 20) == 10 and timing.cold_sets(1) == 256
+    assert timing.warm_calls(1.0) == 4 and timing.warm_calls(1e-4) == 20 and timing.warm_calls(0.0) == 256
+
+
+def test_busy_share_counts_overlaps_once(gpu):
+    profiling = gpu("profiling")
+    assert profiling.busy_share([(0, 2), (1, 3), (6, 10)]) == pytest.approx(0.7)
+    assert profiling.kind("void cnx::cuda::conv_patch<float>") == "own kernels"
+    assert profiling.kind("nvjet_tst_128x256_64x4") == "matrix products"
+
+
+def test_ratios(gpu):
+    ratios = gpu("step_timing").ratios
+    rows = {
+        "ours eager": {"ms_median": 2.0, "peak_step_MiB": 10.0, "parameters_MiB": 10.0},
+        "dense a": {"ms_median": 12.0, "peak_step_MiB": 60.0, "parameters_MiB": 10.0},
+        "dense b": {"ms_median": 10.0, "peak_step_MiB": 90.0, "parameters_MiB": 10.0},
+        "dense c": {"error": "out of memory"},
+    }
+    got = ratios(rows, "ours eager")
+    assert got["fastest_dense"] == "dense b" and got["time_dense_over_ours_eager"] == 5.0
+    assert got["frugal_dense"] == "dense a" and got["peak_step_dense_over_ours"] == 6.0
+    assert got["peak_with_parameters_dense_over_ours"] == 3.5
+    assert ratios({"ours eager": {"error": "x"}, "dense b": rows["dense b"]}, "ours eager") == {}
+
+
+def test_junit_report(gpu, tmp_path):
+    report = tmp_path / "junit.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase classname="python_tests.cuda.test_a" name="ok"/>'
+        '<testcase classname="python_tests.cuda.test_a" name="bad"><failure message="assert 1 == 2&#10;more"/>'
+        "</testcase>"
+        '<testcase classname="m" name="no"><skipped message="why"/></testcase></testsuite></testsuites>'
+    )
+    found = gpu("suite").parse(report)
+    assert found["counts"] == {"passed": 1, "failed": 1, "error": 0, "skipped": 1}
+    assert found["failing"] == {"cuda.test_a::bad": "assert 1 == 2"}
+
+
+def test_sanitizer_reports(gpu):
+    parse = gpu("sanitizer").parse
+    text = "========= Invalid __global__ read of size 4 bytes\n=========     at k\n========= ERROR SUMMARY: 3 errors\n"
+    assert parse(text) == {"errors": 3, "first": ["Invalid __global__ read of size 4 bytes"]}
+    assert parse("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)")["errors"] == 0
+    assert parse("killed")["errors"] is None
+
+
+def check(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    assert "must name stages" in check("--out", str(tmp_path), "--only", "nonsense").stderr
+    assert "must be positive" in check("--out", str(tmp_path), "--minutes", "0").stderr
+    assert "--out is needed" in check().stderr
+
+
+@pytest.mark.skipif(not EMULATION, reason="CONVNEXTV2_KERNELS_CUDA_EMULATION is not set")
+def test_dry_run(gpu, tmp_path):
+    done = check("--out", str(tmp_path), "--dry-run", "--minutes", "2.5")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    text = (tmp_path / "results.json").read_text()
+    data = json.loads(text)
+    assert data["dry_run"] is True and "mean nothing" in data["note"] and len(text) < 200_000
+    stages = data["stages"]
+    assert list(stages) == [
+        "machine", "build", "smoke", "ceilings", "tests", "kernels", "step", "profile", "sanitizer", "compile", "plot",
+    ]  # fmt: skip
+    for name, stage in stages.items():
+        assert stage["status"] == ("skipped" if name == "compile" else "done"), (name, stage)
+        assert "errors" not in stage["result"], (name, stage["result"]["errors"])
+    result = {name: stage["result"] for name, stage in stages.items()}
+    assert set(result["smoke"]["checks"].values()) == {"ok"}
+    assert result["tests"]["counts"]["passed"] > 0 and not result["tests"]["failing"]
+    assert all(row["cold_us"] > 0 and row["MB"] > 0 for row in result["kernels"]["kernels"].values())
+    (step,) = result["step"]["eager"].values()
+    assert len(step["steps"]) == 7 and step["time_dense_over_ours_eager"] > 0
+    assert result["step"]["skipped"] == {"atto n1 graph": "no GPU: CUDA graphs"}
+    assert list(result["profile"]["steps"]) == ["atto n1 ours eager"]
+    assert "calls: " in (tmp_path / "memcheck.log").read_text()
+    assert (tmp_path / "gpu_check.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "profile_atto_1.txt").stat().st_size
+    assert "DRY RUN: TIMES MEAN NOTHING" in done.stdout and len(done.stdout) < 12_000
+    assert str(tmp_path) not in text
