@@ -40,6 +40,10 @@ class Step:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
 
+def _ours(how: str, maps: torch.dtype | None) -> str:
+    return f"ours {how}" if maps is None else f"ours {how}, {str(maps).removeprefix('torch.')} maps"
+
+
 class Contest:
     """Ours against masked dense PyTorch for one model and batch, all with the same weights, images and masks.
 
@@ -61,7 +65,8 @@ class Contest:
         with ck.use_backend(self.setting.backend):
             return self.model(images, mask)[:2]
 
-    def _loss(self, model: nn.Module, images: Tensor) -> Tensor:
+    def _loss(self, model: nn.Module, images: Tensor, maps: torch.dtype | None = None) -> Tensor:
+        model.encoder.feature_dtype = maps
         with ck.use_backend(self.setting.backend):
             return model(images, ck.PatchLayout.from_kept(self.kept, self.grid))[0]
 
@@ -71,13 +76,14 @@ class Contest:
             (arm,) = make_dense(self.sparse, [variant])
         return DeviceArm(arm.name, arm.model, arm.run, variant)
 
-    def eager(self, arm: DeviceArm | None = None) -> Step:
-        """Our step, or that of a dense arm, launched kernel by kernel."""
+    def eager(self, arm: DeviceArm | None = None, maps: torch.dtype | None = None) -> Step:
+        """Our step, with feature maps of another dtype than the images if so asked, or that of a dense arm, launched
+        kernel by kernel."""
 
         def run() -> Tensor:
             if arm is None:
                 with torch.autocast(self.setting.device, AMP):
-                    loss = self._loss(self.model, self.batch.images)
+                    loss = self._loss(self.model, self.batch.images, maps)
             else:
                 loss = arm.forward(self.batch)[0]
             loss.backward()
@@ -85,15 +91,17 @@ class Contest:
             return loss.detach()
 
         model = self.model if arm is None else arm.model
-        return Step("ours eager" if arm is None else arm.name, run, model)
+        return Step(_ours("eager", maps) if arm is None else arm.name, run, model)
 
-    def graphed(self, arm: DeviceArm | None = None) -> Step:
+    def graphed(self, arm: DeviceArm | None = None, maps: torch.dtype | None = None) -> Step:
         """The same in one CUDA graph; by the same function on both sides."""
         if self.setting.dry_run:
             raise Skip("no GPU: CUDA graphs")
         if arm is None:
-            step = ck.make_graphed_step(self.model, self.batch.images, self._loss, autocast=AMP)
-            return Step("ours graph", self._replay(step, self.model), self.model)
+            step = ck.make_graphed_step(
+                self.model, self.batch.images, lambda m, x: self._loss(m, x, maps), autocast=AMP
+            )
+            return Step(_ours("graph", maps), self._replay(step, self.model), self.model)
         step = ck.make_graphed_step(arm.run, self.batch.images, lambda m, x: m(x, self.batch.mask)[0], autocast=AMP)
         return Step(f"{arm.name} graph", self._replay(step, arm.model), arm.model)
 

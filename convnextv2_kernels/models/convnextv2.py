@@ -26,6 +26,8 @@ class ConvNeXtV2(Backbone):
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the initial weights of the head.
+        feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`; the head sees the
+            dtype of the images.
 
     Raises:
         ValueError: an argument out of range.
@@ -39,8 +41,9 @@ class ConvNeXtV2(Backbone):
         dims: Sequence[int] = _TINY.dims,
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
+        feature_dtype: torch.dtype | None = None,
     ):
-        super().__init__(in_chans, depths, dims, drop_path_rate)
+        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype)
         self.num_classes = check_positive("num_classes", num_classes)
         self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes)
@@ -57,7 +60,8 @@ class ConvNeXtV2(Backbone):
             over of a
                 side without saying so.)
         """
-        return self.norm(self.run_stages(images).mean(dim=(1, 2)))
+        features = self.run_stages(images).mean(dim=(1, 2))
+        return self.norm(features if self.feature_dtype is None else features.to(images.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         """``images [N, in_chans, H, W]``, H and W multiples of 32 -> logits ``[N,

@@ -19,6 +19,10 @@ class Backbone(nn.Module):
     ``downsample_layers.0`` is the stem, ``downsample_layers.1`` to ``.3`` halve the resolution
     before a stage; ``stages.i.j`` is block j of stage i. Drop path grows linearly over the blocks,
     from 0 to ``drop_path_rate``.
+
+    ``feature_dtype`` is the dtype of the feature maps between layers; by default that of the
+    images, so float32 under autocast, where matrix products alone are narrow. bfloat16, under
+    autocast, halves the bytes of every map, and rounds the residual stream at every block.
     """
 
     def __init__(
@@ -28,9 +32,13 @@ class Backbone(nn.Module):
         dims: Sequence[int],
         drop_path_rate: float = 0.0,
         grn_scope: str = "image",
+        feature_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         check_stages(depths, dims)
+        if feature_dtype is not None and not feature_dtype.is_floating_point:
+            raise ValueError(f"feature_dtype must be a floating-point dtype or None, got {feature_dtype}")
+        self.feature_dtype = feature_dtype
         check_drop_path(drop_path_rate, "drop_path_rate")
         check_scope(grn_scope, "grn_scope")
         self.in_chans = check_positive("in_chans", in_chans)
@@ -61,7 +69,7 @@ class Backbone(nn.Module):
         check_images(images, self.in_chans, 32)
         if layout is not None:
             check_layout(layout, images)
-        x = images
+        x = images if self.feature_dtype is None else images.to(self.feature_dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x, layout)
             for block in stage:
@@ -78,6 +86,7 @@ class SparseEncoder(Backbone):
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block.
         grn_scope: see :class:`convnextv2_kernels.nn.GlobalResponseNorm`.
+        feature_dtype: see :class:`Backbone`.
     """
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:

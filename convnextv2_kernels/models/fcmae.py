@@ -40,6 +40,7 @@ class FCMAE(nn.Module):
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
         grn_scope: GRN of the encoder, ``"image"`` (paper) or ``"batch"`` (official sparse code). In
             the decoder, which works on dense maps, it is per image in both.
+        feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`.
 
     Raises:
         ValueError: an argument out of range.
@@ -57,6 +58,7 @@ class FCMAE(nn.Module):
         decoder_embed_dim: int = 512,
         norm_pix_loss: bool = True,
         grn_scope: str = "image",
+        feature_dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if check_positive("patch_size", patch_size) % _STRIDE:
@@ -76,7 +78,9 @@ class FCMAE(nn.Module):
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
 
-        self.encoder = SparseEncoder(in_chans, depths, dims, grn_scope=grn_scope)
+        self.encoder = SparseEncoder(
+            in_chans, depths, dims, grn_scope=grn_scope, feature_dtype=feature_dtype
+        )
         dim = check_positive("decoder_embed_dim", decoder_embed_dim)
         self.proj = nn.Conv2d(dims[-1], dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))

@@ -55,3 +55,29 @@ def test_wrong_layouts_are_refused(encoder):
             encoder(images, layout(2, *grid))
     with pytest.raises(TypeError, match="layout must be a PatchLayout, got Tensor"):
         encoder(images, torch.zeros(2, 2, 3, dtype=torch.bool))
+
+
+def test_feature_dtype_is_that_of_the_maps():
+    torch.manual_seed(0)
+    model = ck.models.FCMAE((1, 1, 1, 1), (8, 16, 24, 32), img_size=64, decoder_embed_dim=16)
+    images = torch.randn(2, 3, 64, 64)
+    mask = ck.random_mask(2, (2, 2), 0.5)
+    results = {}
+    for dtype in (None, torch.bfloat16):
+        model.encoder.feature_dtype = dtype
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            features, _ = model.encode(images, mask)
+            loss = model(images, mask)[0]
+        loss.backward()
+        assert features.dtype == (dtype or torch.float32)
+        results[dtype] = loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    for wide, narrow in zip(*results.values(), strict=True):
+        # bfloat16 has 8 bits: a few roundings of the residual stream
+        assert (wide - narrow).norm() <= 0.05 * wide.norm()
+
+
+def test_feature_dtype_must_be_a_float():
+    with pytest.raises(ValueError, match="feature_dtype must be a floating-point dtype or None, got torch.int32"):
+        SparseEncoder(3, (1, 1, 1, 1), (8, 8, 8, 8), feature_dtype=torch.int32)
