@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as nvcc reports them; needs no GPU.
 
-    python bench/kernel_resources.py                 # a table
-    python bench/kernel_resources.py --json FILE     # every instantiation, for each architecture
+    python bench/kernel_resources.py            # a table
+    python bench/kernel_resources.py --write    # and bench/results/cuda_resources.json, which docs/kernels.md shows
 
 A source is compiled again only when it or a header changed (``build/resources``).
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+RESULT = ROOT / "bench" / "results" / "cuda_resources.json"
 _CACHE = ROOT / "build" / "resources"
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -98,29 +99,45 @@ def template_name(kernel: str) -> str:
     return kernel.split("<", 1)[0]
 
 
-def table(rows: list[dict]) -> str:
-    """One line for each kernel template: the largest figures of its instantiations."""
+def summary(rows: list[dict]) -> dict:
+    """By kernel template, the largest figures of its instantiations; what is committed."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for row in rows:
         groups[template_name(row["kernel"])].append(row)
-    lines = [f"{'kernel':<34}{'count':>6}" + "".join(f"{a + ' regs':>12}" for a in ARCHITECTURES) + f"{'spills':>8}"]
+    kernels = {}
     for name, members in sorted(groups.items()):
-        worst = [max((m["registers"] for m in members if m["arch"] == a), default=0) for a in ARCHITECTURES]
-        count = len(members) // len(ARCHITECTURES)
-        spills = sum(m["spills"] for m in members)
-        lines.append(f"{name:<34}{count:>6}" + "".join(f"{r:>12}" for r in worst) + f"{spills:>8}")
+        most = {a: max((m["registers"] for m in members if m["arch"] == a), default=0) for a in ARCHITECTURES}
+        kernels[name] = {
+            "source": members[0]["source"],
+            "count": len(members) // len(ARCHITECTURES),
+            "registers": most,
+            "spills": sum(m["spills"] for m in members),
+        }
+    return {"nvcc": nvcc_release(), "architectures": ARCHITECTURES, "kernels": kernels}
+
+
+def nvcc_release() -> str:
+    text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    return text.split("release ", 1)[1].split(",", 1)[0]
+
+
+def table(report: dict) -> str:
+    lines = [f"{'kernel':<34}{'count':>6}" + "".join(f"{a + ' regs':>12}" for a in ARCHITECTURES) + f"{'spills':>8}"]
+    for name, row in report["kernels"].items():
+        registers = "".join(f"{row['registers'][a]:>12}" for a in ARCHITECTURES)
+        lines.append(f"{name:<34}{row['count']:>6}{registers}{row['spills']:>8}")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write every instantiation to this file")
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
     options = parser.parse_args()
-    rows = measure_all()
-    print(table(rows))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=0))
-    return int(any(row["spills"] for row in rows))
+    report = summary(measure_all())
+    print(table(report))
+    if options.write:
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(row["spills"] for row in report["kernels"].values()))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu.json"
 BASE = ROOT / "bench" / "results" / "cpu_base.json"  # a larger model, nothing compiled
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
 SPARSE = "sparse"
 
 
@@ -159,10 +159,26 @@ def _columns(table: dict) -> list[str]:
     return list(next(iter(table.values())))
 
 
-def fill(text: str, content: str) -> str:
-    """The text with everything between the markers replaced."""
-    head, rest = text.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END, 1)[1]}"
+def resources(report: dict) -> str:
+    """Table of docs/kernels.md: what nvcc makes of each kernel template, the largest of its instantiations."""
+    archs = report["architectures"]
+    lines = [
+        f"nvcc {report['nvcc']}, the most of all instantiations:",
+        "",
+        "| kernel | source | instantiations | " + " | ".join(f"registers {a}" for a in archs) + " | spilled bytes |",
+        "|---" * (4 + len(archs)) + "|",
+    ]
+    for name, row in report["kernels"].items():
+        cells = " | ".join(str(row["registers"][a]) for a in archs)
+        lines.append(f"| `{name}` | `{row['source']}` | {row['count']} | {cells} | {row['spills']} |")
+    return "\n".join(lines)
+
+
+def fill(text: str, content: str, section: str) -> str:
+    """The text with everything between the markers of a section replaced."""
+    begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
+    head, rest = text.split(begin, 1)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def load() -> dict:
@@ -178,14 +194,15 @@ def load() -> dict:
 def main(arguments: list[str]) -> int:
     report = load()
     stale = []
-    contents = {
-        "README.md": summary(report),
-        "docs/benchmarks.md": details(report),
-        "docs/kernels.md": choices(json.loads(CHOICES.read_text())),
-    }
-    for path, content in contents.items():
+    contents = [
+        ("README.md", "results", summary(report)),
+        ("docs/benchmarks.md", "results", details(report)),
+        ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
+        ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
+    ]
+    for path, section, content in contents:
         text = (ROOT / path).read_text()
-        new = fill(text, content)
+        new = fill(text, content, section)
         if new != text:
             stale.append(path)
             if "--check" not in arguments:

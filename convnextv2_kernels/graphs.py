@@ -43,13 +43,15 @@ def make_graphed_step(
     """Captures forward, backward and, if given, the optimizer's step of ``model`` in a CUDA graph.
 
     FCMAE draws a new mask in every replay: the default generator takes part in the graph, and masks that keep the same
-    number of patches in every image need no synchronisation (:meth:`PatchLayout.from_kept`).
+    number of patches in every image need no synchronisation (:meth:`PatchLayout.from_kept`). No loss of an earlier step
+    of the model may be alive, as its autograd graph would tie the capture to another stream.
 
     Args:
         model: on a CUDA device, in training mode. images: a sample batch on that device, ``[N, C, H, W]``.
         loss: ``loss(model, images)`` -> scalar; by default the first output of ``model(images)``, FCMAE's loss.
         optimizer: Adam or AdamW with ``capturable=True``, and ``lr`` as a tensor on the device where it is to change
-            between steps; None leaves the update to the caller. Parameters and state are as before when this returns.
+            between steps; None leaves the update to the caller. Parameters and state are as before when this returns,
+            gradients are dropped.
         autocast: dtype of ``torch.autocast``, or None.
 
     Raises:
@@ -71,17 +73,21 @@ def make_graphed_step(
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     restore = _snapshot(model, optimizer)
+    # One stream for warm-up and capture: autograd remembers the stream a gradient was first accumulated on, and the
+    # default capture stream belongs to the device that was current when a process captured its first graph.
     stream = torch.cuda.Stream(images.device)
     stream.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.device(images.device), torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
+        try:
+            for _ in range(_WARM_UP):
+                model.zero_grad(set_to_none=True)
+                step()
+        finally:
             model.zero_grad(set_to_none=True)
-            step()
-        model.zero_grad(set_to_none=True)
+            restore()
     torch.cuda.current_stream(images.device).wait_stream(stream)
-    restore()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(images.device), torch.cuda.graph(graph):
+    with torch.cuda.device(images.device), torch.cuda.graph(graph, stream=stream):
         value = step()
     gradients = [(p, p.grad) for p in parameters if p.grad is not None]
     return GraphedStep(graph, static, value, gradients)

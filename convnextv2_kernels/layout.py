@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -10,13 +11,18 @@ from torch import Tensor
 _INT32_MAX = 2**31 - 1
 
 # Per device type the two kernels that build a layout in one launch each; a backend that has them registers itself.
-_kernels: dict[str, ModuleType] = {}
+_kernels: dict[str, tuple[ModuleType, Callable[[torch.device], bool]]] = {}
 
 
-def register_kernels(device_type: str, module: ModuleType) -> None:
+def register_kernels(device_type: str, module: ModuleType, serves: Callable[[torch.device], bool]) -> None:
     """Uses ``module.layout_from_kept(ids, Gh, Gw)`` and ``module.neighbour_slots(slot_of_patch, patch_of_slot, Gh, Gw,
-    radius)``, which return what the methods below compute, for tensors of a device type."""
-    _kernels[device_type] = module
+    radius)``, which return what the methods below compute, for tensors of the devices of a type that are served."""
+    _kernels[device_type] = module, serves
+
+
+def _kernels_for(device: torch.device) -> ModuleType | None:
+    module, serves = _kernels.get(device.type, (None, None))
+    return module if module is not None and serves(device) else None
 
 
 class PatchLayout:
@@ -97,7 +103,8 @@ class PatchLayout:
         _check_size(n, gh, gw)
         if kept > total:
             raise ValueError(f"ids keeps {kept} patches per image, but grid {gh}x{gw} has only {total}")
-        if ids.device.type not in _kernels:
+        native = _kernels_for(ids.device)
+        if native is None:
             ids = ids.sort(dim=1).values
         if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
             if int(ids.min()) < 0 or int(ids.max()) >= total:
@@ -108,7 +115,6 @@ class PatchLayout:
             if kept > 1 and bool((ids[:, 1:] == ids[:, :-1]).any()):
                 raise ValueError("ids must not repeat a patch within an image, got at least one repeated id")
         device = ids.device
-        native = _kernels.get(device.type)
         if native is not None:
             return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), gh, gw), kept)
         flat = (ids + torch.arange(n, device=device)[:, None] * total).reshape(-1)
@@ -139,7 +145,7 @@ class PatchLayout:
 
     def _build_neighbours(self, radius: int) -> Tensor:
         gh, gw = self.grid
-        native = _kernels.get(self.device.type)
+        native = _kernels_for(self.device)
         if native is not None:
             return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, gh, gw, radius)
         width = 2 * radius + 1

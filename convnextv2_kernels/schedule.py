@@ -131,16 +131,6 @@ class LayerNormParams(NamedTuple):
     def apply(self, z: Tensor) -> Tensor:
         return torch.addcmul(self.bias.to(z.dtype), z, self.weight.to(z.dtype))
 
-    def fold(self, w1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the product of z that equals ``apply(z) @ w1' + b1``, in the parameters' widest dtype."""
-        dtype = torch.promote_types(w1.dtype, self.weight.dtype)
-        return w1.to(dtype) * self.weight.to(dtype), b1.to(dtype) + w1.to(dtype) @ self.bias.to(dtype)
-
-    def unfold(self, w1: Tensor, dw1: Tensor, db1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of w1, weight and bias from those of the folded weight and bias, all statistics."""
-        w1, gain, shift = (t.to(dw1.dtype) for t in (w1, self.weight, self.bias))
-        return dw1 * gain + torch.outer(db1, shift), (w1 * dw1).sum(0), db1 @ w1
-
 
 def mlp_forward(
     k,
@@ -157,16 +147,18 @@ def mlp_forward(
     eps: float,
     out_dtype: torch.dtype,
     keep_hidden: bool,
+    layer_norm: LayerNormParams | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y [M, C]`` -> ``out [M, O]`` in ``out_dtype``, GRN's ``norm [segments, H]``, and ``a [M, H]`` or an empty
-    tensor. Matrix products run in y's dtype."""
+    tensor. Matrix products run in y's dtype.
+
+    With ``layer_norm``, for a backend that folds it, y is LN's normalised rows z."""
     stat = statistics_dtype(y.dtype)
     hidden, out_c = w1.shape[0], w2.shape[0]
     gamma, beta = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
-    w1, b1, w2, b2 = (p.to(y.dtype) for p in (w1, b1, w2, b2))
+    w1, b1, w2, b2 = k.prepare_parameters(w1, b1, w2, b2, beta, layer_norm, y)
     segments = 1 if rows.batch_scope else rows.images
-    norms = torch.zeros(segments, hidden, dtype=stat, device=y.device)
-    kept = out = None
+    norms = kept = out = None
     for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
         part = slice(chunk.r0, chunk.r1)
         whole = chunk.r1 - chunk.r0 == y.shape[0]
@@ -178,9 +170,14 @@ def mlp_forward(
             kept[part] = a
         add = None if residual is None else residual[part]
         inside = None if factors is not None else add
-        result, norms[chunk.stats] = k.gelu_grn_linear(
+        result, norm = k.gelu_grn_linear(
             a, gamma, beta, eps, w2, b2, inside, keep_hidden and whole, *chunk.segments
         )
+        if norm.shape[0] == segments:
+            norms = norm
+        else:
+            norms = norm.new_empty(segments, hidden) if norms is None else norms
+            norms[chunk.stats] = norm
         if factors is not None:
             result = _scale_images_(result, factors, rows, chunk)
             result = result if add is None else add + result
@@ -189,8 +186,8 @@ def mlp_forward(
         else:
             out = y.new_empty(y.shape[0], out_c, dtype=out_dtype) if out is None else out
             out[part] = result
-    if out is None:
-        out = y.new_empty(y.shape[0], out_c, dtype=out_dtype)
+    if out is None:  # no image at all
+        out, norms = y.new_empty(y.shape[0], out_c, dtype=out_dtype), y.new_zeros(segments, hidden, dtype=stat)
     return out, norms, y.new_empty(0, hidden) if kept is None else kept
 
 
@@ -240,9 +237,9 @@ def mlp_backward(
     gamma, shift = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
     w1_given, w2_stat = w1, w2.to(stat)
     fold = layer_norm is not None and k.FOLDS_LAYER_NORM
-    if fold:
-        w1, b1 = layer_norm.fold(w1, b1)
-    w1, b1, w2 = w1.to(x.dtype), b1.to(x.dtype), w2.to(x.dtype)
+    # the second bias takes no part in backward: any vector of its size will do
+    unused = w2_stat.new_empty(out_c)
+    w1, b1, w2, _ = k.prepare_parameters(w1, b1, w2, unused, shift, layer_norm if fold else None, x)
     gain = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
     dw1 = dw2 = db1 = db2 = dgamma = dgain = dshift = dx = None
     for chunk in chunks(rows, hidden, x.element_size(), chunk_bytes(x.device.type)):
@@ -278,6 +275,6 @@ def mlp_backward(
         dgamma, db1, db2, dgain, dshift = zero
         dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1, dtype=stat), torch.zeros_like(w2, dtype=stat)
     if fold:
-        dw1, dgain, dshift = layer_norm.unfold(w1_given, dw1, db1)
+        dw1, dgain, dshift = k.unfold_layer_norm(w1_given, layer_norm, dw1, db1)
     # beta is added to every row before W2, so its gradient follows from db2 alone
     return MLPGradients(dx, dw1, db1, dgamma, db2 @ w2_stat, dw2, db2, dgain, dshift)

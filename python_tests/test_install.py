@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 
 import convnextv2_kernels as ck
 
@@ -67,9 +70,28 @@ def test_info_names_every_op_and_backend():
 def test_readme_python_example_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
-    for block in blocks:
-        done = run(block, ROOT)
-        assert done.returncode == 0, done.stderr
+    # what follows builds on what came before; a block that needs a GPU runs where there is one
+    done = run("\n".join(b for b in blocks if ".cuda()" not in b or torch.cuda.is_available()), ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_extension_that_does_not_load_says_what_it_was_built_for(tmp_path):
+    package = tmp_path / "convnextv2_kernels"
+    built = shutil.ignore_patterns("*.so", "*.json", "__pycache__")
+    shutil.copytree(ROOT / "convnextv2_kernels", package, ignore=built)
+    (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
+    (package / "_C.build.json").write_text(json.dumps({"torch": "2.10.0+cu130", "cuda": "13.0"}))
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
+import convnextv2_kernels as ck
+print(ck.info())
+"""
+    done = run(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = f"PyTorch {torch.__version__} with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}"
+    message = f"the C++ extension was built for PyTorch 2.10.0+cu130 with CUDA 13.0 and does not load with {found}"
+    assert message in done.stdout
 
 
 def test_documented_numbers_come_from_the_committed_results():

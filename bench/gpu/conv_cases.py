@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,23 @@ from .operators import Draw
 
 KERNEL = 7
 EPS = 1e-6
+
+
+def _with_choice(choice: str, call: Callable[[], object]) -> Callable[[], object]:
+    """The call under ``CONVNEXTV2_KERNELS_CUDA_CONV``, which the kernels read at every launch."""
+    name = "CONVNEXTV2_KERNELS_CUDA_CONV"
+
+    def run() -> object:
+        before = os.environ.get(name)
+        os.environ[name] = choice
+        try:
+            return call()
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
+
+    return run
 
 
 def packed_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
@@ -61,9 +79,26 @@ def _own_cases(
         pairs = zip(draw.features(sets, *size), draw.features(sets, *size), strict=True)
         return [lambda g=g, t=t: ops.depthwise_conv_backward_weight.default(g, t, near, KERNEL) for g, t in pairs]
 
+    def on_tensor_cores(make):
+        def with_choice(draw, sets):
+            return [_with_choice("tensor", call) for call in make(draw, sets)]
+
+        return with_choice
+
     plain, residual = (bytes_moved.conv_forward(rows, c, itemsize, residual) for residual in (False, True))
     target, target_dw = targets.get("forward"), targets.get("weight_grad")
-    return [
+    tensor = []
+    if size[1] % 8 == 0 and size[2] % 8 == 0 and itemsize == 2:
+        tensor = [
+            Case(f"conv_forward tensor{prefix} {label}", plain, on_tensor_cores(forward)),
+            Case(f"conv_dx_residual tensor{prefix} {label}", residual, on_tensor_cores(input_grad)),
+            Case(
+                f"conv_normalize tensor{prefix} {label}",
+                bytes_moved.conv_normalize(rows, c, itemsize),
+                on_tensor_cores(normalize),
+            ),
+        ]
+    return tensor + [
         Case(f"conv_forward{prefix} {label}", plain, forward, target),
         Case(f"conv_dx_residual{prefix} {label}", residual, input_grad, target),
         Case(f"conv_normalize{prefix} {label}", bytes_moved.conv_normalize(rows, c, itemsize), normalize),

@@ -8,6 +8,7 @@ from .cases import DRY_STAGES, SHARE_FROM_US, Case, stage_shapes
 from .ceilings import GIB, copy_rate
 from .conv_cases import dense_cases, packed_cases
 from .operators import Draw, namespace
+from .parameter_cases import parameter_cases
 from .results import Recorder
 from .row_cases import copy_cases, mlp_cases, norm_cases
 from .setting import Setting
@@ -21,7 +22,7 @@ def all_cases(ops, dry_run: bool, itemsize: int = 2) -> list[Case]:
     batches = [DRY_STAGES] if dry_run else [stage_shapes(*item) for item in PLAN]
     cases: list[Case] = []
     for stages in batches:
-        for family in (packed_cases, mlp_cases, norm_cases):
+        for family in (packed_cases, mlp_cases, norm_cases, parameter_cases):
             cases += [case for shape in stages for case in family(ops, shape, itemsize)]
         cases += copy_cases(ops, stages[0], itemsize)
         if stages is batches[0] or stages[0].images == 64:

@@ -65,29 +65,30 @@ def forced() -> str:
     return _state.forced
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Reason the backend cannot serve tensors of this device and dtype, or None if it can."""
+def why_not(name: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
+    """Reason the backend cannot serve tensors of this device and dtype, or None if it can. ``index`` is that of the
+    device, by default the current one."""
     if name == "reference":
         return None
     if name == "cpu":
         return cpu.why_not(device_type, dtype)
     if name == "cuda":
-        return cuda.why_not(device_type, dtype)
+        return cuda.why_not(device_type, dtype, index)
     return f"backend '{name}' {_ABSENT}"
 
 
 def select(x: Tensor, op: str, product_dtype: torch.dtype | None = None) -> str:
     """Name of the backend that serves ``op`` for input ``x``, with matrix products in ``product_dtype``."""
-    kind = x.device.type
+    kind, index = x.device.type, x.device.index
     dtypes = (x.dtype,) if product_dtype in (None, x.dtype) else (x.dtype, product_dtype)
     if _state.forced != "auto":
         for dtype in dtypes:
-            reason = why_not(_state.forced, kind, dtype)
+            reason = why_not(_state.forced, kind, dtype, index)
             if reason is not None:
                 raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
         return _state.forced
     for name in PREFERENCE.get(kind, ("reference",)):
-        if all(why_not(name, kind, dtype) is None for dtype in dtypes):
+        if all(why_not(name, kind, dtype, index) is None for dtype in dtypes):
             return name
     return "reference"
 

@@ -164,6 +164,29 @@ def _(dz, z, rstd):
     return z.new_empty(z.shape)
 
 
+@_fake("mlp_parameters")
+def _(w1, b1, w2, b2, beta, ln_weight, ln_bias, like):
+    same = w1.dtype == like.dtype
+    first = like.new_empty(0 if same and ln_weight is None else w1.shape[0], w1.shape[1])
+    second = like.new_empty(0 if same else w2.shape[0], w2.shape[1])
+    return first, like.new_empty(w1.shape[0]), second, like.new_empty(w2.shape[0])
+
+
+@_fake("unfold_layer_norm")
+def _(w1, ln_weight, ln_bias, db1, dw1):
+    return _stat(w1, w1.shape[1]), _stat(w1, w1.shape[1])
+
+
+@_fake("products_reduce")
+def _(g, w2):
+    return g.new_empty(g.shape[0], g.shape[2])
+
+
+@_fake("products_weight")
+def _(g, scale, d_sum, beta):
+    return g.new_empty(g.shape[1], g.shape[2])
+
+
 @_fake("layout_from_kept")
 def _(ids, grid_h, grid_w):
     def index(*shape):

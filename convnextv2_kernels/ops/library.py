@@ -120,19 +120,17 @@ def _block_forward(
     keep = _keeps(x, "normalized")
     if keep or k.FOLDS_LAYER_NORM:
         z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
-        y = z = z.to(dtype)
-        if k.FOLDS_LAYER_NORM:
-            w1, b1 = layer_norm.fold(w1, b1)
-        else:
-            y = layer_norm.apply(z)
+        z = z.to(dtype)
+        y = z if k.FOLDS_LAYER_NORM else layer_norm.apply(z)
     else:
         y = _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps)[0].to(dtype)
     if not keep:
         z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
-        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype, _keeps(x, "hidden")
-    )
+        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype, _keeps(x, "hidden"),
+        layer_norm if k.FOLDS_LAYER_NORM else None,
+    )  # fmt: skip
     return out.view(x.shape), z, rstd, norms, kept
 
 

@@ -14,7 +14,7 @@ constexpr int kSumRows = 16;
 // A block sums one tap of 32 channels: each warp every 16th split, then the warps in order.
 template <class A>
 __global__ void __launch_bounds__(32 * kSumRows)
-    sum_partials_kernel(const A* partial, int64_t splits, int taps, int64_t channels, A* dweight, A* dbias) {
+    conv_weight_grad_sum(const A* partial, int64_t splits, int taps, int64_t channels, A* dweight, A* dbias) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tap = blockIdx.y;
   const int64_t channel = int64_t{blockIdx.x} * 32 + lane;
   __shared__ A scratch[kSumRows][32];
@@ -129,7 +129,7 @@ void weight_grad_of(const ConvWeightGrad& p, const Launch& launch) {
   }
   const int taps = g.kernel_size * g.kernel_size;
   const dim3 grid(static_cast<unsigned>(ceil_div(g.channels, 32)), static_cast<unsigned>(p.dbias ? taps + 1 : taps));
-  CNX_LAUNCH((sum_partials_kernel<A>), grid, dim3(32 * kSumRows), 0, launch, static_cast<const A*>(launch.workspace),
+  CNX_LAUNCH((conv_weight_grad_sum<A>), grid, dim3(32 * kSumRows), 0, launch, static_cast<const A*>(launch.workspace),
              plan.splits, taps, g.channels, static_cast<A*>(p.dweight), static_cast<A*>(p.dbias));
 }
 

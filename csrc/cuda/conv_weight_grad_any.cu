@@ -8,7 +8,7 @@ namespace {
 // Side 1: a warp owns one tap and 32 words of channels. 32 patches at a time, it reads who has a visible neighbour
 // there and goes through those alone, four at once to have their reads under way together.
 template <class T>
-__global__ void __launch_bounds__(32 * kMaxKernel) pixels_kernel(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kMaxKernel) conv_weight_grad_points(GradArguments<T> p) {
   constexpr int kPer = kPerWord<T>, kAtOnce = 4;
   const int lane = threadIdx.x % 32, taps = p.kernel_size * p.kernel_size;
   const int tap = blockIdx.y * p.kernel_size + threadIdx.x / 32;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(32 * kMaxKernel) pixels_kernel(GradArguments<T
 
 // Any shape: a lane owns a channel, a block one row of taps; its warps take lines of pixels in turn.
 template <class T>
-__global__ void __launch_bounds__(32 * kAnyWarps, 2) any_kernel(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kAnyWarps, 2) conv_weight_grad_any(GradArguments<T> p) {
   using A = Acc<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = p.kernel_size, radius = size / 2;
   const int ky = blockIdx.y;
@@ -131,13 +131,13 @@ dim3 tap_rows(const GradPlan& plan, int kernel_size) {
 
 template <class T>
 void weight_grad_pixels(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
-  CNX_LAUNCH((pixels_kernel<T>), tap_rows(plan, p.kernel_size), dim3(32 * p.kernel_size), 0, launch, p);
+  CNX_LAUNCH((conv_weight_grad_points<T>), tap_rows(plan, p.kernel_size), dim3(32 * p.kernel_size), 0, launch, p);
 }
 
 template <class T>
 void weight_grad_any(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
   constexpr int shared = kAnyWarps * (kMaxKernel + 1) * 32 * static_cast<int>(sizeof(Acc<T>));
-  CNX_LAUNCH((any_kernel<T>), tap_rows(plan, p.kernel_size), dim3(32 * kAnyWarps), shared, launch, p);
+  CNX_LAUNCH((conv_weight_grad_any<T>), tap_rows(plan, p.kernel_size), dim3(32 * kAnyWarps), shared, launch, p);
 }
 
 template void weight_grad_pixels(const GradArguments<float>&, const GradPlan&, const Launch&);

@@ -44,7 +44,7 @@ struct CopyShape {
 
 template <class V>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(CopyShape s, const int32_t* patch_of_slot, const V* source, V* target) {
+    gather_patches_kernel(CopyShape s, const int32_t* patch_of_slot, const V* source, V* target) {
   const int64_t begin = int64_t{blockIdx.x} * kChunk + threadIdx.x;
   if (begin >= s.total) return;
   Place at(begin, s.patch);
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class V>
 __global__ void __launch_bounds__(kThreads)
-    scatter_kernel(CopyShape s, const int32_t* slot_of_patch, const V* source, const V* fill, V* target) {
+    scatter_patches_kernel(CopyShape s, const int32_t* slot_of_patch, const V* source, const V* fill, V* target) {
   const int64_t begin = int64_t{blockIdx.x} * kChunk + threadIdx.x;
   if (begin >= s.total) return;
   Place at(begin, s.patch);
@@ -101,7 +101,7 @@ struct PixelShape {
 // one finds in L1.
 template <class V>
 __global__ void __launch_bounds__(kThreads)
-    pixels_kernel(PixelShape s, const int32_t* patch_of_slot, const V* images, V* rows) {
+    patch_pixels_kernel(PixelShape s, const int32_t* patch_of_slot, const V* images, V* rows) {
   const int64_t begin = int64_t{blockIdx.x} * kChunk + threadIdx.x;
   if (begin >= s.total) return;
   Place at(begin, s.pixel);
@@ -189,7 +189,7 @@ void gather_patches(const PatchCopy& p, const Launch& launch) {
     using V = typename decltype(type)::type;
     const CopyShape s = copy_shape(p, p.slots, access);
     if (s.total == 0) return;
-    CNX_LAUNCH((gather_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
+    CNX_LAUNCH((gather_patches_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
                static_cast<const V*>(p.source), static_cast<V*>(p.target));
   });
 }
@@ -201,7 +201,7 @@ void scatter_patches(const PatchCopy& p, const Launch& launch) {
     using V = typename decltype(type)::type;
     const CopyShape s = copy_shape(p, p.images * p.grid_h * p.grid_w, access);
     if (s.total == 0) return;
-    CNX_LAUNCH((scatter_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.slot_of_patch,
+    CNX_LAUNCH((scatter_patches_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.slot_of_patch,
                static_cast<const V*>(p.source), static_cast<const V*>(p.fill), static_cast<V*>(p.target));
   });
 }
@@ -222,7 +222,7 @@ void patch_pixels(const PatchPixels& p, const Launch& launch) {
     s.side = static_cast<int>(p.side);
     s.total = p.slots * p.side * p.side * s.pixel;
     if (s.total == 0) return;
-    CNX_LAUNCH((pixels_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
+    CNX_LAUNCH((patch_pixels_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
                static_cast<const V*>(p.images), static_cast<V*>(p.rows));
   });
 }

@@ -81,6 +81,51 @@ struct ColumnSum {
   void* sums;  // A [C]
 };
 
+// Operands of the MLP's two products, in T: LN's affine part inside the first, GRN's beta inside the second bias.
+//   w1_out = w1 * ln_weight, b1_out = b1 + w1 ln_bias, w2_out = w2, b2_out = b2 + w2 beta
+struct MlpParameters {
+  DType dtype;  // T
+  bool wide;    // w1 and w2 are A; else T
+  int64_t inputs, hidden, outputs;
+  const void* w1;         // [H, C]
+  const void* b1;         // A [H]
+  const void* w2;         // [O, H]
+  const void* b2;         // A [O]
+  const void* beta;       // A [H]
+  const void* ln_weight;  // A [C] or null
+  const void* ln_bias;    // A [C] or null
+  void* w1_out;           // T, or null: not wanted
+  void* b1_out;           // T
+  void* w2_out;           // T, or null: not wanted
+  void* b2_out;           // T
+};
+
+// From the gradients of w1 * ln_weight and b1 + w1 ln_bias those of w1, in place, ln_weight and ln_bias.
+struct UnfoldLayerNorm {
+  DType dtype;  // of w1
+  int64_t inputs, hidden;
+  const void* w1;         // [H, C]
+  const void* ln_weight;  // A [C]
+  const void* ln_bias;    // A [C]
+  const void* db1;        // A [H]
+  void* dw1;              // A [H, C]
+  void* dln_weight;       // A [C]
+  void* dln_bias;         // A [C]
+};
+
+// From one product per image g = d' h: t[n, h] = sum_o g w2, and dw2 = sum_n g scale + outer(d_sum, beta).
+struct ImageProducts {
+  DType dtype;  // of w2
+  int64_t images, outputs, hidden;
+  const void* g;      // A [N, O, H]
+  const void* w2;     // [O, H], read by products_reduce
+  void* t;            // A [N, H], written by products_reduce
+  const void* scale;  // A [N, H], the rest: products_weight
+  const void* d_sum;  // A [O]
+  const void* beta;   // A [H]
+  void* dw2;          // A [O, H]
+};
+
 // The four tensors of a PatchLayout in one launch, from the mask or the kept ids; see layout.py.
 struct LayoutFromKept {
   int64_t images, grid_h, grid_w, kept;
@@ -114,6 +159,10 @@ struct NeighbourSlots {
   K(mlp_backward_statistics, MlpBackwardStatistics) \
   K(mlp_backward_pointwise, MlpBackwardPointwise)   \
   K(column_sum, ColumnSum)                          \
+  K(mlp_parameters, MlpParameters)                  \
+  K(unfold_layer_norm, UnfoldLayerNorm)             \
+  K(products_reduce, ImageProducts)                 \
+  K(products_weight, ImageProducts)                 \
   K(gather_patches, PatchCopy)                      \
   K(scatter_patches, PatchCopy)                     \
   K(patch_pixels, PatchPixels)                      \

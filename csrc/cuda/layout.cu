@@ -32,7 +32,7 @@ __device__ __forceinline__ int exclusive_sum(int value, int* total) {
 }
 
 // One block per image: mark the kept cells of a window, count them, number them.
-__global__ void __launch_bounds__(kThreads) layout_kernel(LayoutFromKept p) {
+__global__ void __launch_bounds__(kThreads) layout_from_kept_kernel(LayoutFromKept p) {
   __shared__ unsigned char flags[kWindow];
   __shared__ unsigned words[kThreads];
   __shared__ int ranks[kThreads];
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) layout_kernel(LayoutFromKept p) {
     p.patch_of_slot[first_slot + k] = static_cast<int32_t>(image * cells);
 }
 
-__global__ void __launch_bounds__(kThreads) neighbours_kernel(NeighbourSlots p) {
+__global__ void __launch_bounds__(kThreads) neighbour_slots_kernel(NeighbourSlots p) {
   const int across = 2 * p.radius + 1;
   const int64_t index = int64_t{blockIdx.x} * kThreads + threadIdx.x, slot = index / (across * across);
   if (slot >= p.slots) return;
@@ -99,13 +99,13 @@ int64_t neighbour_slots_workspace(const NeighbourSlots&) {
 
 void layout_from_kept(const LayoutFromKept& p, const Launch& launch) {
   const unsigned blocks = p.images > 0 ? static_cast<unsigned>(p.images) : 1;
-  CNX_LAUNCH((layout_kernel), blocks, kThreads, 0, launch, p);
+  CNX_LAUNCH((layout_from_kept_kernel), blocks, kThreads, 0, launch, p);
 }
 
 void neighbour_slots(const NeighbourSlots& p, const Launch& launch) {
   const int64_t total = p.slots * (2 * p.radius + 1) * (2 * p.radius + 1);
   if (total == 0) return;
-  CNX_LAUNCH((neighbours_kernel), static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0, launch, p);
+  CNX_LAUNCH((neighbour_slots_kernel), static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0, launch, p);
 }
 
 }  // namespace cuda

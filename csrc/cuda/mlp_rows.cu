@@ -20,15 +20,16 @@ int64_t part_count(DType dtype, const Segments& segments, int64_t channels) {
 
 int64_t parts_bytes(DType dtype, const Segments& segments, int64_t channels) {
   const int64_t parts = part_count(dtype, segments, channels);
-  return parts == 1 ? 0 : parts * channels * (dtype == DType::f64 ? sizeof(double) : sizeof(float));
+  const int64_t each = dtype == DType::f64 ? sizeof(double) : sizeof(float);
+  return parts == 1 ? 0 : (parts + SumTree(parts).spare()) * channels * each;
 }
 
 void add_parts(DType dtype, int64_t parts, int64_t channels, void* sums, const Launch& launch) {
   if (parts == 1) return;
   with_accumulator(dtype, [&](auto type) {
     using A = typename decltype(type)::type;
-    sum_partials<A>(static_cast<const A*>(launch.workspace), 1, parts, channels, channels, static_cast<A*>(sums),
-                    nullptr, launch);
+    A* partial = static_cast<A*>(launch.workspace);
+    SumTree(parts).template run<A>(partial, channels, static_cast<A*>(sums), partial + parts * channels, launch);
   });
 }
 

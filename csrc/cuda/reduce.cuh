@@ -44,30 +44,33 @@ class Workspace {
 
 constexpr int kPartialColumns = 32, kPartialLanes = 16;
 
-// Group g of `count` rows [count, columns]: its column sums go to first[g, width], and columns past `width` to second.
+// Group g of `count` of the `total` rows [total, columns], the last one perhaps smaller: its column sums go to first[g,
+// width], and columns past `width` to second.
 template <class A>
 __global__ void __launch_bounds__(kPartialColumns* kPartialLanes)
-    sum_partials_kernel(const A* partial, int64_t count, int64_t columns, int64_t width, A* first, A* second) {
+    sum_partials_kernel(const A* partial, int64_t count, int64_t total, int64_t columns, int64_t width, A* first,
+                        A* second) {
   __shared__ A shared[kPartialLanes][kPartialColumns + 1];
   const int x = threadIdx.x % kPartialColumns, y = threadIdx.x / kPartialColumns;
   const unsigned tiles = static_cast<unsigned>((columns + kPartialColumns - 1) / kPartialColumns);
   const int64_t group = blockIdx.x / tiles, c = int64_t{blockIdx.x % tiles} * kPartialColumns + x;
+  const int64_t rest = total - group * count, rows = rest < count ? rest : count;
   A sum = 0;
   if (c < columns) {
     const A* at = partial + (group * count + y) * columns + c;
 #pragma unroll 8
-    for (int64_t i = y; i < count; i += kPartialLanes, at += kPartialLanes * columns) sum += *at;
+    for (int64_t i = y; i < rows; i += kPartialLanes, at += kPartialLanes * columns) sum += *at;
   }
   shared[y][x] = sum;
   __syncthreads();
   if (y > 0 || c >= columns) return;
-  A total = 0;
+  sum = 0;
 #pragma unroll
-  for (int i = 0; i < kPartialLanes; ++i) total += shared[i][x];
+  for (int i = 0; i < kPartialLanes; ++i) sum += shared[i][x];
   if (c < width) {
-    if (first) first[group * width + c] = total;
+    if (first) first[group * width + c] = sum;
   } else if (second) {
-    second[group * (columns - width) + c - width] = total;
+    second[group * (columns - width) + c - width] = sum;
   }
 }
 
@@ -77,8 +80,27 @@ void sum_partials(const A* partial, int64_t groups, int64_t count, int64_t colum
   const int64_t blocks = groups * ceil_div(columns, kPartialColumns);
   if (blocks > 0)
     CNX_LAUNCH((sum_partials_kernel<A>), static_cast<unsigned>(blocks), kPartialColumns * kPartialLanes, 0, launch,
-               partial, count, columns, width, first, second);
+               partial, count, groups * count, columns, width, first, second);
 }
+
+// One sum over very many rows would be the work of a few blocks: groups of rows first, then the groups.
+struct SumTree {
+  static constexpr int64_t kGroups = 64;
+  int64_t rows, each, groups;
+
+  explicit SumTree(int64_t rows) : rows(rows), each(ceil_div(rows, kGroups)), groups(rows ? ceil_div(rows, each) : 0) {}
+  // rows of workspace besides the partial sums themselves
+  int64_t spare() const { return rows > 4 * kGroups ? groups : 0; }
+
+  template <class A>
+  void run(const A* partial, int64_t columns, A* out, A* merged, const Launch& launch) const {
+    if (spare() == 0) return sum_partials<A>(partial, 1, rows, columns, columns, out, nullptr, launch);
+    const int64_t blocks = groups * ceil_div(columns, kPartialColumns);
+    CNX_LAUNCH((sum_partials_kernel<A>), static_cast<unsigned>(blocks), kPartialColumns * kPartialLanes, 0, launch,
+               partial, each, rows, columns, columns, merged, static_cast<A*>(nullptr));
+    sum_partials<A>(merged, 1, groups, columns, columns, out, nullptr, launch);
+  }
+};
 
 }  // namespace cuda
 }  // namespace cnx

@@ -259,6 +259,20 @@ void test_half_range() {
   check(std::isinf(y[1]) && !std::isinf(y[0]), "float16 overflow", y[1]);
 }
 
+// So many partial sums that they are added in groups first; 5 and 129 columns have 51 and few rows per block.
+template <class T>
+void test_many_sums() {
+  const int64_t rows = 21000, channels = 129;
+  Random random(9);
+  Buffer<T> x(rows * channels);
+  Buffer<Acc<T>> sums(channels);
+  x.random(random);
+  std::vector<double> expected(channels);
+  for (int64_t i = 0; i < rows * channels; ++i) expected[i % channels] += value(x[i]);
+  RUN(column_sum, (ColumnSum{kDType<T>, rows, channels, x.data(), sums.data()}));
+  compare(sums, expected, 4 * kRounding<Acc<T>>, "sum of many rows");
+}
+
 template <class T>
 void test_type(const char* name) {
   for (const Case& k : cases())
@@ -275,6 +289,7 @@ void test_type(const char* name) {
   test_segments<T>({"many splits", {}, 1, 1, 27500}, 5, false, true);
   test_segments<T>({"wide", {}, 1, 2, 20}, 1280, false, true);
   test_chunks<T>();
+  test_many_sums<T>();
   std::printf("%s: done\n", name);
 }
 

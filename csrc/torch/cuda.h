@@ -24,10 +24,13 @@ namespace binding {
 using cuda::ColumnSum;
 using cuda::GeluScale;
 using cuda::GeluStatistics;
+using cuda::ImageProducts;
 using cuda::LayoutFromKept;
 using cuda::MlpBackwardPointwise;
 using cuda::MlpBackwardStatistics;
+using cuda::MlpParameters;
 using cuda::NeighbourSlots;
+using cuda::UnfoldLayerNorm;
 
 struct Cuda {
 #if defined(CNX_EMULATION)

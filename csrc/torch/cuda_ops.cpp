@@ -85,6 +85,105 @@ Tensor column_sum(const Tensor& x) {
   return sums;
 }
 
+// A weight already in the dtype of the operands, with nothing to fold in, is not copied: its place is an empty tensor.
+std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_parameters(const Tensor& w1, const Tensor& b1, const Tensor& w2,
+                                                          const Tensor& b2, const Tensor& beta,
+                                                          const OptionalTensor& ln_weight,
+                                                          const OptionalTensor& ln_bias, const Tensor& like) {
+  check_device<Cuda>(w1, "w1");
+  check_same_device(w2, w1, "w2");
+  const int64_t hidden = w1.size(0), inputs = w1.size(1), outputs = w2.size(0);
+  const bool same = w1.scalar_type() == like.scalar_type();
+  STD_TORCH_CHECK(
+      w2.scalar_type() == w1.scalar_type() && w2.size(1) == hidden && (same || w1.scalar_type() == stat_type(like)),
+      "convnextv2_kernels: w1 and w2 must both have the dtype of the rows or of the statistics");
+  check_stat(b1, like, hidden, "b1");
+  check_stat(b2, like, outputs, "b2");
+  check_stat(beta, like, hidden, "beta");
+  if (ln_weight) check_stat(*ln_weight, like, inputs, "ln_weight");
+  if (ln_bias) check_stat(*ln_bias, like, inputs, "ln_bias");
+  const bool copy1 = !same || ln_weight;
+  Tensor w1_out = new_features(like, {copy1 ? hidden : 0, inputs}), b1_out = new_features(like, {hidden});
+  Tensor w2_out = new_features(like, {same ? 0 : outputs, hidden}), b2_out = new_features(like, {outputs});
+  MlpParameters p{};
+  p.dtype = Cuda::dtype_of(like);
+  p.wide = w1.scalar_type() == stat_type(like);
+  p.inputs = inputs;
+  p.hidden = hidden;
+  p.outputs = outputs;
+  p.w1 = w1.const_data_ptr();
+  p.b1 = b1.const_data_ptr();
+  p.w2 = w2.const_data_ptr();
+  p.b2 = b2.const_data_ptr();
+  p.beta = beta.const_data_ptr();
+  p.ln_weight = pointer(ln_weight);
+  p.ln_bias = pointer(ln_bias);
+  p.w1_out = copy1 ? w1_out.mutable_data_ptr() : nullptr;
+  p.b1_out = b1_out.mutable_data_ptr();
+  p.w2_out = same ? nullptr : w2_out.mutable_data_ptr();
+  p.b2_out = b2_out.mutable_data_ptr();
+  Cuda::mlp_parameters(p, like);
+  return {w1_out, b1_out, w2_out, b2_out};
+}
+
+std::tuple<Tensor, Tensor> unfold_layer_norm(const Tensor& w1, const Tensor& ln_weight, const Tensor& ln_bias,
+                                             const Tensor& db1, Tensor dw1) {
+  check_device<Cuda>(w1, "w1");
+  const int64_t hidden = w1.size(0), inputs = w1.size(1);
+  check_stat(ln_weight, w1, inputs, "ln_weight");
+  check_stat(ln_bias, w1, inputs, "ln_bias");
+  check_stat(db1, w1, hidden, "db1");
+  check_stat(dw1, w1, hidden * inputs, "dw1");
+  Tensor dweight = new_stat(w1, {inputs}), dbias = new_stat(w1, {inputs});
+  Cuda::unfold_layer_norm(
+      {Cuda::dtype_of(w1), inputs, hidden, w1.const_data_ptr(), ln_weight.const_data_ptr(), ln_bias.const_data_ptr(),
+       db1.const_data_ptr(), dw1.mutable_data_ptr(), dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
+      w1);
+  return {dweight, dbias};
+}
+
+Tensor products_reduce(const Tensor& g, const Tensor& w2) {
+  check_device<Cuda>(g, "g");
+  STD_TORCH_CHECK(g.dim() == 3, "convnextv2_kernels: g must be [N, O, H]");
+  const int64_t images = g.size(0), outputs = g.size(1), hidden = g.size(2);
+  check_stat(g, w2, g.numel(), "g");
+  check_same_device(w2, g, "w2");
+  STD_TORCH_CHECK(w2.numel() == outputs * hidden, "convnextv2_kernels: w2 must be [O, H]");
+  Tensor t = new_stat(g, {images, hidden});
+  ImageProducts p{};
+  p.dtype = Cuda::dtype_of(w2);
+  p.images = images;
+  p.outputs = outputs;
+  p.hidden = hidden;
+  p.g = g.const_data_ptr();
+  p.w2 = w2.const_data_ptr();
+  p.t = t.mutable_data_ptr();
+  Cuda::products_reduce(p, g);
+  return t;
+}
+
+Tensor products_weight(const Tensor& g, const Tensor& scale, const Tensor& d_sum, const Tensor& beta) {
+  check_device<Cuda>(g, "g");
+  STD_TORCH_CHECK(g.dim() == 3, "convnextv2_kernels: g must be [N, O, H]");
+  const int64_t images = g.size(0), outputs = g.size(1), hidden = g.size(2);
+  check_stat(scale, g, images * hidden, "scale");
+  check_stat(d_sum, g, outputs, "d_sum");
+  check_stat(beta, g, hidden, "beta");
+  Tensor dw2 = new_stat(g, {outputs, hidden});
+  ImageProducts p{};
+  p.dtype = Cuda::dtype_of(g);
+  p.images = images;
+  p.outputs = outputs;
+  p.hidden = hidden;
+  p.g = g.const_data_ptr();
+  p.scale = scale.const_data_ptr();
+  p.d_sum = d_sum.const_data_ptr();
+  p.beta = beta.const_data_ptr();
+  p.dw2 = dw2.mutable_data_ptr();
+  Cuda::products_weight(p, g);
+  return dw2;
+}
+
 Tensor normalized_backward_input(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
   check_device<Cuda>(z, "z");
   check_like(dz, z, "dz");
@@ -137,6 +236,10 @@ CNX_LIBRARY_IMPL(CNX_LIBRARY, CNX_CUDA_KEY, m) {
   m.impl("mlp_backward_pointwise", TORCH_BOX(&cnx::binding::mlp_backward_pointwise));
   m.impl("column_sum", TORCH_BOX(&cnx::binding::column_sum));
   m.impl("normalized_backward_input", TORCH_BOX(&cnx::binding::normalized_backward_input));
+  m.impl("mlp_parameters", TORCH_BOX(&cnx::binding::mlp_parameters));
+  m.impl("unfold_layer_norm", TORCH_BOX(&cnx::binding::unfold_layer_norm));
+  m.impl("products_reduce", TORCH_BOX(&cnx::binding::products_reduce));
+  m.impl("products_weight", TORCH_BOX(&cnx::binding::products_weight));
   m.impl("layout_from_kept", TORCH_BOX(&cnx::binding::layout_from_kept));
   m.impl("neighbour_slots", TORCH_BOX(&cnx::binding::neighbour_slots));
 }

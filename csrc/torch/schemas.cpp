@@ -62,6 +62,14 @@ CNX_LIBRARY_DEF(CNX_LIBRARY, m) {
       ") -> (Tensor scale, Tensor kappa, Tensor dgamma)");
   def("mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da, ",
       ") -> Tensor");
+  m.def(
+      "mlp_parameters(Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor beta, Tensor? ln_weight, Tensor? ln_bias,"
+      " Tensor like) -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2)");
+  m.def(
+      "unfold_layer_norm(Tensor w1, Tensor ln_weight, Tensor ln_bias, Tensor db1, Tensor(a!) dw1)"
+      " -> (Tensor dln_weight, Tensor dln_bias)");
+  m.def("products_reduce(Tensor g, Tensor w2) -> Tensor");
+  m.def("products_weight(Tensor g, Tensor scale, Tensor d_sum, Tensor beta) -> Tensor");
   m.def("normalized_backward_input(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
   m.def(
       "layout_from_kept(Tensor ids, int grid_h, int grid_w)"

@@ -165,6 +165,16 @@ SAMPLES = {
         *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)),
         d.maybe(d.features(d.rows, d.h)), d.features(d.rows, d.h), *d.segments,
     ),
+    "mlp_parameters": lambda d: (
+        d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c), d.stat(d.h),
+        d.stat(d.o, d.h) if d.optional else d.features(d.o, d.h), d.stat(d.o), d.stat(d.h), d.maybe(d.stat(d.c)),
+        d.maybe(d.stat(d.c)), d.features(1),
+    ),
+    "unfold_layer_norm": lambda d: (
+        d.features(d.h, d.c), d.stat(d.c), d.stat(d.c), d.stat(d.h), d.stat(d.h, d.c),
+    ),
+    "products_reduce": lambda d: (d.stat(d.images, d.o, d.h), d.features(d.o, d.h)),
+    "products_weight": lambda d: (d.stat(d.images, d.o, d.h), d.stat(d.images, d.h), d.stat(d.o), d.stat(d.h)),
     "normalized_backward_input": lambda d: (d.x(), d.x(), d.stat(*d.map, positive=True)),
     "layout_from_kept": lambda d: (torch.tensor([[3, 0], [2, 5]], device=d.device), 2, 3),
     "neighbour_slots": lambda d: (d.layout.slot_of_patch, d.layout.patch_of_slot, *d.layout.grid, 2),
@@ -189,7 +199,8 @@ CPU_ONLY = (
     "transpose_rows",
 )  # fmt: skip
 CUDA_ONLY = (
-    "gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise", "normalized_backward_input",
+    "gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise", "mlp_parameters",
+    "unfold_layer_norm", "products_reduce", "products_weight", "normalized_backward_input",
     "layout_from_kept", "neighbour_slots",
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ A budget is what the kernel's occupancy was planned with (docs/kernels.md); a ch
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ needs_nvcc = pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc")
 BUDGETS = {
     "conv_window": {"sm_80": 168, "sm_90": 168, "sm_100": 255},
     "conv_patch": {"sm_80": 208, "sm_90": 168, "sm_100": 208},
-    "patches_kernel": 255,  # weight gradient, sides 4 and 2: 49 sums of two channels each
-    "tiles_kernel": 255,  # weight gradient, tiles of 8 x 8
+    "conv_weight_grad_patches": 255,  # weight gradient, sides 4 and 2: 49 sums of two channels each
+    "conv_weight_grad_tiles": 255,  # weight gradient, tiles of 8 x 8
     "norm_backward_kernel": 168,  # keeps its columns' sums from row to row
-    "any_kernel": 128,
+    "conv_weight_grad_any": 128,
     "gradient_rows_kernel": 104,
     "grn_gradient_kernel": 104,
 }
@@ -69,6 +70,15 @@ def test_registers_stay_within_their_budgets(rows):
 @needs_nvcc
 def test_every_budget_is_of_a_kernel(rows):
     assert set(BUDGETS) <= {resources.template_name(row["kernel"]) for row in rows}
+
+
+@needs_nvcc
+def test_the_committed_table_is_what_nvcc_says(rows):
+    committed = json.loads(resources.RESULT.read_text())
+    if committed["nvcc"] != resources.nvcc_release():
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}")
+    measured = json.loads(json.dumps(resources.summary(rows)))
+    assert committed == measured, "run python bench/kernel_resources.py --write && python bench/readme_tables.py"
 
 
 @needs_nvcc

@@ -28,8 +28,7 @@ NAMESPACE = "convnextv2_kernels_emulated" if EMULATED else "convnextv2_kernels"
 DEVICE = "cpu" if EMULATED else "cuda"
 
 
-def load_error() -> str | None:
-    """Why the kernels are not there, or None."""
+def _find_load_error() -> str | None:
     if EMULATED:
         return None
     if extension.load_error is not None:
@@ -39,36 +38,55 @@ def load_error() -> str | None:
     return None
 
 
+# found once: calls into the extension cannot be traced by torch.compile
+_load_error = _find_load_error()
+_architectures = () if EMULATED or _load_error else tuple(extension.module.build_info()["cuda_architectures"])
+
+
+def load_error() -> str | None:
+    """Why the kernels are not there, or None."""
+    return _load_error
+
+
+def runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Whether code built for an architecture runs on a GPU of compute capability ``major.minor``.
+
+    "sm_90" is machine code, for 9.0 and later minor versions; "compute_90" is PTX, for 9.0 and all later GPUs; a
+    suffix "a" is for that very version, "f" for its family."""
+    kind, name = architecture.split("_")
+    number, capability = int(name.rstrip("af")), 10 * major + minor
+    if name.endswith("a"):
+        return number == capability
+    return number <= capability and (number // 10 == major or (kind == "compute" and not name.endswith("f")))
+
+
+@torch.compiler.assume_constant_result
 @functools.lru_cache
-def _architecture_error() -> str | None:
-    """Why the machine code in the extension does not run on the current GPU, or None."""
-    major, minor = torch.cuda.get_device_capability()
-    built = extension.module.build_info()["cuda_architectures"]
-    for name in built:  # sm_90: machine code, runs on 9.x with x >= 0; compute_100: PTX, runs on all from 10.0
-        kind, number = name.split("_")
-        number = int(number.rstrip("af"))
-        if number <= 10 * major + minor and (kind == "compute" or number // 10 == major):
-            return None
-    return f"the extension was built for {', '.join(built)}, and the GPU is of compute capability {major}.{minor}"
+def _architecture_error(index: int | None) -> str | None:
+    """Why the machine code in the extension does not run on a GPU, by default the current one, or None."""
+    if EMULATED or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if any(runs_on(name, major, minor) for name in _architectures):
+        return None
+    built = ", ".join(_architectures)
+    return f"the extension was built for {built}, and the GPU is of compute capability {major}.{minor}"
 
 
-def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+def why_not(device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
     """Reason these kernels cannot serve the device and dtype, or None."""
-    error = load_error()
-    if error is not None:
-        return error
+    if _load_error is not None:
+        return _load_error
     if device_type != DEVICE:
         kind = "emulated kernels serve" if EMULATED else "kernels serve"
         return f"its {kind} tensors on {DEVICE}, and the input lies on {device_type}"
     if dtype not in DTYPES:
         return f"its kernels serve float32, float64, bfloat16 and float16, and the input is {dtype}"
-    if not EMULATED and torch.cuda.is_available():
-        return _architecture_error()
-    return None
+    return _architecture_error(index)
 
 
-if load_error() is None:
+if _load_error is None:
     from . import primitives  # (registers the operators' fakes, so that they can be traced)
 
     if not EMULATED:
-        register_kernels(DEVICE, primitives)
+        register_kernels(DEVICE, primitives, lambda device: _architecture_error(device.index) is None)

@@ -62,6 +62,31 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     return _product(grad.t(), x)
 
 
+def prepare_parameters(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In one launch; ``W2 beta`` goes into the second bias."""
+    stat = statistics_dtype(like.dtype)
+    if not (w1.dtype == w2.dtype and w1.dtype in (like.dtype, stat)):
+        w1, w2 = w1.to(stat), w2.to(stat)
+    w1, w2 = w1.contiguous(), w2.contiguous()
+    vectors = (None if t is None else t.to(stat).contiguous() for t in (b1, b2, beta, *(layer_norm or (None, None))))
+    b1, b2, beta, gain, shift = vectors
+    new_w1, b1, new_w2, b2 = _ops.mlp_parameters.default(w1, b1, w2, b2, beta, gain, shift, like)
+    return new_w1 if new_w1.shape[0] else w1, b1, new_w2 if new_w2.shape[0] else w2, b2
+
+
+def unfold_layer_norm(
+    w1: Tensor, layer_norm: tuple[Tensor, Tensor], dw1: Tensor, db1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    gain, shift = (t.to(dw1.dtype).contiguous() for t in layer_norm)
+    if statistics_dtype(w1.dtype) != dw1.dtype:
+        w1 = w1.to(dw1.dtype)
+    dw1 = dw1.contiguous()
+    dgain, dshift = _ops.unfold_layer_norm.default(w1.contiguous(), gain, shift, db1, dw1)
+    return dw1, dgain, dshift
+
+
 def _rows_per_image(a: Tensor, width: int, offsets: Tensor | None, _: int, count: int) -> int | None:
     """Rows of each image where a product per image pays: equal shares of more than twice the width; else None."""
     rows = a.shape[0] // count if count else 0
@@ -74,17 +99,17 @@ def gelu_grn_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per image ``h (W2 scale)'`` where that pays; else a pass for the statistics, and one that forms ``h scale``."""
     out_c, hidden = weight.shape
-    total_bias = (bias + weight.to(beta.dtype) @ beta).to(a.dtype)
     target = torch.empty_like(a) if keep_a else a
     rows = _rows_per_image(a, out_c, *segments)
     if rows is None:
         norm, scale = _ops.gelu_statistics.default(a, None, gamma, eps, *segments)
         _ops.gelu_scale.default(a, target, scale, False, *segments)
-        y = F.linear(target, weight, total_bias)
+        y = F.linear(target, weight, bias)
     else:
         norm, scale = _ops.gelu_statistics.default(a, target, gamma, eps, *segments)
-        scaled = (weight * scale.unsqueeze(1)).to(a.dtype)
-        y = torch.baddbmm(total_bias, target.view(-1, rows, hidden), scaled.transpose(1, 2)).view(-1, out_c)
+        scaled = weight.new_empty(scale.shape[0], out_c, hidden, dtype=a.dtype)
+        torch.mul(weight, scale.unsqueeze(1), out=scaled)  # rounded once, in one pass
+        y = torch.baddbmm(bias, target.view(-1, rows, hidden), scaled.transpose(1, 2)).view(-1, out_c)
     return y if residual is None else residual + y, norm
 
 
@@ -94,21 +119,20 @@ def gelu_grn_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Per image ``G = d' h`` where that pays, which gives t and the weight's gradient; else t is reduced from ds."""
     out_c, hidden = weight.shape
-    shift = torch.outer(d_sum, beta)  # beta's share of the weight's gradient
     rows = _rows_per_image(a, out_c, *segments)
     if rows is None:
         ds = d @ weight
         scale, kappa, dgamma = _ops.mlp_backward_statistics.default(a, ds, None, norm, gamma, eps, *segments)
         hs = torch.empty_like(a) if keep_a else a
         da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, hs, ds, *segments)
-        return ds, da_sum, dgamma, linear_weight_grad(d, hs).add_(shift)
+        return ds, da_sum, dgamma, torch.addr(linear_weight_grad(d, hs), d_sum, beta)
     h = torch.empty_like(a)
     _ops.gelu_scale.default(a, h, None, False, *segments)
     g = _product(d.view(-1, rows, out_c).transpose(1, 2), h.view(-1, rows, hidden))
     del h
-    t = (g * weight.to(g.dtype)).sum(1)
+    t = _ops.products_reduce.default(g, weight)
     scale, kappa, dgamma = _ops.mlp_backward_statistics.default(None, None, t, norm, gamma, eps, *segments)
-    dweight = g.mul_(scale.unsqueeze(1)).sum(0).add_(shift)
+    dweight = _ops.products_weight.default(g, scale, d_sum, beta)
     ds = d @ weight
     da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, None, ds, *segments)
     return ds, da_sum, dgamma, dweight

@@ -54,6 +54,28 @@ def column_sum(x: Tensor) -> Tensor:
     return x.sum(0, dtype=statistics_dtype(x.dtype))
 
 
+def prepare_parameters(
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights and biases of the two products in T, the dtype of ``like``, as the other primitives take them.
+
+    ``layer_norm = (weight, bias)`` is folded into the first, ``z W1f' + b1f = (z * weight + bias) W1' + b1``; only a
+    backend with ``FOLDS_LAYER_NORM`` is given it. A backend may put beta ``[H]``, a statistic, into the second bias."""
+    if layer_norm is not None:
+        gain, shift = (t.to(statistics_dtype(like.dtype)) for t in layer_norm)
+        b1, w1 = b1 + w1.to(shift.dtype) @ shift, w1 * gain
+    return w1.to(like.dtype), b1.to(like.dtype), w2.to(like.dtype), b2.to(like.dtype)
+
+
+def unfold_layer_norm(
+    w1: Tensor, layer_norm: tuple[Tensor, Tensor], dw1: Tensor, db1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of w1 and of LN's weight and bias from those of the folded weight and bias, all statistics; may
+    overwrite dw1."""
+    w1, gain, shift = (t.to(dw1.dtype) for t in (w1, *layer_norm))
+    return dw1 * gain + torch.outer(db1, shift), (w1 * dw1).sum(0), db1 @ w1
+
+
 def gelu_grn_linear(
     a: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor, residual: Tensor | None,
     keep_a: bool, *segments,
@@ -62,7 +84,8 @@ def gelu_grn_linear(
 
     ``norm`` is the root of the sum of ``h^2`` over the rows of a segment, ``GRN(h) = h * scale + beta`` with
     ``scale = 1 + gamma * norm / (mean over H of norm + eps)``. a, weight and bias have T, gamma, beta ``[H]`` and norm
-    are statistics; the result has T, or the residual's dtype. Unless ``keep_a``, a may be overwritten."""
+    are statistics; the result has T, or the residual's dtype. weight and bias are as prepared. Unless ``keep_a``, a
+    may be overwritten."""
     owner = _segment_of_row(a, *segments)
     h = F.gelu(a)
     norm = _sums(h.to(gamma.dtype).square(), owner, segments[2]).sqrt()
