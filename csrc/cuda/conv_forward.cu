@@ -1,7 +1,10 @@
 // Depthwise convolution, and the gradient with respect to its input: which kernel serves a shape, and the entry.
 #include <algorithm>
+#include <cstdlib>
+#include <string>
 
 #include "conv_finish.cuh"
+#include "conv_tensor.cuh"
 
 namespace cnx {
 namespace cuda {
@@ -37,6 +40,19 @@ ConvKernel kernel_of(const ConvForward& p) {
   return g.height % 8 == 0 ? ConvKernel::window : ConvKernel::taps;
 }
 
+// CONVNEXTV2_KERNELS_CUDA_CONV: read at every launch, so that one process can compare the two.
+bool wants_tensor_cores() {
+  const char* choice = std::getenv("CONVNEXTV2_KERNELS_CUDA_CONV");
+  const std::string name = choice && *choice ? choice : "fma";
+  if (name != "fma" && name != "tensor")
+    throw std::runtime_error("CONVNEXTV2_KERNELS_CUDA_CONV must be fma or tensor, got '" + name + "'");
+  return name == "tensor";
+}
+
+bool on_tensor_cores(const ConvForward& p) {
+  return wants_tensor_cores() && conv_tensor_serves(p);
+}
+
 }  // namespace
 
 ConvPlan conv_forward_plan(const ConvForward& p) {
@@ -64,6 +80,7 @@ ConvPlan conv_forward_plan(const ConvForward& p) {
 }
 
 const char* conv_forward_choice(const ConvForward& p) {
+  if (on_tensor_cores(p)) return "conv_tensor";
   switch (conv_forward_plan(p).kernel) {
     case ConvKernel::window:
       return "conv_window";
@@ -77,7 +94,7 @@ const char* conv_forward_choice(const ConvForward& p) {
   return "";
 }
 
-// conv_taps reads weights tap by tap.
+// conv_taps reads weights tap by tap; no other kernel needs a workspace.
 int64_t conv_forward_workspace(const ConvForward& p) {
   if (kernel_of(p) != ConvKernel::taps) return 0;
   return p.geometry.channels * p.geometry.kernel_size * p.geometry.kernel_size * (p.dtype == DType::f64 ? 8 : 4);
@@ -86,6 +103,7 @@ int64_t conv_forward_workspace(const ConvForward& p) {
 void conv_forward(const ConvForward& p, const Launch& launch) {
   const ConvGeometry& g = p.geometry;
   if (g.maps * g.height * g.width * g.channels == 0) return;
+  if (on_tensor_cores(p)) return conv_tensor_forward(p, launch);
   const ConvPlan plan = conv_forward_plan(p);
   dispatch(p.dtype, [&](auto type) { conv_forward_of<typename decltype(type)::type>(p, plan, launch); });
 }
