@@ -13,6 +13,7 @@ constexpr int kWarps = 8;  // of a block, a row of a weight each
 template <class T, class P, class A>
 __device__ __forceinline__ A prepare_row(const P* w, int64_t count, const A* gain, const A* shift, T* out) {
   A dot = 0;
+#pragma unroll 4
   for (int64_t c = threadIdx.x % 32; c < count; c += 32) {
     const A value = to_acc(w[c]);
     if (shift) dot += value * shift[c];
@@ -22,7 +23,7 @@ __device__ __forceinline__ A prepare_row(const P* w, int64_t count, const A* gai
 }
 
 template <class T, class P>
-__global__ void __launch_bounds__(32 * kWarps) mlp_parameters_kernel(MlpParameters p) {
+__global__ void __launch_bounds__(32 * kWarps, 4) mlp_parameters_kernel(MlpParameters p) {
   using A = Acc<T>;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= p.hidden + p.outputs) return;  // whole warps
