@@ -16,14 +16,41 @@ namespace cuda {
 
 enum class ConvKernel { window, patch, point, taps };
 
+// n / divisor for 0 <= n < 2^31, by a multiplication (Granlund and Montgomery).
+struct Divisor {
+  uint32_t divisor, multiplier;
+  int shift;
+
+  static Divisor of(uint32_t divisor) {
+    int shift = 0;
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    return {divisor, static_cast<uint32_t>((uint64_t{1} << (31 + shift)) / divisor + 1), shift};
+  }
+  __device__ __forceinline__ int operator()(int n) const {
+    return static_cast<int>((static_cast<uint64_t>(2u * static_cast<uint32_t>(n)) * multiplier >> 32) >> shift);
+  }
+};
+
+// Lanes hold words of channels, 32 in a block. What is left of a pixel's words is, where that idles fewer lanes, cut
+// into a block of 16 words and one of 8, of which a warp holds two and four units side by side; a neighbour that is
+// hidden from one of them and not from all is read as zeros.
+//
+// A CTA works on one block, or on all of them where LN is fused: then on `units` at once.
 struct ConvPlan {
   ConvKernel kernel;
-  int blocks;     // channel blocks (32 words) of a CTA: all of them where LN is fused, else one
-  int groups;     // units a CTA works on at once; a CTA has blocks * groups warps
-  bool fused;     // the kernel itself normalises
-  int shared;     // bytes of dynamic shared memory
-  int columns;    // CTAs side by side: channel blocks / blocks
-  int64_t units;  // window: strips of 4 x 8 pixels; patch: patches; point: pixels (below 2^31); taps: threads
+  bool fused;                  // the kernel itself normalises
+  int units;                   // that a CTA has at work at once, of blocks of 32 words
+  int wide, halves, quarters;  // blocks of 32, 16 and 8 words of a CTA
+  int warps;                   // of a CTA
+  int shared;                  // bytes of dynamic shared memory
+  int columns[3];              // blocks of 32, 16 and 8 words that have CTAs of their own
+  int parts[3];                // CTAs that share the units of such a column; known at launch
+  int64_t all;  // window: strips of 4 x 8 pixels; patch: patches; point: pixels (below 2^31); taps: threads
+  Divisor strips, strips_down;  // window: strips of a map, and in its height
+
+  CNX_HOST_DEVICE int blocks() const { return wide + halves + quarters; }
+  // Words before a block.
+  CNX_HOST_DEVICE int before(int block) const { return block <= wide ? 32 * block : 32 * wide + 16; }
 };
 
 // Host only, no device needed.
@@ -94,41 +121,75 @@ __device__ __forceinline__ Floats<kWord<T>> widen(uint32_t word) {
   return out;
 }
 
+// One instruction, which the compiler would not choose: it adds pixel by pixel, two instructions each.
 __device__ __forceinline__ const char* pixel_at(const char* base, unsigned stride, unsigned count) {
+#if defined(CNX_EMULATION)
   return base + static_cast<uint64_t>(stride) * count;
+#else
+  const char* pixel;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(pixel) : "r"(stride), "r"(count), "l"(base));
+  return pixel;
+#endif
 }
 
-// Which channels and which unit of its CTA a warp works on.
+// Which channels and which units of its CTA a warp works on.
 template <class T>
 struct ConvWarp {
-  int lane, block, group, groups;
+  int lane, block;
+  int kind;           // log2 of the units in the warp, of 32 >> kind words each
+  int unit;           // the lane's, counted from the first of those that the CTA has at work
   int first_channel;  // of the CTA
   int channel;        // of this lane; 0 where idle, so that reads stay inside
   bool active;
-  int begin, end;  // units of this CTA
+  int begin, end, step;  // units of this CTA, of which a warp takes every step-th
 
   __device__ __forceinline__ ConvWarp(const ConvForward& p, const ConvPlan& plan) {
-    // the shuffle tells the compiler that the warp's number is the same in all lanes
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-    const int parts = gridDim.x / plan.columns, column = blockIdx.x % plan.columns, part = blockIdx.x / plan.columns;
-    lane = threadIdx.x % 32;
-    block = warp % plan.blocks;
-    group = warp / plan.blocks;
-    groups = plan.groups;
-    first_channel = column * plan.blocks * 32 * kWord<T>;
-    channel = first_channel + (block * 32 + lane) * kWord<T>;
-    active = channel < p.geometry.channels;
-    if (!active) channel = 0;
+    // no index into the plan that is not a constant: it would be copied to local memory
+    const int wide = plan.columns[0] * plan.parts[0], half = plan.columns[1] * plan.parts[1];
+    const int cta = blockIdx.x;
+    kind = cta < wide ? 0 : cta < wide + half ? 1 : 2;
+    const int column = kind == 0 ? cta % plan.columns[0] : plan.columns[0];
+    const int part = kind == 0 ? cta / plan.columns[0] : kind == 1 ? cta - wide : cta - wide - half;
+    const int parts = kind == 0 ? plan.parts[0] : kind == 1 ? plan.parts[1] : plan.parts[2];
+    first_channel = (column * 32 + (kind == 2 ? plan.columns[1] * 16 : 0)) * kWord<T>;
+    step = plan.units << kind;
     // the first `more` parts are one longer
-    const int units = static_cast<int>(plan.units), each = units / parts, more = units - each * parts;
+    const int all = static_cast<int>(plan.all), each = all / parts, more = all - each * parts;
     begin = each * part + (part < more ? part : more);
     end = begin + each + (part < more);
+
+    // the shuffle tells the compiler that the warp's number is the same in all lanes
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    const int narrow = warp - plan.wide * plan.units, quarter = narrow - plan.halves * plan.units / 2;
+    if (narrow >= 0) kind = quarter < 0 ? 1 : 2;
+    block = narrow < 0 ? warp % plan.wide : quarter < 0 ? plan.wide : plan.wide + plan.halves;
+    const int group = narrow < 0 ? warp / plan.wide : quarter < 0 ? narrow : quarter;
+    lane = threadIdx.x % 32;
+    unit = (group << kind) + (lane >> (5 - kind));
+    channel = first_channel + (plan.before(block) + word()) * kWord<T>;
+    active = channel < p.geometry.channels;
+    if (!active) channel = 0;
+  }
+  __device__ __forceinline__ int first_lane() const { return lane & -(32 >> kind); }  // of the lane's unit
+  __device__ __forceinline__ int word() const { return lane & (31 >> kind); }         // of the block's, this lane's
+  // A ballot's bits of the first eight lanes of a unit, of any of the units.
+  __device__ __forceinline__ unsigned any(unsigned ballot) const {
+    if (kind >= 1) ballot |= ballot >> 16;
+    if (kind >= 2) ballot |= ballot >> 8;
+    return ballot;
+  }
+  // What a lane of the unit has.
+  __device__ __forceinline__ int of_unit(int value, int from) const {
+    return __shfl_sync(0xffffffffu, value, first_lane() + from);
   }
 };
 
 // Words of padding keep the transposing stores below to two-way bank conflicts.
 template <class T>
 constexpr int kWeightPitch = 33 * kWord<T>;
+
+// A word of zeros, read with step 0 in place of a neighbour that is hidden from some units of a warp only.
+__device__ const uint32_t kZeros = 0;
 
 // Weights [C, taps] of the 32 words of channels from c0 -> shared [taps][kWeightPitch], zero beyond C, turned for flip.
 template <class T>

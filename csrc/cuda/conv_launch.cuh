@@ -21,7 +21,7 @@ template <class T, int N>
 void launch_taps(const ConvForward& p, const ConvPlan& plan, const Launch& launch) {
   using A = Acc<T>;
   const int taps = p.geometry.kernel_size * p.geometry.kernel_size;
-  const int64_t channels = p.geometry.channels, work = plan.units / N;
+  const int64_t channels = p.geometry.channels, work = plan.all / N;
   A* weight = static_cast<A*>(launch.workspace);
   const dim3 turn(static_cast<unsigned>(std::min<int64_t>(ceil_div(channels * taps, 256), 1024)));
   CNX_LAUNCH((conv_turn_weights<A>), turn, dim3(256), 0, launch, static_cast<const A*>(p.weight), channels, taps,
@@ -37,30 +37,40 @@ void launch_normalize(const ConvForward& p, const Launch& launch) {
   CNX_LAUNCH((conv_normalize<T, N>), grid, dim3(256), 0, launch, p, rows);
 }
 
-// As many CTAs as the device holds, so that each loads its weights once; no result depends on how many there are.
+// As many CTAs as the device holds, so that each loads its weights once; columns get theirs by the time they take (see
+// cut_rest). No result depends on how many there are.
 template <class Kernel>
-unsigned persistent_blocks(Kernel kernel, const ConvPlan& plan, int threads) {
+unsigned share_blocks(Kernel kernel, ConvPlan& plan, int threads) {
   allow_shared(kernel, plan.shared);
-  const int64_t parts = resident_blocks(kernel, threads, plan.shared) / plan.columns;
-  return static_cast<unsigned>(plan.columns * std::max<int64_t>(1, std::min(parts, ceil_div(plan.units, plan.groups))));
+  const int64_t resident = resident_blocks(kernel, threads, plan.shared);
+  constexpr int kTime[3] = {20, 11, 6};
+  int64_t all = 0;
+  for (int kind = 0; kind < 3; ++kind) all += kTime[kind] * plan.columns[kind];
+  int64_t blocks = 0;
+  for (int kind = 0; kind < 3; ++kind) {
+    const int64_t most = ceil_div(plan.all, int64_t{plan.units} << kind);
+    plan.parts[kind] = static_cast<int>(std::max<int64_t>(1, std::min(resident * kTime[kind] / all, most)));
+    blocks += int64_t{plan.columns[kind]} * plan.parts[kind];
+  }
+  return static_cast<unsigned>(blocks);
 }
 
 #define CNX_LAUNCH_CONV(kernel)                                                                         \
   do {                                                                                                  \
-    const int threads = 32 * plan.blocks * plan.groups;                                                 \
-    CNX_LAUNCH(kernel, dim3(persistent_blocks(CNX_PARENTHESISED kernel, plan, threads)), dim3(threads), \
-               static_cast<size_t>(plan.shared), launch, p, plan);                                      \
+    const int threads = 32 * plan.warps;                                                                \
+    const unsigned blocks = share_blocks(CNX_PARENTHESISED kernel, plan, threads);                      \
+    CNX_LAUNCH(kernel, dim3(blocks), dim3(threads), static_cast<size_t>(plan.shared), launch, p, plan); \
   } while (0)
 
 template <class T, bool kNormalize>
-void launch_words(const ConvForward& p, const ConvPlan& plan, const Launch& launch) {
+void launch_words(const ConvForward& p, ConvPlan plan, const Launch& launch) {
   if (plan.kernel == ConvKernel::point)
     CNX_LAUNCH_CONV((conv_point<T, kNormalize>));
   else if (plan.kernel == ConvKernel::patch && p.geometry.height == 4)
     CNX_LAUNCH_CONV((conv_patch<T, 4, kNormalize>));
   else if (plan.kernel == ConvKernel::patch)
     CNX_LAUNCH_CONV((conv_patch<T, 2, kNormalize>));
-  else if (narrow(p.geometry.width))
+  else if (narrow(p.geometry.height, p.geometry.width))
     CNX_LAUNCH_CONV((conv_window<T, true, kNormalize>));
   else
     CNX_LAUNCH_CONV((conv_window<T, false, kNormalize>));

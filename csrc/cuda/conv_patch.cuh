@@ -60,19 +60,19 @@ __global__ void __launch_bounds__(kSide == 4 && kNormalize ? kTightThreads : kPa
   float* scratch = weights + 49 * kWeightPitch<T>;
   const ConvWarp<T> warp(p, plan);
   Floats<V> w[49] = {};
-  for (int b = 0; b < plan.blocks; ++b) {  // one block after the other through the same shared memory
+  for (int b = 0; b < plan.wide; ++b) {  // one block after the other through the same shared memory
     if (b) __syncthreads();
     stage_weights<T>(p, warp.first_channel + b * 32 * V, 49, weights);
     __syncthreads();
     if (b != warp.block) continue;
 #pragma unroll
-    for (int tap = 0; tap < 49; ++tap) w[tap] = weight_at<T>(weights + warp.lane * V, tap);
+    for (int tap = 0; tap < 49; ++tap) w[tap] = weight_at<T>(weights + warp.word() * V, tap);
   }
 
   const unsigned stride = static_cast<unsigned>(p.geometry.channels * sizeof(T));
   const char* x = reinterpret_cast<const char*>(static_cast<const T*>(p.x) + warp.channel);
-  for (int base = warp.begin; base < warp.end; base += warp.groups) {
-    const int patch = base + warp.group;
+  for (int base = warp.begin; base < warp.end; base += warp.step) {
+    const int patch = base + warp.unit;
     const bool unit = patch < warp.end;
     int32_t slot = -1;
     if (unit && warp.lane < kWindow * kWindow)
@@ -101,8 +101,7 @@ __global__ void __launch_bounds__(kSide == 4 && kNormalize ? kTightThreads : kPa
         }
       }
     }
-    finish<T, kNormalize, kPixels>(p, plan, warp, sum, unit ? (1u << kPixels) - 1 : 0, int64_t{patch} * kPixels, 0,
-                                   scratch);
+    finish<T, kNormalize, kPixels>(p, plan, warp, sum, unit ? (1u << kPixels) - 1 : 0, patch * kPixels, 0, scratch);
   }
 }
 

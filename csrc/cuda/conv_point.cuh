@@ -13,9 +13,9 @@ __global__ void __launch_bounds__(256) conv_point(ConvForward p, ConvPlan plan) 
   CNX_DYNAMIC_SHARED(shared);
   const int taps = p.geometry.kernel_size * p.geometry.kernel_size;
   float* weights = reinterpret_cast<float*>(shared);
-  float* scratch = weights + plan.blocks * taps * kWeightPitch<T>;
+  float* scratch = weights + plan.wide * taps * kWeightPitch<T>;
   const ConvWarp<T> warp(p, plan);
-  for (int b = 0; b < plan.blocks; ++b)
+  for (int b = 0; b < plan.wide; ++b)
     stage_weights<T>(p, warp.first_channel + b * 32 * V, taps, weights + b * taps * kWeightPitch<T>);
   __syncthreads();
   const float* staged = weights + warp.block * taps * kWeightPitch<T> + warp.lane * V;
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(256) conv_point(ConvForward p, ConvPlan plan) 
   const unsigned stride = static_cast<unsigned>(p.geometry.channels * sizeof(T));
   const char* x = reinterpret_cast<const char*>(static_cast<const T*>(p.x) + warp.channel);
   const Floats<V> start = first_value<T>(p, warp);
-  for (int base = warp.begin; base < warp.end; base += warp.groups) {
-    const int pixel = base + warp.group;
+  for (int base = warp.begin; base < warp.end; base += warp.step) {
+    const int pixel = base + warp.unit;
     const bool unit = pixel < warp.end;
     Floats<V> sum[1] = {start};
     for (int first = 0; first < taps; first += 32) {

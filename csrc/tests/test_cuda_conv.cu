@@ -230,6 +230,7 @@ void test_type() {
     }
     test_map<T>(ragged, 7, {1, 5, 17, 40, 96}, random, side < 8);
     test_map<T>(ragged, 7, {130}, random, false);
+    if (side < 16) test_map<T>(ragged, 7, {48, 56, 80, 112, 160, 192, 352}, random, false);
     test_map<T>(all, 7, {40}, random);
     test_map<T>(alone, 7, {6}, random);
     test_map<T>(none, 7, {40}, random);
@@ -239,8 +240,20 @@ void test_type() {
       test_map<T>(other, kernel, {7, 40}, random, false);
     }
   }
-  for (auto [h, w] :
-       {std::pair{1, 5}, {7, 7}, {14, 9}, {28, 30}, {3, 1}, {5, 8}, {6, 10}, {4, 11}, {9, 17}, {3, 18}, {8, 26}}) {
+  for (auto [h, w] : {std::pair{1, 5},
+                      {7, 7},
+                      {14, 9},
+                      {28, 30},
+                      {3, 1},
+                      {5, 8},
+                      {6, 10},
+                      {4, 11},
+                      {9, 17},
+                      {3, 18},
+                      {8, 26},
+                      {10, 11},
+                      {13, 14},
+                      {7, 8}}) {
     const Map dense(2, h, w, 0, 1, 3, random);
     test_map<T>(dense, 7, {1, 17, 40, 96}, random, h * w < 60);
     for (int kernel : {3, 5, 9, 11})
@@ -250,12 +263,39 @@ void test_type() {
   test_map<T>(wide, 7, {700, 1100}, random);  // LN of more channels than a CTA holds
   test_map<T>(Map(1, 1, 1, 8, 2, 3, random), 7, {576}, random);
   test_map<T>(nothing, 7, {40}, random);
+  // several units for each warp, and a last one beside none
+  const Map many(3, 5, 5, 8, 0.6, 3, random);
+  for (int64_t channels : {48, 96, 80})
+    for (int options : {kBias | kFlip | kResidual, kNormalize | kAffine | kBias})
+      test_case<T>(many, channels, 7, options, random);
   std::printf("%s: done\n", Info<T>::name());
 }
 
 }  // namespace
 
+void test_divisor() {
+  for (int64_t divisor : {1, 2, 3, 4, 5, 7, 12, 49, 641, 65536, 65537, 1000003, 2147479551, 2147479552})
+    for (int64_t times : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{1000}, 0x7fffffff / divisor})
+      for (int64_t n : {times * divisor - 1, times * divisor, times * divisor + 1})
+        if (n >= 0 && n <= 0x7fffffff) check(Divisor::of(divisor)(n) == n / divisor, "divisor", double(divisor));
+}
+
+// Shapes that no one can allocate here.
+void test_choice() {
+  const auto choice = [](int64_t maps, int64_t height, int64_t width, int64_t channels) {
+    ConvForward p{};
+    p.dtype = DType::bf16;
+    p.geometry = {maps, height, width, channels, 7, nullptr};
+    return std::string(conv_forward_choice(p));
+  };
+  check(choice(1 << 16, 56, 56, 4096) == "conv_window", "more than 2^32 elements");
+  check(choice(1 << 20, 56, 56, 2) == "conv_taps", "more than 2^31 pixels");
+  check(choice(1, 8, 1 << 20, 4096) == "conv_taps", "more than 2^31 bytes in a row");
+}
+
 int main(int count, char** names) {
+  test_divisor();
+  test_choice();
   const auto wanted = [&](const char* name) { return count < 2 || std::string(names[1]) == name; };
   if (wanted("f32")) test_type<float>();
   if (wanted("bf16")) test_type<bf16>();
