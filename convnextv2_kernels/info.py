@@ -62,6 +62,7 @@ def _extension_lines() -> list[str]:
         f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 matrix "
         f"products by {products.vendor()}",
         "cuda kernels       " + _cuda_kernels(build),
+        *_cuda_convolutions(build),
     ]
 
 
@@ -71,6 +72,21 @@ def _cuda_kernels(build: dict) -> str:
     if build["cuda"] is None:
         return "not built"
     return f"compiled by nvcc {build['cuda']} for {', '.join(build['cuda_architectures'])}"
+
+
+def _cuda_convolutions(build: dict) -> list[str]:
+    """Which CUDA kernel serves the block's convolution in the four stages of tiny."""
+    if build["cuda"] is None:
+        return []
+    lines = []
+    for side, channels in ((8, 96), (4, 192), (2, 384), (1, 768)):
+        row = cpu.extension.cuda_conv_kernel("bfloat16", side, channels, normalize=True)
+        norm = "with LayerNorm" if row["fused_norm"] else "LayerNorm after it"
+        lines.append(
+            f"  side {side}, C = {channels:<6}{row['kernel']}, {norm}, {row['threads']} threads, "
+            f"{row['shared_bytes'] / 1024:.1f} KiB shared"
+        )
+    return lines
 
 
 def info() -> str:

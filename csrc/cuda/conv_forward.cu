@@ -128,6 +128,12 @@ const char* conv_forward_choice(const ConvForward& p) {
   return "";
 }
 
+ConvChoice conv_forward_kernel(const ConvForward& p) {
+  const ConvPlan plan = conv_forward_plan(p);
+  const int threads = plan.kernel == ConvKernel::taps ? 256 : 32 * plan.warps;
+  return {conv_forward_choice(p), threads, plan.shared, plan.fused};
+}
+
 // conv_taps reads weights tap by tap; no other kernel needs a workspace.
 int64_t conv_forward_workspace(const ConvForward& p) {
   if (kernel_of(p) != ConvKernel::taps) return 0;

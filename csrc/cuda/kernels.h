@@ -169,6 +169,15 @@ struct NeighbourSlots {
   K(layout_from_kept, LayoutFromKept)               \
   K(neighbour_slots, NeighbourSlots)
 
+// Which kernel serves a convolution (pointers null: aligned), what a CTA of it is, and whether it normalises itself.
+// Asks no device.
+struct ConvChoice {
+  const char* kernel;
+  int threads, shared_bytes;
+  bool fused;
+};
+ConvChoice conv_forward_kernel(const ConvForward&);
+
 #define CNX_CUDA_DECLARE(name, Params)     \
   int64_t name##_workspace(const Params&); \
   void name(const Params&, const Launch&);

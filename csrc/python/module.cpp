@@ -1,7 +1,13 @@
 // The module _C: loading it registers the operators; it tells how they were built and what this processor runs.
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "../cpu/kernels.h"
+
+#if defined(CNX_CUDA_VERSION)
+#include "../cuda/kernels.h"
+#endif
 
 #define CNX_STRING_OF(...) #__VA_ARGS__
 #define CNX_STRING(...) CNX_STRING_OF(__VA_ARGS__)
@@ -45,4 +51,23 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return py::make_tuple(cnx::kernels().name, cnx::kernels().vector_bytes); },
       "Name and vector width in bytes of the kernels chosen for this processor.");
+#if defined(CNX_CUDA_VERSION)
+  m.def(
+      "cuda_conv_kernel",
+      [](const std::string& dtype, int64_t side, int64_t channels, int kernel_size, bool normalize) {
+        cnx::ConvForward p{};
+        p.dtype = dtype == "float32"    ? cnx::DType::f32
+                  : dtype == "float64"  ? cnx::DType::f64
+                  : dtype == "bfloat16" ? cnx::DType::bf16
+                                        : cnx::DType::f16;
+        static const int32_t packed = 0;  // that there is a table is all that matters
+        p.geometry = {1, side, side, channels, kernel_size, &packed};
+        p.normalize = normalize;
+        const cnx::cuda::ConvChoice choice = cnx::cuda::conv_forward_kernel(p);
+        return py::dict(py::arg("kernel") = choice.kernel, py::arg("threads") = choice.threads,
+                        py::arg("shared_bytes") = choice.shared_bytes, py::arg("fused_norm") = choice.fused);
+      },
+      py::arg("dtype"), py::arg("side"), py::arg("channels"), py::arg("kernel_size") = 7, py::arg("normalize") = false,
+      "The CUDA kernel that serves the depthwise convolution of packed patches, and its launch.");
+#endif
 }
