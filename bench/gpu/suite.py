@@ -14,6 +14,8 @@ from .runner import run_logged
 from .setting import Setting, Skip, first_line
 
 PATHS = ("python_tests/cuda", "python_tests/test_schedule.py", "python_tests/conformance")
+# these compile, which needs time and no GPU
+LEFT_OUT = ("python_tests/cuda/test_resources.py", "python_tests/cuda/test_build.py")
 MAX_NAMED = 40
 
 
@@ -28,6 +30,7 @@ def command(report: Path, dry_run: bool) -> tuple[list[str], list[str]]:
     # addopts of pyproject.toml name an option of pytest-benchmark, which may not be there
     result += ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "cuda", f"--maxfail={MAX_NAMED}"]
     result += ["-rfE", "--tb=short", f"--junitxml={report}", "-o", "junit_logging=no"]
+    result += [f"--ignore={path}" for path in LEFT_OUT]
     if has("pytest_timeout"):
         result += ["--timeout=90"]
     else:
