@@ -39,6 +39,7 @@ def _contest(size: str, images: int, seconds: float, setting: Setting, recorder:
         return
     contest = Contest(size, images, setting)
     arms = [contest.dense(variant) for variant in eager_variants()]
+    arms += [arm.native() for arm in arms if arm.variant.pointwise == "linear"]
     limit = setting.remaining()
     recorder.case("gate", f"{key} gate", lambda: contest.check(arms[1:2]), limit=limit)
 

@@ -19,8 +19,20 @@ GATE_IMAGES = 2
 AMP = torch.bfloat16
 
 
+@dataclass
 class DeviceArm(Arm):
-    """An arm under bf16 autocast of the device its batch lives on."""
+    """An arm under bf16 autocast of the device its batch lives on; its convolutions by cuDNN, or by PyTorch's own
+    kernels."""
+
+    cudnn: bool = True
+
+    def convolutions(self):
+        """Context in which a whole step, backward included, has the convolutions it is to have."""
+        return torch.backends.cudnn.flags(enabled=self.cudnn, benchmark=True)
+
+    def native(self) -> DeviceArm:
+        """The same arm with PyTorch's own convolutions."""
+        return DeviceArm(f"{self.name} native", self.model, self.run, self.variant, cudnn=False)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.autocast(batch.images.device.type, batch.dtype, enabled=batch.autocast):
@@ -84,9 +96,11 @@ class Contest:
             if arm is None:
                 with torch.autocast(self.setting.device, AMP):
                     loss = self._loss(self.model, self.batch.images, maps)
+                loss.backward()
             else:
-                loss = arm.forward(self.batch)[0]
-            loss.backward()
+                with arm.convolutions():
+                    loss = arm.forward(self.batch)[0]
+                    loss.backward()
             model.zero_grad(set_to_none=True)
             return loss.detach()
 
@@ -102,7 +116,10 @@ class Contest:
                 self.model, self.batch.images, lambda m, x: self._loss(m, x, maps), autocast=AMP
             )
             return Step(_ours("graph", maps), self._replay(step, self.model), self.model)
-        step = ck.make_graphed_step(arm.run, self.batch.images, lambda m, x: m(x, self.batch.mask)[0], autocast=AMP)
+        with arm.convolutions():
+            step = ck.make_graphed_step(
+                arm.run, self.batch.images, lambda m, x: m(x, self.batch.mask)[0], autocast=AMP
+            )
         return Step(f"{arm.name} graph", self._replay(step, arm.model), arm.model)
 
     def _replay(self, step: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], Tensor]:

@@ -240,7 +240,7 @@ def test_dry_run(gpu, tmp_path):
     assert result["tests"]["counts"]["passed"] > 0 and not result["tests"]["failing"]
     assert all(row["cold_us"] > 0 and row["MB"] > 0 for row in result["kernels"]["kernels"].values())
     (step,) = result["step"]["eager"].values()
-    assert len(step["steps"]) == 8 and step["time_dense_over_ours_eager"] > 0
+    assert len(step["steps"]) == 10 and step["time_dense_over_ours_eager"] > 0
     assert result["step"]["skipped"] == {"atto n1 graph": "no GPU: CUDA graphs"}
     assert list(result["profile"]["steps"]) == ["atto n1 ours eager"]
     assert "calls: " in (tmp_path / "memcheck.log").read_text()
