@@ -29,10 +29,6 @@ bool conv_tensor_serves(const ConvForward& p) {
   return has_tensor_cores();
 }
 
-int64_t conv_tensor_workspace(const ConvForward&) {
-  return 0;
-}
-
 void conv_tensor_forward(const ConvForward& p, const Launch& launch) {
   if (p.geometry.maps * p.geometry.height * p.geometry.width * p.geometry.channels == 0) return;
   if (p.dtype == DType::bf16)

@@ -140,7 +140,6 @@ __device__ __forceinline__ void stage_bands(const ConvForward& p, int first_chan
 }
 
 bool conv_tensor_serves(const ConvForward& p);
-int64_t conv_tensor_workspace(const ConvForward& p);
 void conv_tensor_forward(const ConvForward& p, const Launch& launch);
 
 }  // namespace cuda

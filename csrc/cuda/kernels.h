@@ -126,7 +126,7 @@ struct ImageProducts {
   void* dw2;          // A [O, H]
 };
 
-// The four tensors of a PatchLayout in one launch, from the mask or the kept ids; see layout.py.
+// The three tensors of PatchLayout.from_kept in one launch; see layout.py.
 struct LayoutFromKept {
   int64_t images, grid_h, grid_w, kept;
   const int64_t* ids;      // [N, K], any order, no repeats

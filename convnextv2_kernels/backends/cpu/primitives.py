@@ -14,7 +14,7 @@ from .products import linear, linear_input_grad, linear_weight_grad
 
 __all__ = ["linear", "linear_input_grad", "linear_weight_grad", "prepare_parameters"]  # beside what is defined below
 
-FOLDS_LAYER_NORM = False  # a pass over the weights costs more than it saves at a CPU's batch sizes (docs/kernels.md 4)
+FOLDS_LAYER_NORM = False  # a pass over the weights costs more than it saves at a CPU's batch sizes (docs/kernels.md 3)
 
 _ops = torch.ops.convnextv2_kernels
 
