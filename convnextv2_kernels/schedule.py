@@ -237,9 +237,7 @@ def mlp_backward(
     gamma, shift = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
     w1_given, w2_stat = w1, w2.to(stat)
     fold = layer_norm is not None and k.FOLDS_LAYER_NORM
-    # the second bias takes no part in backward: any vector of its size will do
-    unused = w2_stat.new_empty(out_c)
-    w1, b1, w2, _ = k.prepare_parameters(w1, b1, w2, unused, shift, layer_norm if fold else None, x)
+    w1, b1, w2, _ = k.prepare_parameters(w1, b1, w2, None, shift, layer_norm if fold else None, x)
     gain = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
     dw1 = dw2 = db1 = db2 = dgamma = dgain = dshift = dx = None
     for chunk in chunks(rows, hidden, x.element_size(), chunk_bytes(x.device.type)):

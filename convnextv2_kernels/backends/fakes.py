@@ -169,7 +169,7 @@ def _(w1, b1, w2, b2, beta, ln_weight, ln_bias, like):
     same = w1.dtype == like.dtype
     first = like.new_empty(0 if same and ln_weight is None else w1.shape[0], w1.shape[1])
     second = like.new_empty(0 if same else w2.shape[0], w2.shape[1])
-    return first, like.new_empty(w1.shape[0]), second, like.new_empty(w2.shape[0])
+    return first, like.new_empty(w1.shape[0]), second, like.new_empty(0 if b2 is None else w2.shape[0])
 
 
 @_fake("unfold_layer_norm")

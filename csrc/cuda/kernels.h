@@ -90,7 +90,7 @@ struct MlpParameters {
   const void* w1;         // [H, C]
   const void* b1;         // A [H]
   const void* w2;         // [O, H]
-  const void* b2;         // A [O]
+  const void* b2;         // A [O], or null: b2_out is not wanted
   const void* beta;       // A [H]
   const void* ln_weight;  // A [C] or null
   const void* ln_bias;    // A [C] or null

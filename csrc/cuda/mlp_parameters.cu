@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(32 * kWarps, 4) mlp_parameters_kernel(MlpParam
   const P* w = static_cast<const P*>(first ? p.w1 : p.w2) + r * count;
   T* out = static_cast<T*>(first ? p.w1_out : p.w2_out);
   const A* gain = first ? static_cast<const A*>(p.ln_weight) : nullptr;
-  const A* shift = static_cast<const A*>(first ? p.ln_bias : p.beta);
+  const A* shift = static_cast<const A*>(first ? p.ln_bias : p.b2 ? p.beta : nullptr);
   const A dot = group_sum(prepare_row<T, P, A>(w, count, gain, shift, out ? out + r * count : nullptr), 32);
-  if (threadIdx.x % 32) return;
+  if (threadIdx.x % 32 || !(first || p.b2)) return;
   const A bias = static_cast<const A*>(first ? p.b1 : p.b2)[r];
   static_cast<T*>(first ? p.b1_out : p.b2_out)[r] = from_acc<T>(bias + dot);
 }

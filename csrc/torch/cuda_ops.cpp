@@ -87,7 +87,7 @@ Tensor column_sum(const Tensor& x) {
 
 // A weight already in the dtype of the operands, with nothing to fold in, is not copied: its place is an empty tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_parameters(const Tensor& w1, const Tensor& b1, const Tensor& w2,
-                                                          const Tensor& b2, const Tensor& beta,
+                                                          const OptionalTensor& b2, const Tensor& beta,
                                                           const OptionalTensor& ln_weight,
                                                           const OptionalTensor& ln_bias, const Tensor& like) {
   check_device<Cuda>(w1, "w1");
@@ -98,13 +98,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_parameters(const Tensor& w1, cons
       w2.scalar_type() == w1.scalar_type() && w2.size(1) == hidden && (same || w1.scalar_type() == stat_type(like)),
       "convnextv2_kernels: w1 and w2 must both have the dtype of the rows or of the statistics");
   check_stat(b1, like, hidden, "b1");
-  check_stat(b2, like, outputs, "b2");
+  if (b2) check_stat(*b2, like, outputs, "b2");
   check_stat(beta, like, hidden, "beta");
   if (ln_weight) check_stat(*ln_weight, like, inputs, "ln_weight");
   if (ln_bias) check_stat(*ln_bias, like, inputs, "ln_bias");
   const bool copy1 = !same || ln_weight;
   Tensor w1_out = new_features(like, {copy1 ? hidden : 0, inputs}), b1_out = new_features(like, {hidden});
-  Tensor w2_out = new_features(like, {same ? 0 : outputs, hidden}), b2_out = new_features(like, {outputs});
+  Tensor w2_out = new_features(like, {same ? 0 : outputs, hidden}), b2_out = new_features(like, {b2 ? outputs : 0});
   MlpParameters p{};
   p.dtype = Cuda::dtype_of(like);
   p.wide = w1.scalar_type() == stat_type(like);
@@ -114,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_parameters(const Tensor& w1, cons
   p.w1 = w1.const_data_ptr();
   p.b1 = b1.const_data_ptr();
   p.w2 = w2.const_data_ptr();
-  p.b2 = b2.const_data_ptr();
+  p.b2 = pointer(b2);
   p.beta = beta.const_data_ptr();
   p.ln_weight = pointer(ln_weight);
   p.ln_bias = pointer(ln_bias);

@@ -63,7 +63,7 @@ CNX_LIBRARY_DEF(CNX_LIBRARY, m) {
   def("mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da, ",
       ") -> Tensor");
   m.def(
-      "mlp_parameters(Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor beta, Tensor? ln_weight, Tensor? ln_bias,"
+      "mlp_parameters(Tensor w1, Tensor b1, Tensor w2, Tensor? b2, Tensor beta, Tensor? ln_weight, Tensor? ln_bias,"
       " Tensor like) -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2)");
   m.def(
       "unfold_layer_norm(Tensor w1, Tensor ln_weight, Tensor ln_bias, Tensor db1, Tensor(a!) dw1)"

@@ -167,8 +167,8 @@ SAMPLES = {
     ),
     "mlp_parameters": lambda d: (
         d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c), d.stat(d.h),
-        d.stat(d.o, d.h) if d.optional else d.features(d.o, d.h), d.stat(d.o), d.stat(d.h), d.maybe(d.stat(d.c)),
-        d.maybe(d.stat(d.c)), d.features(1),
+        d.stat(d.o, d.h) if d.optional else d.features(d.o, d.h), d.maybe(d.stat(d.o)), d.stat(d.h),
+        d.maybe(d.stat(d.c)), d.maybe(d.stat(d.c)), d.features(1),
     ),
     "unfold_layer_norm": lambda d: (
         d.features(d.h, d.c), d.stat(d.c), d.stat(d.c), d.stat(d.h), d.stat(d.h, d.c),

@@ -70,6 +70,7 @@ def calls(rows, segments):
             draw(rows, H), d, d.sum(0), norm, draw(H), draw(H), EPS, draw(C, H), False, *segments,
         ),
         "prepare_parameters folding": (*weights, (draw(C), draw(C)), draw(1)),
+        "prepare_parameters of backward": (*weights[:3], None, weights[4], None, draw(1)),
         "unfold_layer_norm": (draw(H, C), (draw(C), draw(C)), draw(H, C), draw(H)),
         "normalized_backward": (draw(rows, C), draw(rows, C), draw(rows, positive=True), draw(C)),
         "normalized_backward without weight": (draw(rows, C), draw(rows, C), draw(rows, positive=True), None),

@@ -63,8 +63,9 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def prepare_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """In one launch; ``W2 beta`` goes into the second bias."""
     stat = statistics_dtype(like.dtype)
     if not (w1.dtype == w2.dtype and w1.dtype in (like.dtype, stat)):
@@ -72,8 +73,9 @@ def prepare_parameters(
     w1, w2 = w1.contiguous(), w2.contiguous()
     vectors = (None if t is None else t.to(stat).contiguous() for t in (b1, b2, beta, *(layer_norm or (None, None))))
     b1, b2, beta, gain, shift = vectors
-    new_w1, b1, new_w2, b2 = _ops.mlp_parameters.default(w1, b1, w2, b2, beta, gain, shift, like)
-    return new_w1 if new_w1.shape[0] else w1, b1, new_w2 if new_w2.shape[0] else w2, b2
+    new_w1, b1, new_w2, new_b2 = _ops.mlp_parameters.default(w1, b1, w2, b2, beta, gain, shift, like)
+    w1, w2 = (new if new.shape[0] else old for new, old in ((new_w1, w1), (new_w2, w2)))
+    return w1, b1, w2, None if b2 is None else new_b2
 
 
 def unfold_layer_norm(

@@ -55,16 +55,19 @@ def column_sum(x: Tensor) -> Tensor:
 
 
 def prepare_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None,
+    like: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Weights and biases of the two products in T, the dtype of ``like``, as the other primitives take them.
 
     ``layer_norm = (weight, bias)`` is folded into the first, ``z W1f' + b1f = (z * weight + bias) W1' + b1``; only a
-    backend with ``FOLDS_LAYER_NORM`` is given it. A backend may put beta ``[H]``, a statistic, into the second bias."""
+    backend with ``FOLDS_LAYER_NORM`` is given it. A backend may put beta ``[H]``, a statistic, into the second bias,
+    which backward does without (None)."""
     if layer_norm is not None:
         gain, shift = (t.to(statistics_dtype(like.dtype)) for t in layer_norm)
         b1, w1 = b1 + w1.to(shift.dtype) @ shift, w1 * gain
-    return w1.to(like.dtype), b1.to(like.dtype), w2.to(like.dtype), b2.to(like.dtype)
+    b2 = None if b2 is None else b2.to(like.dtype)
+    return w1.to(like.dtype), b1.to(like.dtype), w2.to(like.dtype), b2
 
 
 def unfold_layer_norm(
