@@ -1,4 +1,4 @@
-"""The command line: ``info``, ``bench`` and ``pretrain``.
+"""The command line: ``info``, ``bench``, ``pretrain`` and ``convert``.
 
 Only argparse and the standard library are imported here; a subcommand imports what it needs.
 """
@@ -14,6 +14,7 @@ from typing import Any
 PROG = "python -m convnextv2_kernels"
 BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
 BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+CHECKPOINT_FORMATS = ("official", "official-sparse", "fcmae", "timm", "transformers", "mmpretrain")
 
 # Modules a run imports that plain use of the kernels does not need, and what installs them.
 TRAIN_PACKAGES = {
@@ -63,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Exact sparse FCMAE pre-training of ConvNeXt V2: show what this installation "
-        "can do, measure it, and train.",
+        "can do, measure it, train, and convert checkpoints.",
         epilog=f"New here? Try '{PROG} pretrain --demo'. More on a command: COMMAND --help.",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure speed and memory against masked dense PyTorch",
     )
     _add_pretrain(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -243,6 +245,33 @@ def _add_pretrain(commands: Any) -> None:
     )
 
 
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="write a checkpoint under the names of another code base",
+        description=(
+            "Write a ConvNeXt V2 checkpoint under the names, and in the shapes, of another code base.\n"
+            "No value changes. The format of SOURCE is recognised by its keys; no code from the file is run."
+        ),
+        epilog=(
+            "examples:\n"
+            f"  {PROG} convert convnextv2_atto_1k_224_ema.pt atto.safetensors --to timm\n"
+            f"  {PROG} convert run1/encoder.safetensors encoder.pt --to official"
+        ),
+    )
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="a file of torch.save or safetensors, or a folder with model.safetensors or pytorch_model.bin",
+    )
+    parser.add_argument("target", type=Path, metavar="TARGET", help="file to write: .safetensors, .pt, .pth or .bin")
+    parser.add_argument("--to", required=True, choices=CHECKPOINT_FORMATS, help="whose names to write")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
+    parser.add_argument("--force", action="store_true", help="overwrite TARGET if it exists")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit code of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -256,6 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from . import info
 
         print(info())
+        return 0
+    if args.command == "convert":
+        from .checkpoints.convert import convert_file
+
+        try:
+            print(convert_file(args.source, args.target, args.to, use_ema=args.ema, overwrite=args.force))
+        except (OSError, ValueError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return 0
     return _pretrain(parser, args, [*PROG.split(), *argv])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..train.atomic import atomic_file
+from ..files import atomic_file
 from .arms import SPARSE
 
 _COLORS = {"sparse": "#c2410c", "eager": "#64748b", "compile": "#94a3b8"}

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..train.atomic import atomic_file
+from ..files import atomic_file
 from .arms import SPARSE
 
 WIDTH_IN_FILES = 120

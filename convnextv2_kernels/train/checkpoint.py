@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .atomic import atomic_file
+from ..files import atomic_file
 from .data import describe
 from .errors import TrainingError
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backends import use_backend
-from .atomic import write_json
+from ..files import write_json
 from .checkpoint import list_checkpoints
 from .config import environment
 from .data import RepeatedCrops, load_crop

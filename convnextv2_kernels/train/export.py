@@ -5,7 +5,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import nn
 
-from .atomic import atomic_file
+from ..files import atomic_file
 
 PREFIX = "encoder."
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .atomic import atomic_file, write_json
+from ..files import atomic_file, write_json
 from .data import describe, open_rgb
 from .errors import TrainingError
 from .progress import count

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .atomic import atomic_file
+from ..files import atomic_file
 
 
 class StepLog:

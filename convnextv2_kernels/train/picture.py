@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .atomic import atomic_file
+from ..files import atomic_file
 from .data import denormalize, normalize
 
 HIDDEN_GREY = 0.5

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..backends import use_backend
-from .atomic import write_json
+from ..files import write_json
 from .checkpoint import list_checkpoints
 from .config import RunConfig, environment, require_same_config
 from .data import CropDataset, load_crop

@@ -1,0 +1,6 @@
+"""Checkpoints of every ConvNeXt V2 code base, read, written and turned into one another."""
+
+from .convert import convert_state_dict
+from .load import LoadReport, load_checkpoint
+
+__all__ = ["LoadReport", "convert_state_dict", "load_checkpoint"]

@@ -1,0 +1,98 @@
+"""Conversion between the formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .formats import FORMATS, WRITABLE
+from .layouts import from_canonical
+from .state import State, listing, read_checkpoint, unwrap
+from .storage import SUFFIXES, read_file, write_file
+
+# Stem widths of atto, femto, pico and nano, the sizes that timm builds with 1x1 convolutions.
+_CONV_MLP_WIDTHS = (40, 48, 64, 80)
+
+
+class Conversion(NamedTuple):
+    """A converted state_dict, the format it had, and the keys of that which the new one has no place for."""
+
+    source_format: str
+    state_dict: dict[str, Tensor]
+    left_out: list[str]
+
+
+def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None = None) -> dict[str, Tensor]:
+    """ConvNeXt V2 parameters under the names and in the shapes of another code base.
+
+    Args:
+        sd: state_dict of any format below, or of a part of such a model: timm's ``features_only``, transformers' base
+            model and backbone, mmpretrain's backbone, the official encoder-only FCMAE files. May be wrapped as
+            ``model``, ``state_dict`` or ``model_state_dict``; ``module.`` and ``_orig_mod.`` are taken out of the keys.
+        to: ``"official"`` (dense code, ``models/convnextv2.py``), ``"official-sparse"`` (``models/fcmae.py``, on
+            MinkowskiEngine), ``"fcmae"`` (this library's FCMAE: the same with the dense names in the encoder),
+            ``"timm"``, ``"transformers"`` or ``"mmpretrain"``.
+        conv_mlp: timm's pointwise layers as 1x1 convolutions ``(out, in, 1, 1)`` or linear maps ``(out, in)``. By
+            default as in ``sd`` if that is timm's, else as timm builds it: convolutions for atto, femto, pico, nano.
+
+    Returns:
+        Contiguous tensors of the same values and dtypes, which may share memory with ``sd``. Left out is what the
+        format has no place for: the decoder, ``proj``, ``pred`` and the mask token, except in ``"official-sparse"`` and
+        ``"fcmae"``, which have no final norm and no head.
+
+    Raises:
+        TypeError: ``sd`` is not a mapping.
+        ValueError: ``to`` is none of these; ``conv_mlp`` is given for another format than timm's; ``sd`` has keys or
+            shapes of no ConvNeXt V2, lacks parameters, or holds anything but dense floating-point tensors.
+    """
+    if not isinstance(sd, Mapping):
+        raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")
+    return convert(read_checkpoint(unwrap(sd, False, "sd"), "sd"), to, conv_mlp).state_dict
+
+
+def convert(state: State, to: str, conv_mlp: bool | None = None) -> Conversion:
+    """See :func:`convert_state_dict`."""
+    if to not in WRITABLE:
+        raise ValueError(f"to must be one of {', '.join(WRITABLE)}, got {to!r}")
+    if conv_mlp is None:
+        conv_mlp = _conv_mlp(state)
+    elif to != "timm":
+        raise ValueError(f"conv_mlp is for to='timm' only, got conv_mlp={conv_mlp} with to={to!r}")
+    own = FORMATS[to].own
+    converted = {
+        key: from_canonical(name, tensor, to, conv_mlp)
+        for name, tensor in state.tensors.items()
+        if (key := own(name)) is not None
+    }
+    left_out = [key for name, key in state.keys.items() if own(name) is None]
+    return Conversion(state.format.name, converted, left_out)
+
+
+def convert_file(source: Path, target: Path, to: str, *, use_ema: bool = False, overwrite: bool = False) -> str:
+    """Convert a file into another, and tell what was done.
+
+    Raises:
+        OSError: no such file, or the target exists already or cannot be written.
+        ValueError: as :func:`convert_state_dict`, or a file that cannot be read, see :func:`.storage.read_file`.
+    """
+    if target.suffix not in SUFFIXES:
+        raise ValueError(f"{target} must end in {', '.join(SUFFIXES)}, which tells the kind of file to write")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists already; --force overwrites it")
+    what = str(source)
+    done = convert(read_checkpoint(unwrap(read_file(source), use_ema, what), what), to)
+    write_file(target, done.state_dict, to)
+    return (
+        f"{source}: {done.source_format} names\n"
+        f"{target}: {to} names, {len(done.state_dict)} tensors\n"
+        f"left out: {listing(done.left_out) or 'nothing'}"
+    )
+
+
+def _conv_mlp(state: State) -> bool:
+    if state.format.name.startswith("timm"):
+        return state.original[state.keys["stages.0.0.pwconv1.weight"]].dim() == 4
+    return state.tensors["downsample_layers.0.0.weight"].shape[0] in _CONV_MLP_WIDTHS

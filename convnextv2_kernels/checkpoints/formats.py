@@ -1,0 +1,198 @@
+"""What each code base calls the parameters of ConvNeXt V2.
+
+A parameter's canonical name is that of the official dense code, or of FCMAE for the parts only FCMAE has. The tables
+pair canonical names with each format's own and are read in both directions; names are patterns with fields in braces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable
+
+_VALUES = {
+    "stage": ("0", "1", "2", "3"),
+    "down": ("1", "2", "3"),
+    "i": ("0", "1"),
+    "j": ("1", "2"),
+    "kind": ("weight", "bias"),
+    "grn": ("gamma", "beta"),
+    "output": ("stem", "stage1", "stage2", "stage3", "stage4"),
+}
+_FIELD = re.compile(r"{(\w+)}")
+_BLOCK = "0|[1-9][0-9]*"  # the one field with values beyond number
+
+_ENCODER = {
+    name: name
+    for name in (
+        "downsample_layers.{stage}.{i}.{kind}",
+        "stages.{stage}.{block}.dwconv.{kind}",
+        "stages.{stage}.{block}.norm.{kind}",
+        "stages.{stage}.{block}.pwconv{j}.{kind}",
+        "stages.{stage}.{block}.grn.{grn}",
+    )
+}
+_DECODER = {
+    name: name
+    for name in (
+        "mask_token",
+        "proj.{kind}",
+        "pred.{kind}",
+        "decoder.{block}.dwconv.{kind}",
+        "decoder.{block}.norm.{kind}",
+        "decoder.{block}.pwconv{j}.{kind}",
+        "decoder.{block}.grn.{grn}",
+    )
+}
+_OFFICIAL = {**_ENCODER, "norm.{kind}": "norm.{kind}", "head.{kind}": "head.{kind}"}
+_FCMAE = {**{name: f"encoder.{name}" for name in _ENCODER}, **_DECODER}
+_OFFICIAL_SPARSE = {
+    "downsample_layers.0.{i}.{kind}": "encoder.downsample_layers.0.{i}.{kind}",
+    "downsample_layers.{down}.0.{kind}": "encoder.downsample_layers.{down}.0.ln.{kind}",
+    "downsample_layers.{down}.1.weight": "encoder.downsample_layers.{down}.1.kernel",
+    "downsample_layers.{down}.1.bias": "encoder.downsample_layers.{down}.1.bias",
+    "stages.{stage}.{block}.dwconv.weight": "encoder.stages.{stage}.{block}.dwconv.kernel",
+    "stages.{stage}.{block}.dwconv.bias": "encoder.stages.{stage}.{block}.dwconv.bias",
+    "stages.{stage}.{block}.norm.{kind}": "encoder.stages.{stage}.{block}.norm.ln.{kind}",
+    "stages.{stage}.{block}.pwconv{j}.{kind}": "encoder.stages.{stage}.{block}.pwconv{j}.linear.{kind}",
+    "stages.{stage}.{block}.grn.{grn}": "encoder.stages.{stage}.{block}.grn.{grn}",
+    **_DECODER,
+}
+_TIMM = {
+    "downsample_layers.0.{i}.{kind}": "stem.{i}.{kind}",
+    "downsample_layers.{down}.{i}.{kind}": "stages.{down}.downsample.{i}.{kind}",
+    "stages.{stage}.{block}.dwconv.{kind}": "stages.{stage}.blocks.{block}.conv_dw.{kind}",
+    "stages.{stage}.{block}.norm.{kind}": "stages.{stage}.blocks.{block}.norm.{kind}",
+    "stages.{stage}.{block}.pwconv{j}.{kind}": "stages.{stage}.blocks.{block}.mlp.fc{j}.{kind}",
+    "stages.{stage}.{block}.grn.gamma": "stages.{stage}.blocks.{block}.mlp.grn.weight",
+    "stages.{stage}.{block}.grn.beta": "stages.{stage}.blocks.{block}.mlp.grn.bias",
+    "norm.{kind}": "head.norm.{kind}",
+    "head.{kind}": "head.fc.{kind}",
+}
+_TRANSFORMERS = {
+    "downsample_layers.0.0.{kind}": "convnextv2.embeddings.patch_embeddings.{kind}",
+    "downsample_layers.0.1.{kind}": "convnextv2.embeddings.layernorm.{kind}",
+    "downsample_layers.{down}.{i}.{kind}": "convnextv2.encoder.stages.{down}.downsampling_layer.{i}.{kind}",
+    "stages.{stage}.{block}.dwconv.{kind}": "convnextv2.encoder.stages.{stage}.layers.{block}.dwconv.{kind}",
+    "stages.{stage}.{block}.norm.{kind}": "convnextv2.encoder.stages.{stage}.layers.{block}.layernorm.{kind}",
+    "stages.{stage}.{block}.pwconv{j}.{kind}": "convnextv2.encoder.stages.{stage}.layers.{block}.pwconv{j}.{kind}",
+    "stages.{stage}.{block}.grn.gamma": "convnextv2.encoder.stages.{stage}.layers.{block}.grn.weight",
+    "stages.{stage}.{block}.grn.beta": "convnextv2.encoder.stages.{stage}.layers.{block}.grn.bias",
+    "norm.{kind}": "convnextv2.layernorm.{kind}",
+    "head.{kind}": "classifier.{kind}",
+}
+_MMPRETRAIN = {
+    "downsample_layers.{stage}.{i}.{kind}": "backbone.downsample_layers.{stage}.{i}.{kind}",
+    "stages.{stage}.{block}.dwconv.{kind}": "backbone.stages.{stage}.{block}.depthwise_conv.{kind}",
+    "stages.{stage}.{block}.norm.{kind}": "backbone.stages.{stage}.{block}.norm.{kind}",
+    "stages.{stage}.{block}.pwconv{j}.{kind}": "backbone.stages.{stage}.{block}.pointwise_conv{j}.{kind}",
+    "stages.{stage}.{block}.grn.{grn}": "backbone.stages.{stage}.{block}.grn.{grn}",
+    "norm.{kind}": "backbone.norm3.{kind}",
+    "head.{kind}": "head.fc.{kind}",
+}
+
+
+_FEATURE_NORMS = {"hidden_states_norms.{output}.{kind}": "hidden_states_norms.{output}.{kind}"}
+
+
+def _without(prefix: str, names: dict[str, str]) -> dict[str, str]:
+    return {name: own.removeprefix(prefix) for name, own in names.items()}
+
+
+_TABLES = {
+    "official": _OFFICIAL,
+    "official-sparse": _OFFICIAL_SPARSE,
+    "fcmae": _FCMAE,
+    "timm": _TIMM,
+    "transformers": _TRANSFORMERS,
+    "mmpretrain": _MMPRETRAIN,
+}
+WRITABLE = tuple(_TABLES)
+# Parts of a model, which go by names of their own.
+_TABLES |= {
+    "official-sparse encoder": _without("encoder.", _OFFICIAL_SPARSE),
+    "timm features_only": {
+        name: own.replace("stem.", "stem_").replace("stages.", "stages_") for name, own in _TIMM.items()
+    },
+    "transformers base model": _without("convnextv2.", _TRANSFORMERS) | _FEATURE_NORMS,
+    "mmpretrain backbone": _without("backbone.", _MMPRETRAIN),
+}
+
+
+class Format:
+    """The names of one code base; ``table`` pairs canonical patterns with its own."""
+
+    def __init__(self, name: str, table: dict[str, str]):
+        self.name = name
+        self._to_own = [(_regex(canonical), own) for canonical, own in table.items()]
+        self._to_canonical = [(_regex(own), canonical) for canonical, own in table.items()]
+
+    def canonical(self, key: str) -> str | None:
+        """Canonical name of a key of this format, ``None`` where the format has no such key."""
+        return _translate(key, self._to_canonical)
+
+    def own(self, name: str) -> str | None:
+        """This format's key for a canonical name, ``None`` where the format has no place for it."""
+        return _translate(name, self._to_own)
+
+
+def detect(keys: Iterable[str]) -> Format | None:
+    """The format of these keys, ``None`` where they are of no ConvNeXt.
+
+    Told by the depthwise convolutions of the stages, which every format spells in its own way.
+    """
+    depthwise = _regex("stages.{stage}.{block}.dwconv.weight")
+    for known in FORMATS.values():
+        if any(depthwise.fullmatch(known.canonical(key) or "") for key in keys):
+            return known
+    return None
+
+
+def part_of(name: str) -> str:
+    """The part a canonical name belongs to, which a model has whole or not at all: ``stages.0`` to ``stages.3`` (each
+    with the downsampling before it), ``norm``, ``head``, ``decoder``, ``hidden_states_norms.<output>``."""
+    owner, _, rest = name.partition(".")
+    index = rest.partition(".")[0]
+    if owner in ("stages", "downsample_layers"):
+        return f"stages.{index}"
+    if owner == "hidden_states_norms":
+        return f"{owner}.{index}"
+    return owner if owner in ("norm", "head") else "decoder"
+
+
+def complete(names: Iterable[str]) -> list[str]:
+    """Canonical names of a checkpoint with all four stages and the parts that ``names`` are of, with as many blocks."""
+    parts = {part_of(name) for name in names} | {f"stages.{stage}" for stage in _VALUES["stage"]}
+    if "head" in parts:
+        parts.add("norm")
+    blocks: dict[str, set[str]] = {}
+    for name in names:
+        if found := re.match(rf"(stages\.[0-3]|decoder)\.({_BLOCK})\.", name):
+            blocks.setdefault(found[1], set()).add(found[2])
+    whole = []
+    for pattern in (*_OFFICIAL, *_DECODER, *_FEATURE_NORMS):
+        fields = [field for field in _FIELD.findall(pattern) if field != "block"]
+        for values in itertools.product(*(_VALUES[field] for field in fields)):
+            name = pattern.format(block="{block}", **dict(zip(fields, values, strict=True)))
+            if part_of(name) in parts:
+                owner, block, _ = name.partition(".{block}")
+                depth = max(1, len(blocks.get(owner, ()))) if block else 1
+                whole += [name.replace("{block}", str(index)) for index in range(depth)]
+    return whole
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    pieces = _FIELD.split(pattern)  # text and fields, by turns
+    pieces[::2] = map(re.escape, pieces[::2])
+    pieces[1::2] = [f"(?P<{field}>{'|'.join(_VALUES.get(field, (_BLOCK,)))})" for field in pieces[1::2]]
+    return re.compile("".join(pieces))
+
+
+def _translate(text: str, rules: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for regex, pattern in rules:
+        if found := regex.fullmatch(text):
+            return pattern.format(**found.groupdict())
+    return None
+
+
+FORMATS = {name: Format(name, table) for name, table in _TABLES.items()}

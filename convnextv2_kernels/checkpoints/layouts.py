@@ -1,0 +1,72 @@
+"""The shapes that code bases give to the same parameter.
+
+Canonical are those of the official dense code: convolutions ``(out, in / groups, kh, kw)``, linear maps ``(out, in)``,
+GRN ``(1, 1, 1, 4C)``, everything else ``(C,)``. No value is ever computed, only moved.
+"""
+
+from __future__ import annotations
+
+import re
+from math import isqrt
+
+from torch import Tensor
+
+_VECTOR = re.compile(r".*\.bias|(.*\.)?norm\.weight|hidden_states_norms\..*|downsample_layers\.(0\.1|[1-3]\.0)\.weight")
+_LINEAR = re.compile(r".*\.pwconv[12]\.weight|head\.weight")
+# In the official sparse code the convolutions of the encoder, but for the stem, are MinkowskiEngine's.
+_SPARSE_BIAS = re.compile(r"(stages\..*\.dwconv|downsample_layers\.[1-3]\.1)\.bias")
+
+
+def to_canonical(name: str, tensor: Tensor) -> Tensor:
+    """View in the canonical shape of the parameter with this canonical name; writing to it writes to ``tensor``.
+
+    Accepts, besides the canonical shape: biases ``(1, C)``, GRN of any rank, linear maps as 1x1 convolutions, and
+    MinkowskiEngine's kernels ``(K*K, C)`` (depthwise) and ``(K*K, in, out)``, whose offset is ``kw * K + kh``.
+
+    Raises:
+        ValueError: a tensor of any other shape.
+    """
+    shape, view = tensor.shape, tensor
+    if ".grn." in name:
+        rank = 4
+        if view.dim() and view.numel() == shape[-1]:
+            view = view.reshape(1, 1, 1, -1)
+    elif _VECTOR.fullmatch(name):
+        rank = 1
+        if view.dim() == 2 and shape[0] == 1:
+            view = view[0]
+    elif _LINEAR.fullmatch(name):
+        rank = 2
+        if view.dim() == 4 and shape[2:] == (1, 1):
+            view = view[:, :, 0, 0]
+    else:
+        rank = 4
+        side = isqrt(shape[0]) if view.dim() in (2, 3) else 0
+        if side and side * side == shape[0]:
+            kernel = view.unflatten(0, (side, side))  # kw, kh, (in,) out
+            view = kernel.permute(3, 2, 1, 0) if view.dim() == 3 else kernel.permute(2, 1, 0).unsqueeze(1)
+    if view.dim() != rank:
+        raise ValueError(f"no parameter {name} has shape {list(shape)}")
+    return view
+
+
+def from_canonical(name: str, tensor: Tensor, to: str, conv_mlp: bool) -> Tensor:
+    """Contiguous tensor in the shape that format ``to`` gives the parameter with this canonical name.
+
+    ``conv_mlp``: whether timm's pointwise layers are 1x1 convolutions instead of linear maps.
+    """
+    is_grn = ".grn." in name
+    if to in ("timm", "mmpretrain") and is_grn:
+        tensor = tensor.flatten()
+    elif to == "timm" and conv_mlp and ".pwconv" in name and name.endswith(".weight"):
+        tensor = tensor[:, :, None, None]
+    elif to == "official-sparse" and not name.startswith("decoder."):
+        if is_grn:
+            tensor = tensor.flatten(0, 2)
+        elif _SPARSE_BIAS.fullmatch(name):
+            tensor = tensor[None]
+        elif name.endswith(".dwconv.weight"):
+            tensor = tensor.squeeze(1).permute(2, 1, 0).flatten(0, 1)
+        elif re.fullmatch(r"downsample_layers\.[1-3]\.1\.weight", name):
+            tensor = tensor.permute(3, 2, 1, 0).flatten(0, 1)
+    return tensor.contiguous()

@@ -1,0 +1,86 @@
+"""Checkpoint files: read without running code from them, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..files import atomic_file
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+_WRAPPER = {"official": "model", "official-sparse": "model", "fcmae": "model", "mmpretrain": "state_dict"}
+
+
+def read_file(path: Path) -> Mapping[str, Any]:
+    """What a checkpoint file holds, on the CPU.
+
+    ``.safetensors`` files are read as such, all others by ``torch.load(weights_only=True)``, which builds tensors and
+    plain containers only; ``argparse.Namespace``, in which the official scripts save their arguments, is let through
+    because building one runs no code. The checksums of a zip archive are checked, which torch.load does not do. Of a
+    folder, ``model.safetensors`` or ``pytorch_model.bin`` is read.
+
+    Raises:
+        FileNotFoundError: no such file, or none in the folder.
+        ValueError: a file that is damaged, is no checkpoint, or could only be read by running code from it.
+    """
+    if path.is_dir():
+        names = [name for name in _IN_FOLDER if (path / name).is_file()]
+        if not names:
+            raise FileNotFoundError(f"{path} is a folder without {' or '.join(_IN_FOLDER)}")
+        path = path / names[0]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except Exception as error:  # A damaged file makes the unpickler and the archive readers raise anything.
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ValueError(
+                f"{path} is not read because it asks for {wanted[1]}, and anything but tensors and plain containers "
+                "could run code; if you trust the file, load it yourself with torch.load(weights_only=False) and pass "
+                "the state_dict"
+            ) from None
+        raise ValueError(f"{path} is not a readable checkpoint: {_reason(error)}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict or a dict around one")
+    return content
+
+
+def write_file(path: Path, state_dict: dict[str, Tensor], to: str) -> None:
+    """Write a state_dict of format ``to``, wrapped in a ``.pt``, ``.pth`` or ``.bin`` file as its code base does.
+
+    Raises:
+        OSError: the file cannot be written; an older one of that name is left as it was.
+    """
+    wrapper = _WRAPPER.get(to)
+    try:
+        with atomic_file(path) as file:
+            if path.suffix == ".safetensors":
+                file.write(safetensors.torch.save(state_dict, metadata={"format": "pt"}))
+            else:
+                torch.save({wrapper: state_dict} if wrapper else state_dict, file)
+    except (OSError, RuntimeError) as error:
+        raise OSError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _read_torch(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """The first line that says something; torch.load puts advice to switch off its checks before it."""
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return text.splitlines()[0] if text else type(error).__name__
