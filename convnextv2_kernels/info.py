@@ -112,7 +112,6 @@ def info() -> str:
         for name in backends.PREFERENCE.get(device, ()):
             reasons = {backends.why_not(name, device, d) for d in _DTYPES} - {None}
             lines += [f"  {name} does not serve everything because {reason}" for reason in sorted(reasons)]
-    lines.append("  convnextv2_block and pointwise_mlp with act='gelu_tanh' are served by reference")
     lines += ["", "environment:"]
     lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in ENVIRONMENT]
     return "\n".join(lines)

@@ -6,8 +6,8 @@ memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/
 contract); this file supplies the order and the algebra, derived in ``docs/kernels.md``.
 
 Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, ``y`` with it; ``a = y W1' + b1``;
-``h = gelu(a)``; GRN is ``h * scale + beta`` with one scale per image and channel; ``d`` the gradient of the MLP's
-output, ``ds = d W2``, ``da`` the gradient of ``a``.
+``h = act(a)``, act a form of GELU; GRN is ``h * scale + beta`` with one scale per image and channel; ``d`` the gradient
+of the MLP's output, ``ds = d W2``, ``da`` the gradient of ``a``.
 """
 
 from __future__ import annotations
@@ -144,6 +144,7 @@ def mlp_forward(
     residual: Tensor | None,
     factors: Tensor | None,
     rows: Rows,
+    act: str,
     eps: float,
     out_dtype: torch.dtype,
     keep_hidden: bool,
@@ -171,7 +172,7 @@ def mlp_forward(
         add = None if residual is None else residual[part]
         inside = None if factors is not None else add
         result, norm = k.gelu_grn_linear(
-            a, gamma, beta, eps, w2, b2, inside, keep_hidden and whole, *chunk.segments
+            a, act, gamma, beta, eps, w2, b2, inside, keep_hidden and whole, *chunk.segments
         )
         if norm.shape[0] == segments:
             norms = norm
@@ -223,6 +224,7 @@ def mlp_backward(
     norms: Tensor,
     kept: Tensor,
     rows: Rows,
+    act: str,
     eps: float,
     layer_norm: LayerNormParams | None = None,
     rstd: Tensor | None = None,
@@ -250,7 +252,7 @@ def mlp_backward(
             d = _scale_images_(d.clone(), factors, rows, chunk)
         db2_part = k.column_sum(d)
         da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
-            a, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
+            a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
         )
         dgamma = _accumulate(dgamma, dgamma_part)
         db1 = _accumulate(db1, db1_part)

@@ -110,7 +110,7 @@ def test_hidden_tensors_stay_within_the_budget(at, monkeypatch):
     offsets = None if layout.patches_per_image is not None else layout.image_offsets
     rows = schedule.Rows(layout.num_patches * 16, layout.num_images, 16, offsets, False)
     mlp = (t["w1"], t["b1"], t["gamma"], t["beta"], t["w2"], t["b2"])
-    schedule.mlp_forward(recorder, t["x"].reshape(-1, 6), *mlp, None, None, rows, 1e-6, F64, False)
+    schedule.mlp_forward(recorder, t["x"].reshape(-1, 6), *mlp, None, None, rows, "gelu", 1e-6, F64, False)
     assert len(recorder.rows) > 1 and max(recorder.rows) <= largest
     assert sum(recorder.rows) == rows.total
 
@@ -175,7 +175,7 @@ def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scop
     offsets = None if uniform else layout.image_offsets
     per_slot = 1 if layout is None else t["x"].shape[1] * t["x"].shape[2]
     images = t["x"].shape[0] if layout is None else layout.num_images
-    geometry = (per_slot, images, scope == "batch", 1e-6, F64, "reference")
+    geometry = (per_slot, images, scope == "batch", "gelu", 1e-6, F64, "reference")
     mlp = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")]
     out, norms, hidden = library.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
     grads = library.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)

@@ -90,6 +90,7 @@ def mlp_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
     """GELU and GRN on the hidden rows, four times the width; and ``F.gelu``."""
     h, rows, n, label = 4 * shape.width, shape.rows, shape.images, shape.label
     segments = (None, 1, n)
+    gelu_rows = (False, *segments)  # not the tanh form
 
     def features(d, sets, count):
         return zip(*(d.features(sets, rows, h) for _ in range(count)), strict=True)
@@ -97,33 +98,33 @@ def mlp_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
     def statistics(d, sets):
         gamma = d.parameters(h)
         return [
-            lambda a=a: ops.gelu_statistics.default(a, None, gamma, EPS, *segments) for (a,) in features(d, sets, 1)
+            lambda a=a: ops.gelu_statistics.default(a, None, gamma, EPS, *gelu_rows) for (a,) in features(d, sets, 1)
         ]
 
     def statistics_h(d, sets):
         gamma = d.parameters(h)
         run = ops.gelu_statistics.default
-        return [lambda a=a, o=o: run(a, o, gamma, EPS, *segments) for a, o in features(d, sets, 2)]
+        return [lambda a=a, o=o: run(a, o, gamma, EPS, *gelu_rows) for a, o in features(d, sets, 2)]
 
     def scale(d, sets):
         s = d.statistics(n, h)
-        return [lambda a=a, o=o: ops.gelu_scale.default(a, o, s, False, *segments) for a, o in features(d, sets, 2)]
+        return [lambda a=a, o=o: ops.gelu_scale.default(a, o, s, *gelu_rows) for a, o in features(d, sets, 2)]
 
     def reduce(d, sets):
         norm, gamma = d.statistics(n, h), d.parameters(h)
         run = ops.mlp_backward_statistics.default
-        return [lambda a=a, ds=ds: run(a, ds, None, norm, gamma, EPS, *segments) for a, ds in features(d, sets, 2)]
+        return [lambda a=a, ds=ds: run(a, ds, None, norm, gamma, EPS, *gelu_rows) for a, ds in features(d, sets, 2)]
 
     def pointwise(d, sets):
         s, kappa = d.statistics(n, h), d.statistics(n, h)
         run = ops.mlp_backward_pointwise.default
-        return [lambda a=a, ds=ds, o=o: run(a, ds, s, kappa, None, o, *segments) for a, ds, o in features(d, sets, 3)]
+        return [lambda a=a, ds=ds, o=o: run(a, ds, s, kappa, None, o, *gelu_rows) for a, ds, o in features(d, sets, 3)]
 
     def pointwise_hs(d, sets):
         s, kappa = d.statistics(n, h), d.statistics(n, h)
         run = ops.mlp_backward_pointwise.default
         quads = features(d, sets, 4)
-        return [lambda a=a, ds=ds, o=o, hs=hs: run(a, ds, s, kappa, hs, o, *segments) for a, ds, o, hs in quads]
+        return [lambda a=a, ds=ds, o=o, hs=hs: run(a, ds, s, kappa, hs, o, *gelu_rows) for a, ds, o, hs in quads]
 
     def grn_forward(d, sets):
         gamma, beta = d.parameters(h), d.parameters(h)

@@ -80,7 +80,7 @@ def _(grad, x, gamma, norm, offsets, rows_per_slot, segments, gelu, eps):
 
 
 @_fake("gelu_square_sum_")
-def _(a, offsets, rows_per_slot, segments):
+def _(a, tanh, offsets, rows_per_slot, segments):
     return _stat(a, segments, a.shape[-1])
 
 
@@ -90,12 +90,12 @@ def _(h, scale, beta, offsets, rows_per_slot, segments):
 
 
 @_fake("mlp_backward_reduce")
-def _(a, ds, offsets, rows_per_slot, segments):
+def _(a, ds, tanh, offsets, rows_per_slot, segments):
     return _stat(a, segments, a.shape[-1])
 
 
 @_fake("mlp_backward_pointwise_")
-def _(a, ds, scale, kappa, beta, offsets, rows_per_slot, segments):
+def _(a, ds, scale, kappa, beta, tanh, offsets, rows_per_slot, segments):
     return _stat(a, a.shape[-1])
 
 
@@ -140,22 +140,22 @@ def _(images, patch_of_slot, grid_h, grid_w):
 
 
 @_fake("gelu_statistics")
-def _(a, h, gamma, eps, offsets, rows_per_slot, segments):
+def _(a, h, gamma, eps, tanh, offsets, rows_per_slot, segments):
     return _stat(a, segments, a.shape[-1]), _stat(a, segments, a.shape[-1])
 
 
 @_fake("gelu_scale")
-def _(a, out, scale, activated, offsets, rows_per_slot, segments):
+def _(a, out, scale, tanh, offsets, rows_per_slot, segments):
     return None
 
 
 @_fake("mlp_backward_statistics")
-def _(a, ds, t, norm, gamma, eps, offsets, rows_per_slot, segments):
+def _(a, ds, t, norm, gamma, eps, tanh, offsets, rows_per_slot, segments):
     return norm.new_empty(norm.shape), norm.new_empty(norm.shape), norm.new_empty(norm.shape[-1])
 
 
 @_fake("mlp_backward_pointwise")
-def _(a, ds, scale, kappa, hs, da, offsets, rows_per_slot, segments):
+def _(a, ds, scale, kappa, hs, da, tanh, offsets, rows_per_slot, segments):
     return _stat(a, a.shape[-1])
 
 

@@ -92,11 +92,11 @@ def check_eps(eps: float, name: str = "eps") -> None:
         raise ValueError(f"{name} must be a number >= 0, got {eps!r}")
 
 
-def check_grn_eps(eps: float) -> None:
+def check_grn_eps(eps: float, name: str = "eps") -> None:
     """GRN divides by mean norm + eps, and the norms of an image without visible patches are all zero."""
-    check_eps(eps)
+    check_eps(eps, name)
     if eps == 0:
-        raise ValueError("eps must be a number > 0 for global response normalisation, got 0")
+        raise ValueError(f"{name} must be a number > 0 for global response normalisation, got 0")
 
 
 def check_depthwise_weight(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:

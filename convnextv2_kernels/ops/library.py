@@ -14,7 +14,9 @@ from ..backends.reference.rows import statistics_dtype
 from .amp import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
-_GEOMETRY = "SymInt rows_per_slot, SymInt images, bool batch_scope, float eps, ScalarType dtype, str backend"
+_SETTINGS = (
+    "SymInt rows_per_slot, SymInt images, bool batch_scope, str act, float grn_eps, ScalarType dtype, str backend"
+)
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
@@ -51,12 +53,13 @@ def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
 
 
 def _mlp_forward(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, eps, dtype, backend
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, dtype,
+    backend,
 ):  # fmt: skip
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
         backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
-        rows, eps, x.dtype, _keeps(x, "hidden"),
+        rows, act, grn_eps, x.dtype, _keeps(x, "hidden"),
     )  # fmt: skip
     return out.view(*x.shape[:-1], w2.shape[0]), norms, kept
 
@@ -69,20 +72,21 @@ def _hidden_fakes(x, w1, images, batch, dtype):
 
 
 def _mlp_forward_fake(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, eps, dtype, backend
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, dtype,
+    backend,
 ):  # fmt: skip
     out = x.new_empty(*x.shape[:-1], w2.shape[0])
     return out, *_hidden_fakes(x, w1, images, batch, dtype)
 
 
 def _mlp_backward(
-    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, eps, dtype,
-    backend,
+    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
+    dtype, backend,
 ):  # fmt: skip
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     grads = schedule.mlp_backward(
         backends.primitives(backend), _flat(dout), _flat(x, dtype), w1, b1, gamma, beta, w2, factors, norms, kept,
-        rows, eps,
+        rows, act, grn_eps,
     )  # fmt: skip
     return (
         grads.x.to(x.dtype).view(x.shape),
@@ -96,8 +100,8 @@ def _mlp_backward(
 
 
 def _mlp_backward_fake(
-    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, eps, dtype,
-    backend,
+    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
+    dtype, backend,
 ):  # fmt: skip
     likes = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w1, b1, gamma, beta, w2))
     return *likes, w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
@@ -113,7 +117,7 @@ def _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps):
 
 def _block_forward(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    rows_per_slot, images, batch, eps, dtype, backend,
+    eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
     layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
@@ -128,15 +132,15 @@ def _block_forward(
         z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
-        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, eps, x.dtype, _keeps(x, "hidden"),
-        layer_norm if k.FOLDS_LAYER_NORM else None,
+        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, act, grn_eps, x.dtype,
+        _keeps(x, "hidden"), layer_norm if k.FOLDS_LAYER_NORM else None,
     )  # fmt: skip
     return out.view(x.shape), z, rstd, norms, kept
 
 
 def _block_forward_fake(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    rows_per_slot, images, batch, eps, dtype, backend,
+    eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
 ):  # fmt: skip
     keep = _keeps(x, "normalized")
     z = x.new_empty(x.shape if keep else (0,), dtype=dtype)
@@ -146,7 +150,7 @@ def _block_forward_fake(
 
 def _block_backward(
     dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, rows_per_slot, images, batch, eps, dtype, backend,
+    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
     stat = statistics_dtype(x.dtype)
@@ -155,7 +159,7 @@ def _block_backward(
         z = z.to(dtype)
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     grads = schedule.mlp_backward(
-        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, eps,
+        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, act, grn_eps,
         schedule.LayerNormParams(ln_weight, ln_bias), rstd.view(-1),
     )  # fmt: skip
     dy = grads.x.to(x.dtype).view(x.shape)
@@ -178,7 +182,7 @@ def _block_backward(
 
 def _block_backward_fake(
     dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, rows_per_slot, images, batch, eps, dtype, backend,
+    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
 ):  # fmt: skip
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)
@@ -222,27 +226,27 @@ _MLP = "Tensor w1, Tensor b1, Tensor gamma, Tensor beta, Tensor w2"
 _NORM = "Tensor ln_weight, Tensor ln_bias"
 
 mlp_forward = _define(
-    f"mlp_forward(Tensor x, {_MLP}, Tensor b2, Tensor? residual, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    f"mlp_forward(Tensor x, {_MLP}, Tensor b2, Tensor? residual, Tensor? factors, Tensor? offsets, {_SETTINGS})"
     " -> (Tensor out, Tensor norms, Tensor hidden)",
     _mlp_forward,
     _mlp_forward_fake,
 )
 mlp_backward = _define(
     f"mlp_backward(Tensor dout, Tensor x, {_MLP}, Tensor? factors, Tensor? offsets, Tensor norms, Tensor hidden, "
-    f"{_GEOMETRY}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
+    f"{_SETTINGS}) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
     _mlp_backward,
     _mlp_backward_fake,
 )
 block_forward = _define(
     f"block_forward(Tensor x, Tensor dw_weight, Tensor? dw_bias, {_NORM}, {_MLP}, Tensor b2, Tensor? neighbours, "
-    f"Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    f"Tensor? factors, Tensor? offsets, float eps, {_SETTINGS})"
     " -> (Tensor out, Tensor z, Tensor rstd, Tensor norms, Tensor hidden)",
     _block_forward,
     _block_forward_fake,
 )
 block_backward = _define(
     "block_backward(Tensor dout, Tensor x, Tensor z, Tensor rstd, Tensor norms, Tensor hidden, Tensor dw_weight, "
-    f"Tensor? dw_bias, {_NORM}, {_MLP}, Tensor? neighbours, Tensor? factors, Tensor? offsets, {_GEOMETRY})"
+    f"Tensor? dw_bias, {_NORM}, {_MLP}, Tensor? neighbours, Tensor? factors, Tensor? offsets, float eps, {_SETTINGS})"
     " -> (Tensor dx, Tensor ddw_weight, Tensor ddw_bias, Tensor dln_weight, Tensor dln_bias, Tensor dw1, "
     "Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
     _block_backward,

@@ -19,13 +19,13 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 class _PointwiseMLP(torch.autograd.Function):
+    """``args`` are the operators' arguments behind the tensors."""
+
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, geometry, eps, dtype, backend):
-        tensors = (x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets)
-        out, norm, hidden = library.mlp_forward(*tensors, *geometry, eps, dtype, backend)
+    def forward(ctx, x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, args):
+        out, norm, hidden = library.mlp_forward(x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, *args)
         ctx.save_for_backward(x, w1, b1, gamma, beta, w2, drop, offsets, norm, hidden)
-        ctx.geometry, ctx.eps, ctx.dtype, ctx.backend = geometry, eps, dtype, backend
-        ctx.b2_dtype = b2.dtype
+        ctx.args, ctx.b2_dtype = args, b2.dtype
         ctx.has_residual = residual is not None
         return out
 
@@ -33,37 +33,33 @@ class _PointwiseMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad = grad.contiguous()
-        args = (*ctx.geometry, ctx.eps, ctx.dtype, ctx.backend)
-        dx, *grads, db2 = library.mlp_backward(grad, *ctx.saved_tensors, *args)
+        dx, *grads, db2 = library.mlp_backward(grad, *ctx.saved_tensors, *ctx.args)
         residual = grad if ctx.has_residual else None
-        return dx, *grads, db2.to(ctx.b2_dtype), residual, None, None, None, None, None, None
+        return dx, *grads, db2.to(ctx.b2_dtype), residual, None, None, None
 
 
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, drop, offsets,
-        geometry, eps, dtype, backend,
-    ):  # fmt: skip
+        ctx, x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, drop, offsets, args
+    ):
         params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
         index = (neighbours, drop, offsets)
-        out, z, rstd, norm, hidden = library.block_forward(x, *params, *index, *geometry, eps, dtype, backend)
+        out, z, rstd, norm, hidden = library.block_forward(x, *params, *index, *args)
         ctx.save_for_backward(
             x, z, rstd, norm, hidden, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, *index
         )
-        ctx.geometry, ctx.eps, ctx.dtype, ctx.backend = geometry, eps, dtype, backend
+        ctx.args, ctx.b2_dtype = args, b2.dtype
         ctx.dw_bias_dtype = None if dw_bias is None else dw_bias.dtype
-        ctx.b2_dtype = b2.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        args = (*ctx.geometry, ctx.eps, ctx.dtype, ctx.backend)
-        grads = library.block_backward(grad.contiguous(), *ctx.saved_tensors, *args)
+        grads = library.block_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.args)
         dx, ddw, ddb, *rest, db2 = grads
         ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
-        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None, None, None, None
+        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None
 
 
 def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, tuple]:
@@ -72,7 +68,7 @@ def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor
     return offsets, (rows_per_slot, images, scope == "batch")
 
 
-def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps):
+def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act):
     c = x.shape[-1]
     check.check_float(w1, "w1")
     if w1.dim() != 2:
@@ -87,20 +83,9 @@ def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, s
     check.check_param(w2, "w2", (out_c, hidden), x)
     check.check_param(b2, "b2", (out_c,), x)
     check.check_scope(scope)
-    check.check_grn_eps(eps)
     check.check_drop_path(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-
-
-def _select(x: Tensor, op: str, act: str, dtype: torch.dtype) -> str:
-    """The fused schedule computes the exact GELU; the tanh form is served by the reference."""
-    backend = backends.select(x, op, dtype)
-    if act == "gelu" or backend == "reference":
-        return backend
-    if backends.forced() != "auto":
-        raise RuntimeError(f"{op} with act={act!r} was asked of backend '{backend}', which has only act='gelu'")
-    return "reference"
 
 
 def pointwise_mlp(
@@ -124,7 +109,8 @@ def pointwise_mlp(
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
         w1: ``[H, C]``, b1: ``[H]``; gamma, beta: H elements; w2: ``[O, H]``, b2: ``[O]``.
         residual: ``[..., O]`` like the output, or None. drop_path_scale: ``[N]``, one constant factor per image.
-        scope, eps: of GRN, see :func:`global_response_norm`. act: "gelu" (exact) or "gelu_tanh" (reference only).
+        scope, eps: of GRN, see :func:`global_response_norm`. act: "gelu" (exact) or "gelu_tanh", PyTorch's
+            ``approximate="tanh"``.
 
     Returns:
         ``[..., O]``, the leading dimensions and dtype of x. The hidden activations are recomputed in backward.
@@ -134,11 +120,12 @@ def pointwise_mlp(
     if w2.dim() != 2 or w2.shape[0] < 1:
         raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
     out_c = w2.shape[0]
-    _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act, eps)
+    _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act)
+    check.check_grn_eps(eps)
     if residual is not None:
         check.check_param(residual, "residual", (*x.shape[:-1], out_c), x)
     dtype = product_dtype(x)
-    backend = _select(x, "pointwise_mlp", act, dtype)
+    backend = backends.select(x, "pointwise_mlp", dtype)
     with no_autocast(x):
         if backend == "reference":
             return ref.pointwise_mlp(
@@ -147,10 +134,10 @@ def pointwise_mlp(
         offsets, geometry = _geometry(x, layout, scope)
         if residual is not None:
             residual = residual.to(x.dtype).contiguous()
+        args = (*geometry, act, eps, dtype, backend)
         return _PointwiseMLP.apply(
-            x.contiguous(), w1, b1, gamma, beta, w2, b2, residual, drop_path_scale, offsets, geometry, eps,
-            dtype, backend,
-        )  # fmt: skip
+            x.contiguous(), w1, b1, gamma, beta, w2, b2, residual, drop_path_scale, offsets, args
+        )
 
 
 def gathered_pointwise_mlp(
@@ -195,13 +182,14 @@ def convnextv2_block(
     scope: str = "image",
     act: str = "gelu",
     eps: float = 1e-6,
+    grn_eps: float | None = None,
 ) -> Tensor:
     """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
 
     Args:
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
         dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
-            :func:`pointwise_mlp` with O = C. eps: of LayerNorm and of GRN.
+            :func:`pointwise_mlp` with O = C. eps: of LayerNorm. grn_eps: of GRN, None for the same.
 
     Returns:
         The shape and dtype of x. Backward keeps x and one norm per image and hidden channel, and what
@@ -212,15 +200,17 @@ def convnextv2_block(
     check.check_depthwise_weight(dw_weight, dw_bias, x)
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
-    _check_mlp(x, w1, b1, gamma, beta, w2, b2, x.shape[-1], layout, drop_path_scale, scope, act, eps)
+    _check_mlp(x, w1, b1, gamma, beta, w2, b2, x.shape[-1], layout, drop_path_scale, scope, act)
+    check.check_eps(eps)
+    name, grn_eps = ("eps", eps) if grn_eps is None else ("grn_eps", grn_eps)
+    check.check_grn_eps(grn_eps, name)
     dtype = product_dtype(x)
-    backend = _select(x, "convnextv2_block", act, dtype)
+    backend = backends.select(x, "convnextv2_block", dtype)
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
     with no_autocast(x):
         if backend == "reference":
-            return ref.convnextv2_block(x, *params, layout, drop_path_scale, scope, act, eps, dtype)
+            return ref.convnextv2_block(x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype)
         offsets, geometry = _geometry(x, layout, scope)
         neighbours = conv_neighbours(layout, dw_weight.shape[-1], x)
-        return _Block.apply(
-            x.contiguous(), *params, neighbours, drop_path_scale, offsets, geometry, eps, dtype, backend
-        )
+        args = (eps, *geometry, act, grn_eps, dtype, backend)
+        return _Block.apply(x.contiguous(), *params, neighbours, drop_path_scale, offsets, args)

@@ -18,6 +18,9 @@ namespace cnx {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
+// What stands in front of GRN: nothing, GELU by the normal distribution, or its tanh form.
+enum class Activation : int { identity = 0, gelu = 1, gelu_tanh = 2 };
+
 // Rows that belong together: `count` equal shares of `rows` when offsets is null, else segment i holds rows
 // rows_per_slot * (offsets[i] - offsets[0]) up to the next.
 struct Segments {
@@ -138,12 +141,13 @@ struct MlpRows {
   DType dtype;
   Segments segments;
   int64_t channels;
-  void* a;            // T [rows, H]
-  void* ds;           // T [rows, H]
-  const void* scale;  // A [count, H]
-  const void* kappa;  // A [count, H]
-  const void* beta;   // A [H]
-  void* sums;         // A [count, H] or [H]
+  Activation activation;  // GELU of either form, where there is one
+  void* a;                // T [rows, H]
+  void* ds;               // T [rows, H]
+  const void* scale;      // A [count, H]
+  const void* kappa;      // A [count, H]
+  const void* beta;       // A [H]
+  void* sums;             // A [count, H] or [H]
 };
 
 // Small per-image statistics [count, H]; see grn_scale and grn_gradient.

@@ -1,4 +1,4 @@
-"""Derives the coefficients of the float32 GELU in ``math.h`` and prints their error.
+"""Derives the coefficients of the float32 GELU in ``gelu.h`` and prints their error.
 
 For x >= 0 the tail of the normal distribution is ``Phi(-x) = exp(-x^2 / 2) * q(x)``. With ``t = 1 / (1 + p x)`` the
 factor q is smooth in t on (0, 1], so a polynomial ``t * P(t)`` fits it to float32 precision. Weighted least squares

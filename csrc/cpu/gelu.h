@@ -1,15 +1,26 @@
-// GELU(a) = a * Phi(a) and its derivative Phi(a) + a * phi(a), with Phi, phi the normal distribution and density.
+// GELU(a) = a * gate(a) and its derivative gate(a) + a * gate'(a).
 //
-// float: Phi(-|a|) = exp(-a^2/2) * t * P(t), t = 1 / (1 + 0.33 |a|); the coefficients come from fit_gelu.py, maximum
-// relative error 5.5e-8. The exponential is shared with phi. double: the C library, lane by lane.
+// Exact: the gate is the normal distribution Phi, its slope the density. float: Phi(-|a|) = exp(-a^2/2) * t * P(t),
+// t = 1 / (1 + 0.33 |a|); the coefficients come from fit_gelu.py, maximum relative error 5.5e-8. The exponential is
+// shared with the density. double: the C library, lane by lane.
+//
+// Tanh form: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), 2u = sqrt(8/pi) (a + 0.044715 a^3). From e = exp(-|2u|), which
+// cannot overflow: with r = 1 / (1 + e) the gate is r or e r, its slope e r^2 d(2u)/da; neither cancels.
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
+#include "../common/params.h"
 #include "vec.h"
 
 namespace cnx {
 namespace CNX_ISA {
+
+template <class V>
+struct Gate {
+  V value, slope;
+};
 
 // exp(x) for x <= 0, exactly 0 below -80, so that products with it never become denormal. Cody-Waite reduction by ln 2
 // and the degree-5 polynomial of Cephes' expf (S. Moshier).
@@ -32,11 +43,12 @@ CNX_INLINE vf exp_nonpositive(vf x) {
   return underflow ? vf{} : p * (vf)exponent;
 }
 
-struct NormalParts {
-  vf cdf, density;
-};
+CNX_INLINE vd exp_nonpositive(vd x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
 
-CNX_INLINE NormalParts normal_parts(vf a) {
+CNX_INLINE Gate<vf> normal_gate(vf a) {
   const vf magnitude = a < 0.0f ? -a : a;
   const vf e = exp_nonpositive(-0.5f * a * a);
   const vf t = 1.0f / (1.0f + 0.33f * magnitude);
@@ -53,29 +65,48 @@ CNX_INLINE NormalParts normal_parts(vf a) {
   return {a < 0.0f ? tail : 1.0f - tail, e * 0.398942280401f};
 }
 
-CNX_INLINE vf gelu(vf a) {
-  return a * normal_parts(a).cdf;
-}
-
-CNX_INLINE void gelu_with_derivative(vf a, vf& value, vf& derivative) {
-  const NormalParts n = normal_parts(a);
-  value = a * n.cdf;
-  derivative = n.cdf + a * n.density;
-}
-
-CNX_INLINE void gelu_with_derivative(vd a, vd& value, vd& derivative) {
-  for (int i = 0; i < static_cast<int>(sizeof(vd) / sizeof(double)); ++i) {
-    const double x = a[i];
-    const double cdf = 0.5 * std::erfc(-x * 0.70710678118654752440);
-    value[i] = x * cdf;
-    derivative[i] = cdf + x * 0.39894228040143267794 * std::exp(-0.5 * x * x);
+CNX_INLINE Gate<vd> normal_gate(vd a) {
+  Gate<vd> gate;
+  for (int i = 0; i < kLanes<double>; ++i) {
+    gate.value[i] = 0.5 * std::erfc(-a[i] * 0.70710678118654752440);
+    gate.slope[i] = 0.39894228040143267794 * std::exp(-0.5 * a[i] * a[i]);
   }
+  return gate;
 }
 
-CNX_INLINE vd gelu(vd a) {
-  vd value, derivative;
-  gelu_with_derivative(a, value, derivative);
-  return value;
+template <class V>
+CNX_INLINE Gate<V> tanh_gate(V a) {
+  using A = std::decay_t<decltype(a[0])>;
+  constexpr A linear = 1.5957691216057307118, cubic = 0.071354816272600248776;
+  // past 32 the gate is 0 or 1; the limit keeps its slope 0 where the square would be infinite
+  const V limit = V{} + A(1024);
+  V square = a * a;
+  square = square > limit ? limit : square;
+  const V twice = a * (linear + cubic * square);
+  const V e = exp_nonpositive(a < A(0) ? twice : -twice);
+  const V r = A(1) / (A(1) + e);
+  const V tail = e * r;
+  return {a < A(0) ? tail : r, tail * r * (linear + 3 * cubic * square)};
+}
+
+template <Activation kAct, class V>
+CNX_INLINE Gate<V> gate_of(V a) {
+  if constexpr (kAct == Activation::gelu_tanh)
+    return tanh_gate(a);
+  else
+    return normal_gate(a);
+}
+
+template <Activation kAct = Activation::gelu, class V>
+CNX_INLINE V gelu(V a) {
+  return a * gate_of<kAct>(a).value;
+}
+
+template <Activation kAct = Activation::gelu, class V>
+CNX_INLINE void gelu_with_derivative(V a, V& value, V& derivative) {
+  const Gate<V> gate = gate_of<kAct>(a);
+  value = a * gate.value;
+  derivative = gate.value + a * gate.slope;
 }
 
 }  // namespace CNX_ISA

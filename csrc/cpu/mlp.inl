@@ -31,7 +31,7 @@ CNX_INLINE void walk_block(const RowBlock& block, int64_t channels, Acc<T>* part
   });
 }
 
-template <class T>
+template <class T, Activation kAct>
 void gelu_square_sum_as(const MlpRows& p, const Threads& threads) {
   using A = Acc<T>;
   const RowBlocks blocks(p.segments);
@@ -42,7 +42,7 @@ void gelu_square_sum_as(const MlpRows& p, const Threads& threads) {
       walk_block<T, 1>(blocks[b], p.channels, partial.get() + b * p.channels,
                        [&](auto lanes, int64_t r, int64_t c, Vec<T>* sums) {
                          T* at = a + r * p.channels + c;
-                         const Vec<T> h = gelu(lanes.load(at));
+                         const Vec<T> h = gelu<kAct>(lanes.load(at));
                          lanes.store(at, h);
                          sums[0] += h * h;
                        });
@@ -81,7 +81,7 @@ void column_sum_as(const MlpRows& p, const Threads& threads) {
   sum_blocks(blocks.size(), partial.get(), p.channels, out<A>(p.sums));
 }
 
-template <class T>
+template <class T, Activation kAct>
 void mlp_backward_reduce_as(const MlpRows& p, const Threads& threads) {
   using A = Acc<T>;
   const RowBlocks blocks(p.segments);
@@ -91,13 +91,13 @@ void mlp_backward_reduce_as(const MlpRows& p, const Threads& threads) {
       walk_block<T, 1>(blocks[b], p.channels, partial.get() + b * p.channels,
                        [&](auto lanes, int64_t r, int64_t c, Vec<T>* sums) {
                          const int64_t at = r * p.channels + c;
-                         sums[0] += lanes.load(in<T>(p.ds) + at) * gelu(lanes.load(in<T>(p.a) + at));
+                         sums[0] += lanes.load(in<T>(p.ds) + at) * gelu<kAct>(lanes.load(in<T>(p.a) + at));
                        });
   });
   sum_blocks_by_segment(blocks, partial.get(), p.segments.count, p.channels, out<A>(p.sums));
 }
 
-template <class T>
+template <class T, Activation kAct>
 void mlp_backward_pointwise_as(const MlpRows& p, const Threads& threads) {
   using A = Acc<T>;
   const RowBlocks blocks(p.segments);
@@ -112,7 +112,7 @@ void mlp_backward_pointwise_as(const MlpRows& p, const Threads& threads) {
                        [&](auto lanes, int64_t r, int64_t c, Vec<T>* sums) {
                          const int64_t at = r * p.channels + c;
                          Vec<T> h, slope;
-                         gelu_with_derivative(lanes.load(a + at), h, slope);
+                         gelu_with_derivative<kAct>(lanes.load(a + at), h, slope);
                          const Vec<T> s = lanes.load(scale + c);
                          const Vec<T> da = (lanes.load(ds + at) * s + h * lanes.load(kappa + c)) * slope;
                          lanes.store(a + at, h * s + lanes.load(in<A>(p.beta) + c));
@@ -264,8 +264,24 @@ void grn_backward_of(const GrnBackward& p, const Threads& t) {
   p.gelu ? grn_backward_as<T, true>(p, t) : grn_backward_as<T, false>(p, t);
 }
 
+template <class T>
+void gelu_square_sum_of(const MlpRows& p, const Threads& t) {
+  p.activation == Activation::gelu_tanh ? gelu_square_sum_as<T, Activation::gelu_tanh>(p, t)
+                                        : gelu_square_sum_as<T, Activation::gelu>(p, t);
+}
+template <class T>
+void mlp_backward_reduce_of(const MlpRows& p, const Threads& t) {
+  p.activation == Activation::gelu_tanh ? mlp_backward_reduce_as<T, Activation::gelu_tanh>(p, t)
+                                        : mlp_backward_reduce_as<T, Activation::gelu>(p, t);
+}
+template <class T>
+void mlp_backward_pointwise_of(const MlpRows& p, const Threads& t) {
+  p.activation == Activation::gelu_tanh ? mlp_backward_pointwise_as<T, Activation::gelu_tanh>(p, t)
+                                        : mlp_backward_pointwise_as<T, Activation::gelu>(p, t);
+}
+
 inline void gelu_square_sum(const MlpRows& p, const Threads& t) {
-  CNX_DISPATCH(p.dtype, gelu_square_sum_as, p, t)
+  CNX_DISPATCH(p.dtype, gelu_square_sum_of, p, t)
 }
 inline void scale_rows(const MlpRows& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, scale_rows_as, p, t)
@@ -274,10 +290,10 @@ inline void column_sum(const MlpRows& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, column_sum_as, p, t)
 }
 inline void mlp_backward_reduce(const MlpRows& p, const Threads& t) {
-  CNX_DISPATCH(p.dtype, mlp_backward_reduce_as, p, t)
+  CNX_DISPATCH(p.dtype, mlp_backward_reduce_of, p, t)
 }
 inline void mlp_backward_pointwise(const MlpRows& p, const Threads& t) {
-  CNX_DISPATCH(p.dtype, mlp_backward_pointwise_as, p, t)
+  CNX_DISPATCH(p.dtype, mlp_backward_pointwise_of, p, t)
 }
 inline void grn_forward(const GrnForward& p, const Threads& t) {
   CNX_DISPATCH(p.dtype, grn_forward_of, p, t)

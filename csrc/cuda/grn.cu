@@ -7,6 +7,11 @@ namespace cnx {
 namespace cuda {
 namespace {
 
+template <class Params>
+RowPass row_pass(const Params& p) {
+  return {p.dtype, p.segments, p.channels, p.gelu ? Activation::gelu : Activation::identity};
+}
+
 template <class T>
 struct ForwardScratch {
   Workspace space;
@@ -44,7 +49,7 @@ int64_t grn_forward_workspace(const GrnForward& p) {
 
 void grn_forward(const GrnForward& p, const Launch& launch) {
   if (p.segments.count == 0) return;
-  const RowPass pass{p.dtype, p.segments, p.channels, p.gelu};
+  const RowPass pass = row_pass(p);
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
@@ -67,7 +72,7 @@ int64_t grn_backward_workspace(const GrnBackward& p) {
 
 void grn_backward(const GrnBackward& p, const Launch& launch) {
   const int64_t count = p.segments.count;
-  const RowPass pass{p.dtype, p.segments, p.channels, p.gelu};
+  const RowPass pass = row_pass(p);
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;

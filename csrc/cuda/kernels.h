@@ -20,11 +20,12 @@ struct Launch {
 };
 
 // Column sums and element-wise parts of the MLP, on rows T [rows, H] in segments (images). a is the first product's
-// output, h = gelu(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels.md).
+// output, h = activation(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels.md).
 struct GeluStatistics {
   DType dtype;
   Segments segments;
   int64_t channels;
+  Activation activation;
   const void* a;
   void* h;            // T [rows, H], may be a; null: not stored
   const void* gamma;  // A [H]
@@ -37,8 +38,8 @@ struct GeluScale {
   DType dtype;
   Segments segments;
   int64_t channels;
+  Activation activation;  // identity: a already holds h
   const void* a;
-  bool activated;     // a already holds h
   const void* scale;  // A [count, H]; null: no scale
   void* out;          // T [rows, H] = h * scale, may be a
 };
@@ -50,6 +51,7 @@ struct MlpBackwardStatistics {
   DType dtype;
   Segments segments;
   int64_t channels;
+  Activation activation;
   const void* a;      // with ds: t is summed from them; both null: t is given
   const void* ds;     // T [rows, H]
   const void* t;      // A [count, H] or null
@@ -65,12 +67,13 @@ struct MlpBackwardPointwise {
   DType dtype;
   Segments segments;
   int64_t channels;
+  Activation activation;
   const void* a;
   const void* ds;
   const void* scale;  // A [count, H]
   const void* kappa;  // A [count, H]
   void* hs;           // T [rows, H] = h * scale, may be a; null: not wanted
-  void* da;           // T [rows, H] = (ds * scale + h * kappa) * gelu'(a), may be ds
+  void* da;           // T [rows, H] = (ds * scale + h * kappa) * activation'(a), may be ds
   void* db;           // A [H]: column sums of da, of the values before they are rounded to T
 };
 

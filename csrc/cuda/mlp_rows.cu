@@ -40,7 +40,7 @@ int64_t gelu_scale_workspace(const GeluScale&) {
 }
 
 void gelu_scale(const GeluScale& p, const Launch& launch) {
-  scale_rows({p.dtype, p.segments, p.channels, !p.activated}, p.a, p.scale, nullptr, p.out, launch);
+  scale_rows({p.dtype, p.segments, p.channels, p.activation}, p.a, p.scale, nullptr, p.out, launch);
 }
 
 int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
@@ -49,7 +49,7 @@ int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
 
 void mlp_backward_pointwise(const MlpBackwardPointwise& p, const Launch& launch) {
   const int64_t parts = part_count(p.dtype, p.segments, p.channels);
-  gradient_rows({p.dtype, p.segments, p.channels, true}, p.a, p.ds, p.scale, p.kappa, p.hs, p.da,
+  gradient_rows({p.dtype, p.segments, p.channels, p.activation}, p.a, p.ds, p.scale, p.kappa, p.hs, p.da,
                 parts == 1 ? p.db : launch.workspace, launch);
   add_parts(p.dtype, parts, p.channels, p.db, launch);
 }
@@ -61,7 +61,8 @@ int64_t column_sum_workspace(const ColumnSum& p) {
 void column_sum(const ColumnSum& p, const Launch& launch) {
   const Segments segments{nullptr, 1, 1, p.rows};
   const int64_t parts = part_count(p.dtype, segments, p.channels);
-  column_sums({p.dtype, segments, p.channels, false}, p.x, parts == 1 ? p.sums : launch.workspace, launch);
+  column_sums({p.dtype, segments, p.channels, Activation::identity}, p.x, parts == 1 ? p.sums : launch.workspace,
+              launch);
   add_parts(p.dtype, parts, p.channels, p.sums, launch);
 }
 

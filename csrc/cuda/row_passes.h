@@ -7,12 +7,12 @@
 namespace cnx {
 namespace cuda {
 
-// f is GELU or the identity throughout.
+// f is the activation throughout.
 struct RowPass {
   DType dtype;
   Segments segments;
   int64_t channels;
-  bool gelu;
+  Activation activation;
 };
 
 // Column sums of f(x)^2 [count, splits, H]; f(x) is stored when h is not null, and h may be x.

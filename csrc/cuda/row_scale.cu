@@ -9,7 +9,7 @@ namespace cnx {
 namespace cuda {
 namespace {
 
-template <class T, int N, bool kGelu>
+template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kColumnThreads)
     scale_rows_kernel(ColumnGrid grid, const T* x, const Acc<T>* scale, const Acc<T>* beta, T* y) {
   const ColumnSpan span = column_span<N>(grid);
@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(kColumnThreads)
   walk<N, 4>(grid, span, inputs, [&](int64_t at, Acc<T>(&values)[1][N]) {
     Acc<T>(&v)[N] = values[0];
 #pragma unroll
-    for (int i = 0; i < N; ++i) v[i] = (kGelu ? gelu<T>(v[i]) : v[i]) * factor[i] + shift[i];
+    for (int i = 0; i < N; ++i) v[i] = activate<kAct, T>(v[i]) * factor[i] + shift[i];
     store_packed(y + at, pack_words<T, N>(v));
   });
 }
 
-template <class T, int N, bool kGelu>
+template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kColumnThreads)
     gradient_rows_kernel(ColumnGrid grid, const T* x, const T* grad, const Acc<T>* scale, const Acc<T>* kappa, T* hs,
                          T* dx, Acc<T>* partial) {
@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kColumnThreads)
     Acc<T> scaled[N], gradient[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      Acc<T> h = values[0][i], slope = 1;
-      if (kGelu) gelu_with_slope<T>(values[0][i], h, slope);
+      Acc<T> h, slope;
+      activate_with_slope<kAct, T>(values[0][i], h, slope);
       scaled[i] = h * factor[i];
       gradient[i] = (values[1][i] * factor[i] + h * pull[i]) * slope;
       sums[i] += gradient[i];
@@ -69,12 +69,11 @@ void scale_rows(const RowPass& p, const void* x, const void* scale, const void* 
       const auto* shift = static_cast<const Acc<T>*>(beta);
       T* out = static_cast<T*>(y);
       if (grid.blocks() == 0) return;
-      if (p.gelu)
-        CNX_LAUNCH((scale_rows_kernel<T, N, true>), grid.blocks(), kColumnThreads, 0, launch, grid, in, factor, shift,
+      with_activation(p.activation, [&](auto act) {
+        constexpr Activation kAct = decltype(act)::value;
+        CNX_LAUNCH((scale_rows_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, factor, shift,
                    out);
-      else
-        CNX_LAUNCH((scale_rows_kernel<T, N, false>), grid.blocks(), kColumnThreads, 0, launch, grid, in, factor, shift,
-                   out);
+      });
     });
   });
 }
@@ -91,12 +90,11 @@ void gradient_rows(const RowPass& p, const void* x, const void* grad, const void
       T *scaled = static_cast<T*>(hs), *out = static_cast<T*>(dx);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
-      if (p.gelu)
-        CNX_LAUNCH((gradient_rows_kernel<T, N, true>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, factor,
+      with_activation(p.activation, [&](auto act) {
+        constexpr Activation kAct = decltype(act)::value;
+        CNX_LAUNCH((gradient_rows_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, factor,
                    pull, scaled, out, sums);
-      else
-        CNX_LAUNCH((gradient_rows_kernel<T, N, false>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, factor,
-                   pull, scaled, out, sums);
+      });
     });
   });
 }

@@ -10,7 +10,7 @@ namespace cnx {
 namespace cuda {
 namespace {
 
-template <class T, int N, bool kGelu>
+template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kColumnThreads)
     square_sums_kernel(ColumnGrid grid, const T* x, T* h, Acc<T>* partial) {
   __shared__ Acc<T> shared[kColumnThreads * N];
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kColumnThreads)
     Acc<T>(&v)[N] = values[0];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (kGelu) v[i] = gelu<T>(v[i]);
+      v[i] = activate<kAct, T>(v[i]);
       sums[i] += v[i] * v[i];
     }
     if (h) store_packed(h + at, pack_words<T, N>(v));
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   add_lanes(grid, sums, shared, partial + span.part * grid.channels);
 }
 
-template <class T, int N, bool kGelu>
+template <class T, int N, Activation kAct>
 __global__ void __launch_bounds__(kColumnThreads)
     gradient_sums_kernel(ColumnGrid grid, const T* x, const T* grad, bool with_grad, Acc<T>* partial) {
   __shared__ Acc<T> shared[kColumnThreads * N];
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kColumnThreads)
   walk<N, 2>(grid, span, inputs, [&](int64_t, Acc<T>(&values)[2][N]) {
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      products[i] += values[1][i] * (kGelu ? gelu<T>(values[0][i]) : values[0][i]);
+      products[i] += values[1][i] * activate<kAct, T>(values[0][i]);
       sums[i] += values[1][i];
     }
   });
@@ -73,10 +73,10 @@ void square_sums(const RowPass& p, const void* x, void* h, void* partial, const 
       T* out = static_cast<T*>(h);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
-      if (p.gelu)
-        CNX_LAUNCH((square_sums_kernel<T, N, true>), grid.blocks(), kColumnThreads, 0, launch, grid, in, out, sums);
-      else
-        CNX_LAUNCH((square_sums_kernel<T, N, false>), grid.blocks(), kColumnThreads, 0, launch, grid, in, out, sums);
+      with_activation(p.activation, [&](auto act) {
+        constexpr Activation kAct = decltype(act)::value;
+        CNX_LAUNCH((square_sums_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, out, sums);
+      });
     });
   });
 }
@@ -92,12 +92,11 @@ void gradient_sums(const RowPass& p, const void* x, const void* grad, bool with_
       const T* g = static_cast<const T*>(grad);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
-      if (p.gelu)
-        CNX_LAUNCH((gradient_sums_kernel<T, N, true>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, with_grad,
+      with_activation(p.activation, [&](auto act) {
+        constexpr Activation kAct = decltype(act)::value;
+        CNX_LAUNCH((gradient_sums_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, with_grad,
                    sums);
-      else
-        CNX_LAUNCH((gradient_sums_kernel<T, N, false>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g,
-                   with_grad, sums);
+      });
     });
   });
 }

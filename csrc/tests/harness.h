@@ -34,6 +34,21 @@ double relative_error(const std::vector<A>& got, const std::vector<B>& expected)
   return error / size;
 }
 
+// GELU and its derivative, in the forms the kernels have.
+inline double gelu_gate(cnx::Activation act, double a) {
+  if (act == cnx::Activation::gelu) return 0.5 * std::erfc(-a / std::sqrt(2.0));
+  return 1 / (1 + std::exp(-std::sqrt(8 / M_PI) * (a + 0.044715 * a * a * a)));
+}
+inline double gelu(cnx::Activation act, double a) {
+  return a * gelu_gate(act, a);
+}
+inline double gelu_slope(cnx::Activation act, double a) {
+  const double gate = gelu_gate(act, a);
+  if (act == cnx::Activation::gelu) return gate + a * std::exp(-0.5 * a * a) / std::sqrt(2 * M_PI);
+  // of 1 - gate its own formula, which does not cancel
+  return gate + a * gate * gelu_gate(act, -a) * std::sqrt(8 / M_PI) * (1 + 3 * 0.044715 * a * a);
+}
+
 class Random {
  public:
   explicit Random(uint64_t seed) : state_(seed * 2654435761u + 88172645463325252ull) {}

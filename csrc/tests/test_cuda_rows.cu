@@ -7,36 +7,38 @@ using namespace test;
 
 namespace {
 
-double phi(double a) {
-  return 0.5 * std::erfc(-a / std::sqrt(2.0));
-}
-double exact_gelu(double a) {
-  return a * phi(a);
-}
-double exact_slope(double a) {
-  return phi(a) + a * std::exp(-0.5 * a * a) / std::sqrt(2 * M_PI);
-}
-
-void test_gelu() {
-  double value_error = 0, slope_error = 0, float_error = 0;
+// Errors of the value, relative to the larger of |a| and 1, and of the slope; and the tails.
+template <Activation kAct, class T>
+void test_gelu(const char* name, double value_bound, double slope_bound) {
+  using A = Acc<T>;
+  double value_error = 0, slope_error = 0;
+  A h, slope;
   for (double v = -20; v <= 20; v += 1.0 / 512) {
-    float h, slope;
-    gelu_with_slope<bf16>(float(v), h, slope);
-    value_error = std::fmax(value_error, std::fabs(h - exact_gelu(v)));
-    slope_error = std::fmax(slope_error, std::fabs(slope - exact_slope(v)));
-    float_error = std::fmax(float_error, std::fabs(gelu<float>(float(v)) - exact_gelu(v)) / std::fmax(1, std::fabs(v)));
+    activate_with_slope<kAct, T>(A(v), h, slope);
+    value_error = std::fmax(value_error, std::fabs(h - gelu(kAct, v)) / std::fmax(1, std::fabs(v)));
+    slope_error = std::fmax(slope_error, std::fabs(slope - gelu_slope(kAct, v)));
+    check((activate<kAct, T>(A(v))) == h, "the same value without the slope", v);
   }
-  check(value_error < 4e-5, "bfloat16 GELU", value_error);
-  check(slope_error < 6e-5, "bfloat16 GELU slope", slope_error);
-  check(float_error < 1.5e-7, "float GELU", float_error);
-  for (float v : {30.f, 1e4f, 1e20f, 3e38f}) {
-    float h, slope;
-    gelu_with_slope<bf16>(v, h, slope);
+  check(value_error < value_bound, name, value_error);
+  check(slope_error < slope_bound, name, slope_error);
+  for (A v : {A(40), A(1e4), A(1e20), A(3e38)}) {
+    activate_with_slope<kAct, T>(v, h, slope);
     check(h == v && slope == 1, "right tail", v);
-    gelu_with_slope<bf16>(-v, h, slope);
+    activate_with_slope<kAct, T>(-v, h, slope);
     check(h == 0 && slope == 0, "left tail", v);
   }
-  check(std::isnan(gelu<bf16>(NAN)), "NaN");
+  check(std::isinf(activate<kAct, T>(A(INFINITY))), "infinity");
+  for (A v : {A(-INFINITY), A(NAN)}) check(std::isnan(activate<kAct, T>(v)), "negative infinity, NaN", v);
+}
+
+void test_gelus() {
+  constexpr Activation erf = Activation::gelu, tanh = Activation::gelu_tanh;
+  test_gelu<erf, float>("float GELU", 1.5e-7, 3e-7);
+  test_gelu<erf, double>("double GELU", 4e-16, 1e-15);
+  test_gelu<erf, bf16>("bfloat16 GELU", 4e-5, 6e-5);
+  test_gelu<tanh, float>("float tanh GELU", 1.5e-7, 3e-7);
+  test_gelu<tanh, double>("double tanh GELU", 4e-16, 1e-15);
+  test_gelu<tanh, bf16>("bfloat16 tanh GELU", 1e-6, 2e-6);
 }
 
 struct Case {
@@ -95,7 +97,7 @@ Statistics statistics(int64_t count, int64_t channels, const std::vector<double>
 }
 
 template <class T>
-void test_segments(const Case& k, int64_t channels, bool misaligned, bool with_gelu) {
+void test_segments(const Case& k, int64_t channels, bool misaligned, Activation act) {
   using A = Acc<T>;
   Random random(channels * 7 + k.rows + misaligned);
   const int64_t rows = k.rows, size = rows * channels, stats = k.count * channels;
@@ -111,8 +113,8 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, bool with_g
   std::vector<double> h(size), slope(size), squares(stats), t(stats), dbeta(channels);
   for (int64_t i = 0; i < size; ++i) {
     const int64_t j = k.owner(i / channels) * channels + i % channels;
-    h[i] = with_gelu ? exact_gelu(a[i]) : a[i];
-    slope[i] = with_gelu ? exact_slope(a[i]) : 1;
+    h[i] = act == Activation::identity ? a[i] : gelu(act, a[i]);
+    slope[i] = act == Activation::identity ? 1 : gelu_slope(act, a[i]);
     squares[j] += h[i] * h[i];
     t[j] += ds[i] * h[i];
     dbeta[i % channels] += ds[i];
@@ -130,20 +132,22 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, bool with_g
   const double cancelled = kDType<T> == DType::bf16 ? summed * root : 2 * summed;
 
   Buffer<A> norm(stats), scale(stats), kappa(stats), dgamma(channels), sums(channels);
-  RUN(grn_forward, (GrnForward{kDType<T>, k.segments(), channels, with_gelu, a.data(), gamma.data(), beta.data(), eps,
-                               y.data(), norm.data()}));
-  compare(norm, s.norm, summed, "grn norm");
-  compare(y, grn, rounding, "grn");
-  RUN(grn_backward, (GrnBackward{kDType<T>, k.segments(), channels, with_gelu, ds.data(), a.data(), gamma.data(),
-                                 norm.data(), eps, dx.data(), dgamma.data(), sums.data()}));
-  compare(dx, gradient, rounding, "grn dx");
-  compare(dgamma, s.dgamma, cancelled, "grn dgamma");
-  compare(sums, dbeta, summed, "grn dbeta");
-  if (!with_gelu) return;
+  if (act != Activation::gelu_tanh) {
+    RUN(grn_forward, (GrnForward{kDType<T>, k.segments(), channels, act == Activation::gelu, a.data(), gamma.data(),
+                                 beta.data(), eps, y.data(), norm.data()}));
+    compare(norm, s.norm, summed, "grn norm");
+    compare(y, grn, rounding, "grn");
+    RUN(grn_backward, (GrnBackward{kDType<T>, k.segments(), channels, act == Activation::gelu, ds.data(), a.data(),
+                                   gamma.data(), norm.data(), eps, dx.data(), dgamma.data(), sums.data()}));
+    compare(dx, gradient, rounding, "grn dx");
+    compare(dgamma, s.dgamma, cancelled, "grn dgamma");
+    compare(sums, dbeta, summed, "grn dbeta");
+  }
+  if (act == Activation::identity) return;
 
   Buffer<T> stored(size, misaligned);
-  GeluStatistics g{kDType<T>,    k.segments(), channels,    a.data(),    stored.data(),
-                   gamma.data(), eps,          norm.data(), scale.data()};
+  GeluStatistics g{kDType<T>,     k.segments(), channels, act,         a.data(),
+                   stored.data(), gamma.data(), eps,      norm.data(), scale.data()};
   RUN(gelu_statistics, g);
   compare(stored, h, rounding, "h");
   compare(norm, s.norm, summed, "norm");
@@ -155,15 +159,17 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, bool with_g
   RUN(gelu_statistics, g);
   check(std::memcmp(norm.data(), norm_again.data(), stats * sizeof(A)) == 0, "norm does not depend on storing h");
 
-  RUN(gelu_scale, (GeluScale{kDType<T>, k.segments(), channels, a.data(), false, scale.data(), y.data()}));
+  RUN(gelu_scale, (GeluScale{kDType<T>, k.segments(), channels, act, a.data(), scale.data(), y.data()}));
   compare(y, scaled, rounding, "h * scale");
-  RUN(gelu_scale, (GeluScale{kDType<T>, k.segments(), channels, stored.data(), true, scale.data(), stored.data()}));
+  RUN(gelu_scale,
+      (GeluScale{kDType<T>, k.segments(), channels, Activation::identity, stored.data(), scale.data(), stored.data()}));
   compare(stored, scaled, 2 * rounding, "stored h * scale, in place");
 
   Buffer<A> t_given(stats), scale_back(stats), dgamma_back(channels);
   for (int64_t i = 0; i < stats; ++i) t_given.data()[i] = A(t[i]);
-  MlpBackwardStatistics b{kDType<T>,   k.segments(), channels, a.data(),          ds.data(),    nullptr,
-                          norm.data(), gamma.data(), eps,      scale_back.data(), kappa.data(), dgamma_back.data()};
+  MlpBackwardStatistics b{kDType<T>,         k.segments(), channels,          act,          a.data(),
+                          ds.data(),         nullptr,      norm.data(),       gamma.data(), eps,
+                          scale_back.data(), kappa.data(), dgamma_back.data()};
   RUN(mlp_backward_statistics, b);
   compare(scale_back, s.scale, summed, "backward scale");
   compare(kappa, s.kappa, 2 * cancelled, "kappa");
@@ -182,7 +188,7 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, bool with_g
 
   Buffer<A> db_got(channels), db_again(channels);
   Buffer<T> da(size, misaligned);
-  MlpBackwardPointwise w{kDType<T>,    k.segments(), channels, a.data(),  ds.data(),
+  MlpBackwardPointwise w{kDType<T>,    k.segments(), channels, act,       a.data(),     ds.data(),
                          scale.data(), kappa.data(), nullptr,  da.data(), db_got.data()};
   RUN(mlp_backward_pointwise, w);
   compare(da, gradient, rounding, "da");
@@ -215,6 +221,7 @@ void test_chunks() {
   RUN(gelu_statistics, (GeluStatistics{kDType<T>,
                                        {nullptr, 1, count, count * each},
                                        channels,
+                                       Activation::gelu,
                                        a.data(),
                                        nullptr,
                                        gamma.data(),
@@ -225,6 +232,7 @@ void test_chunks() {
     RUN(gelu_statistics, (GeluStatistics{kDType<T>,
                                          {nullptr, 1, 1, each},
                                          channels,
+                                         Activation::gelu,
                                          a.data() + n * each * channels,
                                          nullptr,
                                          gamma.data(),
@@ -278,16 +286,16 @@ void test_type(const char* name) {
   for (const Case& k : cases())
     for (int64_t channels : {1, 5, 16, 40, 67, 264})
       for (bool misaligned : {false, true})
-        for (bool with_gelu : {false, true}) {
+        for (Activation act : {Activation::identity, Activation::gelu, Activation::gelu_tanh}) {
           const int before = failures();
-          test_segments<T>(k, channels, misaligned, with_gelu);
+          test_segments<T>(k, channels, misaligned, act);
           if (failures() > before)
-            std::printf("  in %s, %s, %d channels, misaligned %d, gelu %d\n", name, k.name, int(channels), misaligned,
-                        with_gelu);
+            std::printf("  in %s, %s, %d channels, misaligned %d, activation %d\n", name, k.name, int(channels),
+                        misaligned, int(act));
         }
   // more splits than a finisher adds, more column tiles than one
-  test_segments<T>({"many splits", {}, 1, 1, 27500}, 5, false, true);
-  test_segments<T>({"wide", {}, 1, 2, 20}, 1280, false, true);
+  test_segments<T>({"many splits", {}, 1, 1, 27500}, 5, false, Activation::gelu);
+  test_segments<T>({"wide", {}, 1, 2, 20}, 1280, false, Activation::gelu);
   test_chunks<T>();
   test_many_sums<T>();
   std::printf("%s: done\n", name);
@@ -296,7 +304,7 @@ void test_type(const char* name) {
 }  // namespace
 
 int main() {
-  test_gelu();
+  test_gelus();
   test_half_range();
   test_type<float>("float32");
   test_type<double>("float64");

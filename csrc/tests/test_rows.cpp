@@ -6,41 +6,51 @@ using namespace test;
 
 namespace {
 
-double phi(double a) {
-  return 0.5 * std::erfc(-a / std::sqrt(2.0));
-}
-double gelu(double a) {
-  return a * phi(a);
-}
-double gelu_slope(double a) {
-  return phi(a) + a * std::exp(-0.5 * a * a) / std::sqrt(2 * M_PI);
-}
-
 // Over the whole range of float arguments: the error must stay within a few units of float rounding of the result's
-// scale, and the far tails must be exactly 0 and exactly a.
-void test_gelu(const KernelTable& k) {
-  std::vector<float> a;
-  for (double v = -20; v <= 20; v += 1.0 / 512) a.push_back(float(v));
-  a.push_back(-100.f);
-  a.push_back(100.f);
-  a.push_back(0.f);
-  std::vector<float> h = a, sums(1);
+// scale, and the far tails must be exactly 0 and exactly a, up to infinity.
+template <class A>
+void test_gelu(const KernelTable& k, Activation act, double bound) {
+  std::vector<A> a;
+  for (double v = -20; v <= 20; v += 1.0 / 512) a.push_back(A(v));
+  const size_t inner = a.size();
+  for (A v : {A(0), A(100), A(1e4), A(1e20), A(3e38)}) {
+    a.push_back(v);
+    a.push_back(-v);
+  }
+  for (A v : {A(INFINITY), A(-INFINITY), A(NAN)}) a.push_back(v);
+  const std::vector<A> ones(a.size(), A(1));
+  std::vector<A> h = a, hs = a, slope = ones, sums(1);
   MlpRows p{};
-  p.dtype = DType::f32;
+  p.dtype = dtype_of<A>();
   p.segments = {nullptr, 1, 1, int64_t(a.size())};
   p.channels = 1;
+  p.activation = act;
   p.a = h.data();
   p.sums = sums.data();
   k.gelu_square_sum(p, one_thread());
-  double worst = 0;
-  for (size_t i = 0; i < a.size(); ++i)
-    worst = std::fmax(worst, std::fabs(h[i] - gelu(a[i])) / std::fmax(1.0, std::fabs(double(a[i]))));
-  check(worst < 1.5e-7, "gelu error", worst);
-  check(h[a.size() - 3] == 0.f && h[a.size() - 2] == 100.f && h[a.size() - 1] == 0.f, "gelu tails");
+  const A one = 1, zero = 0;  // with them ds becomes its product with the slope
+  p.a = hs.data();
+  p.ds = slope.data();
+  p.scale = &one;
+  p.kappa = p.beta = &zero;
+  k.mlp_backward_pointwise(p, one_thread());
+  double value_error = 0, slope_error = 0;
+  for (size_t i = 0; i < inner; ++i) {
+    value_error = std::fmax(value_error, std::fabs(h[i] - gelu(act, a[i])) / std::fmax(1.0, std::fabs(double(a[i]))));
+    slope_error = std::fmax(slope_error, std::fabs(slope[i] - gelu_slope(act, a[i])));
+  }
+  check(value_error < bound, "gelu error", value_error);
+  check(slope_error < 3 * bound, "gelu slope error", slope_error);
+  for (size_t i = inner; i + 3 < a.size(); ++i) {
+    check(h[i] == (a[i] > 0 ? a[i] : 0), "gelu tails", a[i]);
+    check(slope[i] == (a[i] == 0 ? A(0.5) : A(a[i] > 0)), "gelu slope tails", a[i]);
+  }
+  const A* last = &h[a.size() - 3];
+  check(last[0] == A(INFINITY) && std::isnan(last[1]) && std::isnan(last[2]), "gelu of infinities and NaN");
 }
 
 template <class A>
-void test_mlp(const KernelTable& k, int64_t channels) {
+void test_mlp(const KernelTable& k, int64_t channels, Activation act) {
   Random random(channels);
   const std::vector<int32_t> offsets = {3, 3, 8, 9};  // the first segment is empty; offsets need not start at 0
   const int64_t per_slot = 21, rows = 6 * per_slot, count = 3;
@@ -53,11 +63,11 @@ void test_mlp(const KernelTable& k, int64_t channels) {
     const int64_t s = r / per_slot < 5 ? 1 : 2;
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t i = r * channels + c, j = s * channels + c;
-      const double h = gelu(a[i]);
+      const double h = gelu(act, a[i]);
       t[j] += double(ds[i]) * h;
       square[j] += h * h;
       hs[i] = h * scale[j] + beta[c];
-      da[i] = (double(ds[i]) * scale[j] + h * kappa[j]) * gelu_slope(a[i]);
+      da[i] = (double(ds[i]) * scale[j] + h * kappa[j]) * gelu_slope(act, a[i]);
       db[c] += da[i];
     }
   }
@@ -67,6 +77,7 @@ void test_mlp(const KernelTable& k, int64_t channels) {
   p.dtype = dtype_of<A>();
   p.segments = {offsets.data(), per_slot, count, rows};
   p.channels = channels;
+  p.activation = act;
   p.a = h.data();
   p.ds = ds.data();
   p.sums = sums.data();
@@ -137,10 +148,15 @@ int main() {
       std::printf("%s: this processor lacks it, skipped\n", isa);
       continue;
     }
-    test_gelu(*k);
+    for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
+      test_gelu<float>(*k, act, 1.5e-7);
+      test_gelu<double>(*k, act, 4e-16);
+      for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
+        test_mlp<float>(*k, channels, act);
+        test_mlp<double>(*k, channels, act);
+      }
+    }
     for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
-      test_mlp<float>(*k, channels);
-      test_mlp<double>(*k, channels);
       test_layer_norm<float>(*k, channels);
       test_layer_norm<double>(*k, channels);
     }

@@ -87,6 +87,10 @@ inline Segments segments_of(const OptionalTensor& offsets, const Tensor& rows, i
   return {int32_pointer(offsets, rows, count + 1, "image_offsets"), rows_per_slot, count, row_count(rows)};
 }
 
+inline Activation gelu_form(bool tanh) {
+  return tanh ? Activation::gelu_tanh : Activation::gelu;
+}
+
 // float32, float64 and bfloat16; float16 where the device has kernels for it.
 inline DType feature_type(const Tensor& t, bool half) {
   const ScalarType type = t.scalar_type();

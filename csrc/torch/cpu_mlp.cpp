@@ -15,8 +15,9 @@ MlpRows rows_of(const Tensor& a, const OptionalTensor& offsets, int64_t rows_per
   return p;
 }
 
-Tensor gelu_square_sum_(Tensor a, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
+Tensor gelu_square_sum_(Tensor a, bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
   MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
+  p.activation = gelu_form(tanh);
   Tensor sums = new_stat(a, {segments, p.channels});
   p.sums = sums.mutable_data_ptr();
   kernels().gelu_square_sum(p, torch_threads());
@@ -33,9 +34,10 @@ void scale_rows_(Tensor h, const Tensor& scale, const Tensor& beta, const Option
   kernels().scale_rows(p, torch_threads());
 }
 
-Tensor mlp_backward_reduce(const Tensor& a, const Tensor& ds, const OptionalTensor& offsets, int64_t rows_per_slot,
-                           int64_t segments) {
+Tensor mlp_backward_reduce(const Tensor& a, const Tensor& ds, bool tanh, const OptionalTensor& offsets,
+                           int64_t rows_per_slot, int64_t segments) {
   MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
+  p.activation = gelu_form(tanh);
   check_like(ds, a, "ds");
   Tensor sums = new_stat(a, {segments, p.channels});
   p.ds = const_cast<void*>(ds.const_data_ptr());
@@ -45,8 +47,9 @@ Tensor mlp_backward_reduce(const Tensor& a, const Tensor& ds, const OptionalTens
 }
 
 Tensor mlp_backward_pointwise_(Tensor a, Tensor ds, const Tensor& scale, const Tensor& kappa, const Tensor& beta,
-                               const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
+                               bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
   MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
+  p.activation = gelu_form(tanh);
   check_like(ds, a, "ds");
   check_stat(scale, a, segments * p.channels, "scale");
   check_stat(kappa, a, segments * p.channels, "kappa");

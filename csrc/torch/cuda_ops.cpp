@@ -11,33 +11,34 @@ void* mutable_pointer(std::optional<Tensor>& t) {
 }
 
 std::tuple<Tensor, Tensor> gelu_statistics(const Tensor& a, std::optional<Tensor> h, const Tensor& gamma, double eps,
-                                           const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
+                                           bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot,
+                                           int64_t segments) {
   check_device<Cuda>(a, "a");
   const int64_t channels = last_size(a);
   if (h) check_like(*h, a, "h");
   check_stat(gamma, a, channels, "gamma");
   Tensor norm = new_stat(a, {segments, channels}), scale = new_stat(a, {segments, channels});
-  Cuda::gelu_statistics(
-      {Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels, a.const_data_ptr(),
-       mutable_pointer(h), gamma.const_data_ptr(), eps, norm.mutable_data_ptr(), scale.mutable_data_ptr()},
-      a);
+  Cuda::gelu_statistics({Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels, gelu_form(tanh),
+                         a.const_data_ptr(), mutable_pointer(h), gamma.const_data_ptr(), eps, norm.mutable_data_ptr(),
+                         scale.mutable_data_ptr()},
+                        a);
   return {norm, scale};
 }
 
-void gelu_scale(const Tensor& a, Tensor out, const OptionalTensor& scale, bool activated, const OptionalTensor& offsets,
+void gelu_scale(const Tensor& a, Tensor out, const OptionalTensor& scale, bool tanh, const OptionalTensor& offsets,
                 int64_t rows_per_slot, int64_t segments) {
   check_device<Cuda>(a, "a");
   check_like(out, a, "out");
   const int64_t channels = last_size(a);
   if (scale) check_stat(*scale, a, segments * channels, "scale");
-  Cuda::gelu_scale({Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels, a.const_data_ptr(),
-                    activated, pointer(scale), out.mutable_data_ptr()},
+  Cuda::gelu_scale({Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels, gelu_form(tanh),
+                    a.const_data_ptr(), pointer(scale), out.mutable_data_ptr()},
                    a);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mlp_backward_statistics(const OptionalTensor& a, const OptionalTensor& ds,
                                                            const OptionalTensor& t, const Tensor& norm,
-                                                           const Tensor& gamma, double eps,
+                                                           const Tensor& gamma, double eps, bool tanh,
                                                            const OptionalTensor& offsets, int64_t rows_per_slot,
                                                            int64_t segments) {
   check_device<Cuda>(norm, "norm");
@@ -53,16 +54,16 @@ std::tuple<Tensor, Tensor, Tensor> mlp_backward_statistics(const OptionalTensor&
          dgamma = new_stat(norm, {channels});
   Segments rows{nullptr, 1, segments, 0};
   if (a) rows = segments_of(offsets, *a, rows_per_slot, segments);
-  Cuda::mlp_backward_statistics(
-      {Cuda::dtype_of(like), rows, channels, pointer(a), pointer(ds), pointer(t), norm.const_data_ptr(),
-       gamma.const_data_ptr(), eps, scale.mutable_data_ptr(), kappa.mutable_data_ptr(), dgamma.mutable_data_ptr()},
-      norm);
+  Cuda::mlp_backward_statistics({Cuda::dtype_of(like), rows, channels, gelu_form(tanh), pointer(a), pointer(ds),
+                                 pointer(t), norm.const_data_ptr(), gamma.const_data_ptr(), eps,
+                                 scale.mutable_data_ptr(), kappa.mutable_data_ptr(), dgamma.mutable_data_ptr()},
+                                norm);
   return {scale, kappa, dgamma};
 }
 
 Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& scale, const Tensor& kappa,
-                              std::optional<Tensor> hs, Tensor da, const OptionalTensor& offsets, int64_t rows_per_slot,
-                              int64_t segments) {
+                              std::optional<Tensor> hs, Tensor da, bool tanh, const OptionalTensor& offsets,
+                              int64_t rows_per_slot, int64_t segments) {
   check_device<Cuda>(a, "a");
   const int64_t channels = last_size(a);
   check_like(ds, a, "ds");
@@ -71,10 +72,11 @@ Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& s
   check_stat(scale, a, segments * channels, "scale");
   check_stat(kappa, a, segments * channels, "kappa");
   Tensor db = new_stat(a, {channels});
-  Cuda::mlp_backward_pointwise({Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels,
-                                a.const_data_ptr(), ds.const_data_ptr(), scale.const_data_ptr(), kappa.const_data_ptr(),
-                                mutable_pointer(hs), da.mutable_data_ptr(), db.mutable_data_ptr()},
-                               a);
+  Cuda::mlp_backward_pointwise(
+      {Cuda::dtype_of(a), segments_of(offsets, a, rows_per_slot, segments), channels, gelu_form(tanh),
+       a.const_data_ptr(), ds.const_data_ptr(), scale.const_data_ptr(), kappa.const_data_ptr(), mutable_pointer(hs),
+       da.mutable_data_ptr(), db.mutable_data_ptr()},
+      a);
   return db;
 }
 

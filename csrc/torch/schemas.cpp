@@ -2,6 +2,8 @@
 // MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Contracts, tensor by tensor: the structs
 // of csrc/common/params.h and csrc/cuda/kernels.h, and for the MLP's parts
 // convnextv2_kernels/backends/reference/primitives.py.
+//
+// `tanh` chooses GELU's form; a name would leak, as the stable ABI of PyTorch 2.13 frees no string argument.
 #include <string>
 
 #include "binding.h"
@@ -37,14 +39,16 @@ CNX_LIBRARY_DEF(CNX_LIBRARY, m) {
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot,"
       " int segments, bool gelu, float eps) -> (Tensor dx, Tensor dgamma, Tensor dbeta)");
-  m.def("gelu_square_sum_(Tensor(a!) a, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+  m.def("gelu_square_sum_(Tensor(a!) a, bool tanh, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
   m.def(
       "scale_rows_(Tensor(a!) h, Tensor scale, Tensor beta, Tensor? offsets, int rows_per_slot, int segments)"
       " -> ()");
-  m.def("mlp_backward_reduce(Tensor a, Tensor ds, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+  m.def(
+      "mlp_backward_reduce(Tensor a, Tensor ds, bool tanh, Tensor? offsets, int rows_per_slot, int segments)"
+      " -> Tensor");
   m.def(
       "mlp_backward_pointwise_(Tensor(a!) a, Tensor(b!) ds, Tensor scale, Tensor kappa, Tensor beta,"
-      " Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+      " bool tanh, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
   m.def("grn_scale(Tensor square_sum, Tensor gamma, float eps) -> (Tensor norm, Tensor scale)");
   m.def("grn_gradient(Tensor t, Tensor norm, Tensor gamma, float eps) -> (Tensor kappa, Tensor dgamma)");
   m.def("column_sum(Tensor x) -> Tensor");
@@ -56,11 +60,13 @@ CNX_LIBRARY_DEF(CNX_LIBRARY, m) {
   // CUDA only. Arguments marked (a!) are results written in place of what they held; they may be the inputs themselves.
   const char* segments = "Tensor? offsets, int rows_per_slot, int segments";
   const auto def = [&](const char* head, const char* tail) { m.def((std::string(head) + segments + tail).c_str()); };
-  def("gelu_statistics(Tensor a, Tensor(a!)? h, Tensor gamma, float eps, ", ") -> (Tensor norm, Tensor scale)");
-  def("gelu_scale(Tensor a, Tensor(a!) out, Tensor? scale, bool activated, ", ") -> ()");
-  def("mlp_backward_statistics(Tensor? a, Tensor? ds, Tensor? t, Tensor norm, Tensor gamma, float eps, ",
+  def("gelu_statistics(Tensor a, Tensor(a!)? h, Tensor gamma, float eps, bool tanh, ",
+      ") -> (Tensor norm, Tensor scale)");
+  def("gelu_scale(Tensor a, Tensor(a!) out, Tensor? scale, bool tanh, ", ") -> ()");
+  def("mlp_backward_statistics(Tensor? a, Tensor? ds, Tensor? t, Tensor norm, Tensor gamma, float eps, bool tanh, ",
       ") -> (Tensor scale, Tensor kappa, Tensor dgamma)");
-  def("mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da, ",
+  def("mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da,"
+      " bool tanh, ",
       ") -> Tensor");
   m.def(
       "mlp_parameters(Tensor w1, Tensor b1, Tensor w2, Tensor? b2, Tensor beta, Tensor? ln_weight, Tensor? ln_bias,"

@@ -111,9 +111,9 @@ def linear(x, weight, bias=None):
     return out
 
 
-def pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act="gelu"):
+def pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act, eps=1e-6):
     activation = gelu if act == "gelu" else gelu_tanh
-    y = global_response_norm(activation(linear(x, w1, b1)), gamma, beta, mask, scope)
+    y = global_response_norm(activation(linear(x, w1, b1)), gamma, beta, mask, scope, eps)
     y = linear(y, w2, b2)
     if drop_path_scale is not None:
         for (n, _, _), row in pixels_of(x.shape, mask).items():
@@ -121,9 +121,9 @@ def pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scal
     return y if residual is None else residual + y
 
 
-def gathered_pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope):
+def gathered_pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act):
     x = gather_patches(x, mask)
-    return pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope)
+    return pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act)
 
 
 def _windows(x, weight, bias, size):
@@ -153,7 +153,8 @@ def downsample(x, ln_weight, ln_bias, weight, bias):
 
 
 def convnextv2_block(
-    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, mask, drop_path_scale, scope, act="gelu"
+    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, mask, drop_path_scale, scope, act, grn_eps
 ):
     y = depthwise_conv_layer_norm(x, dw_weight, dw_bias, ln_weight, ln_bias, mask)
-    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, mask, x, drop_path_scale, scope, act)
+    eps = 1e-6 if grn_eps is None else grn_eps
+    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, mask, x, drop_path_scale, scope, act, eps)

@@ -79,7 +79,8 @@ class Draw:
 
     @property
     def geometry(self) -> tuple:
-        return self.s**2, self.images, False, EPS, self.dtype, self.backend
+        act = "gelu_tanh" if self.optional else "gelu"
+        return self.s**2, self.images, False, act, EPS, self.dtype, self.backend
 
     def mlp(self, out_c: int) -> tuple:
         f, h = self.features, self.h
@@ -132,12 +133,12 @@ SAMPLES = {
     "grn_backward": lambda d: (
         d.x(), d.x(), d.stat(d.c), d.stat(d.images, d.c, positive=True), *d.segments, d.optional, EPS,
     ),
-    "gelu_square_sum_": lambda d: (d.features(d.rows, d.h), *d.segments),
+    "gelu_square_sum_": lambda d: (d.features(d.rows, d.h), d.optional, *d.segments),
     "scale_rows_": lambda d: (d.features(d.rows, d.h), d.stat(d.images, d.h), d.stat(d.h), *d.segments),
-    "mlp_backward_reduce": lambda d: (d.features(d.rows, d.h), d.features(d.rows, d.h), *d.segments),
+    "mlp_backward_reduce": lambda d: (d.features(d.rows, d.h), d.features(d.rows, d.h), d.optional, *d.segments),
     "mlp_backward_pointwise_": lambda d: (
         *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)), d.stat(d.h),
-        *d.segments,
+        d.optional, *d.segments,
     ),
     "grn_scale": lambda d: (d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
     "grn_gradient": lambda d: (d.stat(d.images, d.h), d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
@@ -152,18 +153,18 @@ SAMPLES = {
         *((d.layout.patch_of_slot, 3, 3) if d.optional else (None, 3 * d.s, 3 * d.s)),
     ),
     "gelu_statistics": lambda d: (
-        d.features(d.rows, d.h), d.maybe(d.features(d.rows, d.h)), d.stat(d.h), EPS, *d.segments,
+        d.features(d.rows, d.h), d.maybe(d.features(d.rows, d.h)), d.stat(d.h), EPS, d.optional, *d.segments,
     ),
     "gelu_scale": lambda d: (
-        *(d.features(d.rows, d.h) for _ in range(2)), d.maybe(d.stat(d.images, d.h)), not d.optional, *d.segments,
+        *(d.features(d.rows, d.h) for _ in range(2)), d.maybe(d.stat(d.images, d.h)), d.optional, *d.segments,
     ),
     "mlp_backward_statistics": lambda d: (
         *(d.maybe(d.features(d.rows, d.h)) for _ in range(2)), None if d.optional else d.stat(d.images, d.h),
-        d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS, *d.segments,
+        d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS, d.optional, *d.segments,
     ),
     "mlp_backward_pointwise": lambda d: (
         *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)),
-        d.maybe(d.features(d.rows, d.h)), d.features(d.rows, d.h), *d.segments,
+        d.maybe(d.features(d.rows, d.h)), d.features(d.rows, d.h), d.optional, *d.segments,
     ),
     "mlp_parameters": lambda d: (
         d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c), d.stat(d.h),
@@ -187,9 +188,9 @@ SAMPLES = {
     "mlp_backward": lambda d: (
         d.x(d.o), d.x(), *d.mlp(d.o), d.drop_path(), d.offsets, *_mlp_state(d), *d.geometry,
     ),
-    "block_forward": lambda d: (d.x(), *_block(d), d.features(d.c), *_block_index(d), *d.geometry),
+    "block_forward": lambda d: (d.x(), *_block(d), d.features(d.c), *_block_index(d), EPS, *d.geometry),
     "block_backward": lambda d: (
-        d.x(), d.x(), *_block_state(d), *_block(d), *_block_index(d), *d.geometry,
+        d.x(), d.x(), *_block_state(d), *_block(d), *_block_index(d), EPS, *d.geometry,
     ),
 }  # fmt: skip
 

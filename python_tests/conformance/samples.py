@@ -156,13 +156,13 @@ def _norm_grn(d, at, c, scope):
     return {"x": x, **d.norm(c), **d.grn(c)}, {"layout": layout, "scope": scope}
 
 
-def _mlp(d, at, c, hidden, out_c, residual, drop, scope, gathered=False):
+def _mlp(d, at, c, hidden, out_c, residual, drop, scope, act="gelu", gathered=False):
     x, layout = d.dense(*at, c) if gathered else d.features(*at, c)
     shape = (layout.num_patches, at[1], at[1]) if gathered else x.shape[:-1]
     hidden, out_c = hidden or 4 * c, out_c or c
     tensors = {"x": x, **d.mlp(c, hidden, out_c), "residual": d.normal(*shape, out_c) if residual else None}
     scale = d.drop_path(_images(x, layout)) if drop else None
-    return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope}
+    return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope, "act": act}
 
 
 def _gathered_mlp(d, **axes):
@@ -200,15 +200,15 @@ def _linear(d, at, c, out_c, bias):
     return {"x": x, "weight": d.normal(out_c, c, scale=c**-0.5), "bias": d.normal(out_c) if bias else None}, {}
 
 
-def _block(d, at, c, hidden, k, bias, drop, scope):
+def _block(d, at, c, hidden, k, bias, drop, scope, act="gelu", grn_eps=None):
     x, layout = d.features(*at, c)
     tensors = {"x": x, **d.conv(c, k, bias, "dw_"), **d.norm(c), **d.mlp(c, hidden or 4 * c, c)}
     scale = d.drop_path(_images(x, layout)) if drop else None
-    return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope}
+    return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope, "act": act, "grn_eps": grn_eps}
 
 
 class OpSpec(NamedTuple):
-    """How to make a sample of an op, and the values a small one has for each of its axes."""
+    """How to make a sample of an op, and the values a small one has for each of its axes without a default."""
 
     make: Callable
     small: dict[str, Any]

@@ -63,6 +63,11 @@ def test_ragged_layouts_compile(backend, op):
 
 
 @parametrize_backends()
+def test_the_other_gelu_and_eps_compile(backend):
+    check("convnextv2_block", backend, act="gelu_tanh", grn_eps=0.5)
+
+
+@parametrize_backends()
 def test_compiled_under_autocast(backend):
     sample = make_sample("convnextv2_block", at=("uniform", 2)).cast(F32, backend.device)
     cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device)

@@ -9,7 +9,7 @@ import convnextv2_kernels as ck
 
 from .backends import BF16, F16, F32, F64, parametrize_backends, parametrize_backends_and_dtypes
 from .layouts import make_layout
-from .samples import SPECS, cotangent_of, make_sample
+from .samples import SPECS, Sample, cotangent_of, make_sample
 from .tolerance import check
 
 WITH_GRN = ("global_response_norm", "gelu_grn", "layer_norm_grn", "pointwise_mlp", "convnextv2_block")
@@ -102,16 +102,26 @@ def test_layer_norm_of_a_large_mean(backend):
     assert float((got - truth).abs().max()) <= 8 * torch.finfo(F32).eps * 1000.0
 
 
+# both tails, the steep part and signed zeros
+POINTS = torch.cat([torch.linspace(-15, 15, 1208), torch.tensor([-0.0, 0.0, 1e-30, -1e-30, 40.0, -40.0, 1e4, -1e4])])
+
+
 @parametrize_backends_and_dtypes(DTYPES)
 def test_gelu_over_its_whole_range(backend, dtype):
-    """Both tails, the steep part and signed zeros; GRN with gamma 0 leaves the GELU alone."""
-    points = torch.cat(
-        [torch.linspace(-15, 15, 1201), torch.tensor([-0.0, 0.0, 1e-30, -1e-30, 40.0, -40.0, 1e4, -1e4])]
-    )
-    sample = make_sample("gelu_grn", c=1, at=("dense_1x5", None))
+    """GRN with gamma 0 leaves the GELU alone."""
     zero = torch.zeros(1, dtype=F64)
-    sample = sample._replace(tensors={"x": points.double().view(1, 1, -1, 1), "gamma": zero, "beta": zero.clone()})
-    check(sample, backend.name, dtype, backend.device)
+    tensors = {"x": POINTS.double().view(1, 1, -1, 1), "gamma": zero, "beta": zero.clone()}
+    check(Sample("gelu_grn", tensors, {}), backend.name, dtype, backend.device)
+
+
+@pytest.mark.parametrize("act", ("gelu", "gelu_tanh"))
+@parametrize_backends_and_dtypes(DTYPES)
+def test_the_gelu_of_the_mlp_over_its_whole_range(backend, dtype, act):
+    """So do products with the identity."""
+    tensors = {"x": POINTS.double().view(1, 1, -1, 8)}
+    tensors |= {name: torch.eye(8, dtype=F64) for name in ("w1", "w2")}
+    tensors |= {name: torch.zeros(8, dtype=F64) for name in ("b1", "gamma", "beta", "b2")}
+    check(Sample("pointwise_mlp", tensors, {"act": act}), backend.name, dtype, backend.device)
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
@@ -119,8 +129,8 @@ def test_gelu_over_its_whole_range(backend, dtype):
 def test_a_bad_number_is_not_swallowed(backend, value):
     """One NaN or infinity in an image reaches the output of that image, and of no other image."""
     layout = make_layout("uniform", backend.device)
-    for op in ("global_response_norm", "gelu_grn", "layer_norm_grn", "pointwise_mlp", "convnextv2_block"):
-        sample = make_sample(op, at=("uniform", 2)).cast(F32, backend.device)
+    for op, axes in (*((op, {}) for op in WITH_GRN), ("pointwise_mlp", {"act": "gelu_tanh"})):
+        sample = make_sample(op, at=("uniform", 2), **axes).cast(F32, backend.device)
         clean = sample.run(backend.name)["out"]
         with torch.no_grad():
             sample.tensors["x"][layout.image_offsets[1], 0, 0, 0] = value

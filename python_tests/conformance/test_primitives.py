@@ -59,15 +59,17 @@ def calls(rows, segments):
         "linear_input_grad": (draw(rows, H), draw(H, C)),
         "linear_weight_grad": (draw(rows, H), draw(rows, C)),
         "column_sum": (draw(rows, H),),
-        "gelu_grn_linear": (draw(rows, H), draw(H), draw(H), EPS, draw(C, H), draw(C), None, True, *segments),
+        "gelu_grn_linear": (
+            draw(rows, H), "gelu", draw(H), draw(H), EPS, draw(C, H), draw(C), None, True, *segments,
+        ),
         "gelu_grn_linear with residual": (
-            draw(rows, H), draw(H), draw(H), EPS, draw(C, H), draw(C), draw(rows, C), False, *segments,
+            draw(rows, H), "gelu_tanh", draw(H), draw(H), EPS, draw(C, H), draw(C), draw(rows, C), False, *segments,
         ),
         "gelu_grn_linear_backward": (
-            draw(rows, H), d, d.sum(0), norm, draw(H), draw(H), EPS, draw(C, H), True, *segments,
+            draw(rows, H), "gelu", d, d.sum(0), norm, draw(H), draw(H), EPS, draw(C, H), True, *segments,
         ),
         "gelu_grn_linear_backward may overwrite": (
-            draw(rows, H), d, d.sum(0), norm, draw(H), draw(H), EPS, draw(C, H), False, *segments,
+            draw(rows, H), "gelu_tanh", d, d.sum(0), norm, draw(H), draw(H), EPS, draw(C, H), False, *segments,
         ),
         "prepare_parameters folding": (*weights, (draw(C), draw(C)), draw(1)),
         "prepare_parameters of backward": (*weights[:3], None, weights[4], None, draw(1)),
@@ -83,10 +85,10 @@ def with_arguments(k, function, arguments):
 
 def with_prepared_parameters(k, function, arguments):
     """The second product, whose bias a backend may change beforehand."""
-    a, gamma, beta, eps, weight, bias, *rest = arguments
+    a, act, gamma, beta, eps, weight, bias, *rest = arguments
     w1, b1 = weight.t(), weight[0]
     _, _, weight, bias = k.prepare_parameters(w1, b1, weight, bias, beta, None, a)
-    return getattr(k, function)(a, gamma, beta, eps, weight, bias, *rest)
+    return getattr(k, function)(a, act, gamma, beta, eps, weight, bias, *rest)
 
 
 @pytest.mark.parametrize("case", CASES)

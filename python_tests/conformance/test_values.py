@@ -36,11 +36,12 @@ assert {where for where, _ in PACKED} == set(LAYOUTS)
 YES_NO = (True, False)
 WIDTHS = (1, 5, 17, 40, 96)
 SCOPES = ("image", "batch")
+ACTS = ("gelu", "gelu_tanh")
 _CONV = {"at": PACKED + DENSE + BIG, "c": WIDTHS, "k": (7, 3, 5, 9, 11), "bias": YES_NO}
 _GRN = {"at": PACKED + DENSE + BIG, "c": WIDTHS, "scope": SCOPES}
 _MLP = {
     "at": PACKED + DENSE, "c": (1, 5, 17, 24), "hidden": (None, 13), "out_c": (None, 9), "residual": YES_NO,
-    "drop": YES_NO, "scope": SCOPES,
+    "drop": YES_NO, "scope": SCOPES, "act": ACTS,
 }  # fmt: skip
 _STEM = {"at": PACKED + DENSE, "c": (1, 5, 40), "in_chans": (3, 1, 4), "bias": YES_NO}
 AXES = {
@@ -63,7 +64,7 @@ AXES = {
     "linear": {"at": PACKED + DENSE, "c": (1, 5, 40), "out_c": (10, 1, 34), "bias": YES_NO},
     "convnextv2_block": {
         "at": PACKED + DENSE, "c": (1, 5, 17, 24), "hidden": (None, 13), "k": (7, 3, 5, 9, 11), "bias": YES_NO,
-        "drop": YES_NO, "scope": SCOPES,
+        "drop": YES_NO, "scope": SCOPES, "act": ACTS, "grn_eps": (None, 0.5),
     },
 }  # fmt: skip
 

@@ -37,12 +37,13 @@ fakes.register("convnextv2_kernels")
 
 
 def gelu_grn_linear(
-    a: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Turns a into gelu(a) in place, and applies GRN in place or through the weight."""
+    """Turns a into act(a) in place, and applies GRN in place or through the weight."""
     h = a.clone() if keep_a else a
-    norm, scale = _ops.grn_scale.default(_ops.gelu_square_sum_.default(h, *segments), gamma, eps)
+    square_sum = _ops.gelu_square_sum_.default(h, act == "gelu_tanh", *segments)
+    norm, scale = _ops.grn_scale.default(square_sum, gamma, eps)
     return _scaled_linear(h, weight, bias, scale, beta, residual, *segments), norm
 
 
@@ -65,14 +66,14 @@ def _scaled_linear(
 
 
 def gelu_grn_linear_backward(
-    a: Tensor, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    weight: Tensor, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Overwrites a with the GRN output, whose product with d is the weight's gradient, and ds with da."""
-    a = a.clone() if keep_a else a
+    a, tanh = a.clone() if keep_a else a, act == "gelu_tanh"
     scale = _ops.grn_scale.default(norm.square(), gamma, eps)[1]
     ds = linear_input_grad(d, weight)
-    t = _ops.mlp_backward_reduce.default(a, ds, *segments)
+    t = _ops.mlp_backward_reduce.default(a, ds, tanh, *segments)
     kappa, dgamma = _ops.grn_gradient.default(t, norm, gamma, eps)
-    da_sum = _ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, beta, *segments)
+    da_sum = _ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, beta, tanh, *segments)
     return ds, da_sum, dgamma, linear_weight_grad(d, a)

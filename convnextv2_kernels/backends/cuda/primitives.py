@@ -96,19 +96,19 @@ def _rows_per_image(a: Tensor, width: int, offsets: Tensor | None, _: int, count
 
 
 def gelu_grn_linear(
-    a: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Per image ``h (W2 scale)'`` where that pays; else a pass for the statistics, and one that forms ``h scale``."""
-    out_c, hidden = weight.shape
+    (out_c, hidden), tanh = weight.shape, act == "gelu_tanh"
     target = torch.empty_like(a) if keep_a else a
     rows = _rows_per_image(a, out_c, *segments)
     if rows is None:
-        norm, scale = _ops.gelu_statistics.default(a, None, gamma, eps, *segments)
-        _ops.gelu_scale.default(a, target, scale, False, *segments)
+        norm, scale = _ops.gelu_statistics.default(a, None, gamma, eps, tanh, *segments)
+        _ops.gelu_scale.default(a, target, scale, tanh, *segments)
         y = F.linear(target, weight, bias)
     else:
-        norm, scale = _ops.gelu_statistics.default(a, target, gamma, eps, *segments)
+        norm, scale = _ops.gelu_statistics.default(a, target, gamma, eps, tanh, *segments)
         scaled = weight.new_empty(scale.shape[0], out_c, hidden, dtype=a.dtype)
         torch.mul(weight, scale.unsqueeze(1), out=scaled)  # rounded once, in one pass
         y = torch.baddbmm(bias, target.view(-1, rows, hidden), scaled.transpose(1, 2)).view(-1, out_c)
@@ -116,27 +116,27 @@ def gelu_grn_linear(
 
 
 def gelu_grn_linear_backward(
-    a: Tensor, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    weight: Tensor, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Per image ``G = d' h`` where that pays, which gives t and the weight's gradient; else t is reduced from ds."""
-    out_c, hidden = weight.shape
+    (out_c, hidden), tanh = weight.shape, act == "gelu_tanh"
     rows = _rows_per_image(a, out_c, *segments)
     if rows is None:
         ds = d @ weight
-        scale, kappa, dgamma = _ops.mlp_backward_statistics.default(a, ds, None, norm, gamma, eps, *segments)
+        scale, kappa, dgamma = _ops.mlp_backward_statistics.default(a, ds, None, norm, gamma, eps, tanh, *segments)
         hs = torch.empty_like(a) if keep_a else a
-        da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, hs, ds, *segments)
+        da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, hs, ds, tanh, *segments)
         return ds, da_sum, dgamma, torch.addr(linear_weight_grad(d, hs), d_sum, beta)
     h = torch.empty_like(a)
-    _ops.gelu_scale.default(a, h, None, False, *segments)
+    _ops.gelu_scale.default(a, h, None, tanh, *segments)
     g = _product(d.view(-1, rows, out_c).transpose(1, 2), h.view(-1, rows, hidden))
     del h
     t = _ops.products_reduce.default(g, weight)
-    scale, kappa, dgamma = _ops.mlp_backward_statistics.default(None, None, t, norm, gamma, eps, *segments)
+    scale, kappa, dgamma = _ops.mlp_backward_statistics.default(None, None, t, norm, gamma, eps, tanh, *segments)
     dweight = _ops.products_weight.default(g, scale, d_sum, beta)
     ds = d @ weight
-    da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, None, ds, *segments)
+    da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, None, ds, tanh, *segments)
     return ds, da_sum, dgamma, dweight
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import statistics_dtype
+from .rows import gelu_form, statistics_dtype
 
 FOLDS_LAYER_NORM = False
 
@@ -80,17 +80,17 @@ def unfold_layer_norm(
 
 
 def gelu_grn_linear(
-    a: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor, residual: Tensor | None,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
+    residual: Tensor | None, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``GRN(h) @ weight [O, H]' + bias [+ residual]`` of ``h = gelu(a) [M, H]``, and GRN's ``norm [count, H]``.
+    """``GRN(h) @ weight [O, H]' + bias [+ residual]`` of ``h = act(a) [M, H]``, and GRN's ``norm [count, H]``.
 
-    ``norm`` is the root of the sum of ``h^2`` over the rows of a segment, ``GRN(h) = h * scale + beta`` with
-    ``scale = 1 + gamma * norm / (mean over H of norm + eps)``. a, weight and bias have T, gamma, beta ``[H]`` and norm
-    are statistics; the result has T, or the residual's dtype. weight and bias are as prepared. Unless ``keep_a``, a
-    may be overwritten."""
+    ``act`` is "gelu" or "gelu_tanh", ``norm`` the root of the sum of ``h^2`` over the rows of a segment, and ``GRN(h) =
+    h * scale + beta`` with ``scale = 1 + gamma * norm / (mean over H of norm + eps)``. a, weight and bias have T,
+    gamma, beta ``[H]`` and norm are statistics; the result has T, or the residual's dtype. weight and bias are as
+    prepared. Unless ``keep_a``, a may be overwritten."""
     owner = _segment_of_row(a, *segments)
-    h = F.gelu(a)
+    h = F.gelu(a, approximate=gelu_form(act))
     norm = _sums(h.to(gamma.dtype).square(), owner, segments[2]).sqrt()
     grn = h.to(gamma.dtype) * _grn_scale(norm, gamma, eps)[owner] + beta
     y = F.linear(grn.to(h.dtype), weight, bias)
@@ -102,25 +102,26 @@ def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
 
 
 def gelu_grn_linear_backward(
-    a: Tensor, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor,
-    keep_a: bool, *segments,
+    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
+    weight: Tensor, keep_a: bool, *segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """From the gradient ``d [M, O]`` of the result and its column sums: ``da [M, H]``, its column sums ``[H]``, and
     the gradients of gamma ``[H]`` and weight ``[O, H]``; norm is what forward gave. Unless ``keep_a``, a may be
     overwritten.
 
     With ``ds = d @ weight``, and ``dnorm`` the gradient of norm, which depends on the column sums of ``ds * h`` of each
-    segment: ``da = (ds * scale + h * kappa) * gelu'(a)``, ``kappa = dnorm / norm``, 0 where norm is 0."""
+    segment: ``da = (ds * scale + h * kappa) * act'(a)``, ``kappa = dnorm / norm``, 0 where norm is 0."""
     stat = gamma.dtype
     owner, wide = _segment_of_row(a, *segments), a.to(stat)
-    h, scale = F.gelu(wide), _grn_scale(norm, gamma, eps)
+    form = gelu_form(act)
+    h, scale = F.gelu(wide, approximate=form), _grn_scale(norm, gamma, eps)
     ds = (d @ weight).to(stat)
     t = _sums(ds * h, owner, segments[2])
     mean = norm.mean(-1, keepdim=True) + eps
     dq = gamma * t
     dnorm = dq / mean - (dq * norm).sum(-1, keepdim=True) / (norm.shape[-1] * mean.square())
     kappa = torch.where(norm > 0, dnorm / torch.where(norm > 0, norm, 1.0), 0.0)
-    da = torch.ops.aten.gelu_backward(ds * scale[owner] + h * kappa[owner], wide)
+    da = torch.ops.aten.gelu_backward(ds * scale[owner] + h * kappa[owner], wide, approximate=form)
     dweight = d.to(stat).t() @ (h * scale[owner] + beta)
     return da.to(a.dtype), da.sum(0), (norm / mean * t).sum(0), dweight
 

@@ -91,6 +91,11 @@ def layer_norm_grn(
     return global_response_norm(layer_norm(x, ln_weight, ln_bias, ln_eps), gamma, beta, layout, scope, eps)
 
 
+def gelu_form(act: str) -> str:
+    """PyTorch's name of the GELU that ``act`` names."""
+    return {"gelu": "none", "gelu_tanh": "tanh"}[act]
+
+
 def pointwise_mlp(
     x: Tensor,
     w1: Tensor,
@@ -109,7 +114,7 @@ def pointwise_mlp(
 ) -> Tensor:
     """``residual + drop_path * (GRN(act(x W1' + b1)) W2' + b2)``; matrix products in ``dtype``."""
     a = F.linear(x.to(dtype), w1.to(dtype), b1.to(dtype))
-    h = F.gelu(a, approximate="tanh" if act == "gelu_tanh" else "none")
+    h = F.gelu(a, approximate=gelu_form(act))
     h = global_response_norm(h, gamma, beta, layout, scope, eps)
     y = F.linear(h, w2.to(dtype), b2.to(dtype)).to(x.dtype)
     if drop_path_scale is not None:
@@ -134,12 +139,13 @@ def convnextv2_block(
     scope: str,
     act: str,
     eps: float,
+    grn_eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
     """``x + drop_path * MLP(LN(conv(x)))`` (paper Figure 5)."""
     y = layer_norm(depthwise_conv2d(x, dw_weight, dw_bias, layout), ln_weight, ln_bias, eps)
     return pointwise_mlp(
-        y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, eps, dtype
+        y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, grn_eps, dtype
     )
 
 
