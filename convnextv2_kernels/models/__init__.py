@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import CONFIGS, ModelConfig, get_config
-from .convnextv2 import ConvNeXtV2
+from .convnextv2 import ConvNeXtV2, ConvNeXtV2Features
 from .encoder import SparseEncoder
 from .fcmae import FCMAE
 from .pixels import patchify, unpatchify
@@ -14,6 +14,7 @@ __all__ = [
     "CONFIGS",
     "FCMAE",
     "ConvNeXtV2",
+    "ConvNeXtV2Features",
     "ModelConfig",
     "SparseEncoder",
     "create_fcmae",
@@ -25,21 +26,23 @@ __all__ = [
 
 
 def create_model(
-    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, **kwargs: Any
-) -> ConvNeXtV2:
+    name: str,
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.0,
+    features_only: bool = False,
+    **kwargs: Any,
+) -> ConvNeXtV2 | ConvNeXtV2Features:
     """Classifier called ``convnextv2_<size>``; ``kwargs`` go to :class:`ConvNeXtV2`.
+
+    With ``features_only`` a backbone that returns the maps of its stages instead, without a head;
+    ``kwargs`` (``out_indices`` among them) go to :class:`ConvNeXtV2Features`.
 
     Raises:
         ValueError: an unknown name (the message lists the known ones) or an argument out of range.
     """
     depths, dims = get_config(name)
-    return ConvNeXtV2(
-        num_classes=num_classes,
-        depths=depths,
-        dims=dims,
-        drop_path_rate=drop_path_rate,
-        **kwargs,
-    )
+    kwargs.update(depths=depths, dims=dims, drop_path_rate=drop_path_rate)
+    return ConvNeXtV2Features(**kwargs) if features_only else ConvNeXtV2(num_classes=num_classes, **kwargs)
 
 
 def create_fcmae(name: str, **kwargs: Any) -> FCMAE:

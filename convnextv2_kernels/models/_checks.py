@@ -20,8 +20,9 @@ def check_stages(depths: Sequence[int], dims: Sequence[int]) -> None:
             check_positive(f"{name}[{stage}]", value)
 
 
-def check_images(images: Tensor, in_chans: int, multiple: int) -> None:
-    """Floating-point ``[N, in_chans, H, W]`` with H and W multiples of ``multiple``."""
+def check_images(images: Tensor, in_chans: int, multiple: int, any_size: bool = False) -> None:
+    """Floating-point ``[N, in_chans, H, W]`` with H and W multiples of ``multiple``, or with
+    ``any_size`` at least that."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
     if not images.dtype.is_floating_point:
@@ -31,7 +32,12 @@ def check_images(images: Tensor, in_chans: int, multiple: int) -> None:
             f"images must have shape [N, {in_chans}, H, W], got {list(images.shape)}"
         )
     height, width = images.shape[2:]
-    if height % multiple or width % multiple or not height or not width:
+    if any_size:
+        if min(height, width) < multiple:
+            raise ValueError(
+                f"images must have sides of at least {multiple} pixels, got {height}x{width}"
+            )
+    elif height % multiple or width % multiple or not height or not width:
         raise ValueError(
             f"images must have sides that are multiples of {multiple}, got {height}x{width}"
         )

@@ -1,4 +1,4 @@
-"""The dense ConvNeXt V2 classifier."""
+"""The dense ConvNeXt V2 classifier, and its stages as a backbone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class ConvNeXtV2(Backbone):
 
     Args:
         in_chans: channels of the images.
-        num_classes: outputs of the head.
+        num_classes: outputs of the head; 0 leaves the head out, and the model returns what it would
+            see.
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the initial weights of the head.
@@ -44,26 +45,58 @@ class ConvNeXtV2(Backbone):
         feature_dtype: torch.dtype | None = None,
     ):
         super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype)
-        self.num_classes = check_positive("num_classes", num_classes)
+        self.num_classes = num_classes if num_classes == 0 else check_positive("num_classes", num_classes)
         self.norm = LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], num_classes)
-        init_linear_map(self.head)
-        with torch.no_grad():
-            self.head.weight.mul_(head_init_scale)
+        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            init_linear_map(self.head)
+            with torch.no_grad():
+                self.head.weight.mul_(head_init_scale)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """``images [N, in_chans, H, W]`` -> ``[N, dims[3]]``: the last stage, averaged over its
-        sites, then normalised.
-
-        Raises:
-            ValueError: a side that is not a multiple of 32. (The official code drops what is left
-            over of a
-                side without saying so.)
-        """
+        """``images [N, in_chans, H, W]``, sides of at least 32 -> ``[N, dims[3]]``: the last stage,
+        averaged over its sites, then normalised."""
         features = self.run_stages(images).mean(dim=(1, 2))
         return self.norm(features if self.feature_dtype is None else features.to(images.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
-        """``images [N, in_chans, H, W]``, H and W multiples of 32 -> logits ``[N,
-        num_classes]``."""
+        """``images [N, in_chans, H, W]``, sides of at least 32 -> logits ``[N, num_classes]``, or
+        ``[N, dims[3]]`` without a head."""
         return self.head(self.forward_features(images))
+
+
+class ConvNeXtV2Features(Backbone):
+    """The feature maps of the stages, as a backbone for detection or segmentation takes them.
+
+    The state_dict is that of the classifier without ``norm`` and ``head``. No norm follows a stage:
+    the official code has none there either.
+
+    Args:
+        out_indices: the stages whose maps are returned, 0 to 3, ascending.
+        The rest as :class:`ConvNeXtV2`.
+
+    Attributes:
+        channels, strides: of each returned map.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        depths: Sequence[int] = _TINY.depths,
+        dims: Sequence[int] = _TINY.dims,
+        drop_path_rate: float = 0.0,
+        feature_dtype: torch.dtype | None = None,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+    ):
+        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype)
+        self.out_indices = tuple(out_indices)
+        if not self.out_indices or self.out_indices != tuple(sorted(set(self.out_indices) & {0, 1, 2, 3})):
+            raise ValueError(f"out_indices must be ascending stages from 0 to 3, got {tuple(out_indices)}")
+        self.channels = tuple(dims[i] for i in self.out_indices)
+        self.strides = tuple(4 << i for i in self.out_indices)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """``images [N, in_chans, H, W]``, sides of at least 32 -> maps ``[N, channels[i],
+        H//strides[i], W//strides[i]]`` in channels-last strides."""
+        stages = enumerate(self.stage_outputs(images))
+        return [x.permute(0, 3, 1, 2) for i, x in stages if i in self.out_indices]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +55,21 @@ class Backbone(nn.Module):
             for depth, dim in zip(depths, dims, strict=True)
         )
 
-    def run_stages(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
-        """``images [N, in_chans, H, W]`` -> features of the last stage, of stride 32.
+    def stage_outputs(
+        self, images: Tensor, layout: PatchLayout | None = None
+    ) -> Iterator[Tensor]:
+        """The features of one stage after the other, of stride 4, 8, 16 and 32.
 
-        Packed ``[P, p/32, p/32, dims[3]]`` for patches of p pixels, or dense ``[N, H/32, W/32,
-        dims[3]]`` without a layout.
+        Stage i of ``images [N, in_chans, H, W]``: packed ``[P, p/2^(i+2), p/2^(i+2), dims[i]]`` for
+        patches of p pixels, or dense ``[N, H/2^(i+2), W/2^(i+2), dims[i]]`` without a layout, sides
+        rounded down as by PyTorch's convolutions.
 
         Raises:
-            TypeError, ValueError: images of another shape or dtype, sides that are not multiples of
-            32, or a
-                layout that is not of these images.
+            TypeError, ValueError: images of another shape or dtype; without a layout, a side of
+                less than 32; a layout that is not of these images, or sides that are not multiples
+                of 32 with one.
         """
-        check_images(images, self.in_chans, 32)
+        check_images(images, self.in_chans, 32, any_size=layout is None)
         if layout is not None:
             check_layout(layout, images)
         x = images if self.feature_dtype is None else images.to(self.feature_dtype)
@@ -74,6 +77,11 @@ class Backbone(nn.Module):
             x = downsample(x, layout)
             for block in stage:
                 x = block(x, layout)
+            yield x
+
+    def run_stages(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
+        """The last of :meth:`stage_outputs`."""
+        *_, x = self.stage_outputs(images, layout)
         return x
 
 
@@ -91,5 +99,5 @@ class SparseEncoder(Backbone):
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``images [N, in_chans, H, W]`` -> packed ``[P, p/32, p/32, dims[3]]`` for patches of p
-        pixels (p any multiple of 32), or dense ``[N, H/32, W/32, dims[3]]`` without a layout."""
+        pixels (p any multiple of 32), or dense ``[N, H//32, W//32, dims[3]]`` without a layout."""
         return self.run_stages(images, layout)

@@ -60,6 +60,7 @@ class ConvNeXtV2Block(nn.Module):
             drop_path_scale=self._draw_drop_path_scale(x, layout),
             scope=self.grn.scope,
             eps=self.norm.eps,
+            grn_eps=self.grn.eps,
         )
 
     def _draw_drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:

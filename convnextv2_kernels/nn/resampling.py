@@ -29,7 +29,7 @@ class PatchEmbed(nn.Sequential):
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``images [N, in_chans, H, W]`` -> packed ``[P, s, s, C]`` with s = patch side / 4; dense
-        ``[N, H/4, W/4, C]`` without a layout."""
+        ``[N, H//4, W//4, C]`` without a layout."""
         conv, norm = self
         return ops.patch_embed_layer_norm(
             images, conv.weight, conv.bias, norm.weight, norm.bias, layout, eps=norm.eps
@@ -51,6 +51,6 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """Packed ``[P, s, s, dim_in]`` -> ``[P, s/2, s/2, dim_out]``, or dense ``[N, H, W,
-        dim_in]`` -> ``[N, H/2, W/2, dim_out]``, of even sides; the two are computed alike."""
+        dim_in]`` -> ``[N, H//2, W//2, dim_out]``; the two are computed alike."""
         norm, conv = self
         return ops.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)

@@ -87,13 +87,19 @@ def _check_images(
                 f"images are {h}x{w} pixels, expected the layout's grid {gh}x{gw} times one patch side that is a "
                 "multiple of 4"
             )
-    elif h % 4 or w % 4:
-        raise ValueError(f"images are {h}x{w} pixels, expected multiples of 4")
+    elif min(h, w) < 4:
+        raise ValueError(f"images are {h}x{w} pixels, expected sides of at least 4")
     if weight.dim() != 4:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, {c}, 4, 4]")
     check.check_param(weight, "weight", (weight.shape[0], c, 4, 4), images)
     if bias is not None:
         check.check_param(bias, "bias", (weight.shape[0],), images)
+
+
+def _whole_blocks(images: Tensor) -> Tensor:
+    """Without the rows and columns that are left over of a side that is no multiple of 4, as PyTorch's convolution
+    leaves them out; a copy where there are any."""
+    return images[:, :, : images.shape[2] // 4 * 4, : images.shape[3] // 4 * 4].contiguous()
 
 
 def _index(images: Tensor, layout: PatchLayout | None) -> tuple:
@@ -109,20 +115,22 @@ def patch_embed(
     """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
 
     Args:
-        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4.
+        images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4,
+            without one at least 4.
         weight: ``[C, in, 4, 4]``. bias: ``[C]`` or None.
 
     Returns:
-        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H/4, W/4, C]`` without a layout. Hidden pixels are not read.
+        Packed ``[P, patch/4, patch/4, C]``, or ``[N, H//4, W//4, C]`` without a layout. Hidden pixels are not read.
     """
     _check_images(images, weight, bias, layout)
+    images = _whole_blocks(images)
     dtype = product_dtype(images)
     backend = backends.select(images, "patch_embed", dtype)
     with no_autocast(images):
         if backend == "reference":
             return ref.patch_embed(images, weight, bias, layout, dtype)
         index = _index(images, layout)
-        return _Stem.apply(images.contiguous(), weight, bias, None, None, *index, 0.0, dtype, backend)
+        return _Stem.apply(images, weight, bias, None, None, *index, 0.0, dtype, backend)
 
 
 def patch_embed_layer_norm(
@@ -142,6 +150,7 @@ def patch_embed_layer_norm(
     check.check_param(ln_weight, "ln_weight", (weight.shape[0],), images)
     check.check_param(ln_bias, "ln_bias", (weight.shape[0],), images)
     check.check_eps(eps)
+    images = _whole_blocks(images)
     dtype = product_dtype(images)
     backend = backends.select(images, "patch_embed_layer_norm", dtype)
     with no_autocast(images):
@@ -149,4 +158,4 @@ def patch_embed_layer_norm(
             y = ref.patch_embed(images, weight, bias, layout, dtype)
             return ref.layer_norm(y, ln_weight, ln_bias, eps)
         index = _index(images, layout)
-        return _Stem.apply(images.contiguous(), weight, bias, ln_weight, ln_bias, *index, eps, dtype, backend)
+        return _Stem.apply(images, weight, bias, ln_weight, ln_bias, *index, eps, dtype, backend)

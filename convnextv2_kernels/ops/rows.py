@@ -308,14 +308,16 @@ def downsample(
     """LayerNorm, then 2x2 convolution of stride 2; needs no layout, as it never crosses a patch.
 
     Args:
-        x: ``[P, s, s, C]`` packed or ``[N, H, W, C]`` dense, even sides. weight: ``[O, C, 2, 2]``. bias: ``[O]``.
+        x: ``[P, s, s, C]`` packed or ``[N, H, W, C]`` dense, sides of at least 2. weight: ``[O, C, 2, 2]``.
+            bias: ``[O]``.
 
     Returns:
-        ``[P, s/2, s/2, O]`` (or ``[N, H/2, W/2, O]``) of x's dtype.
+        ``[P, s/2, s/2, O]`` (or ``[N, H//2, W//2, O]``) of x's dtype. As in PyTorch's convolution the last row or
+        column of an odd side has no part in it; leaving it out costs a copy of x.
     """
     check.check_packed(x, None)
-    if x.shape[1] % 2 or x.shape[2] % 2:
-        raise ValueError(f"x has shape {list(x.shape)}, expected even sides in dimensions 1 and 2")
+    if min(x.shape[1:3]) < 2:
+        raise ValueError(f"x has shape {list(x.shape)}, expected sides of at least 2 in dimensions 1 and 2")
     c = x.shape[-1]
     check.check_float(weight, "weight")
     if weight.dim() != 4:
@@ -326,6 +328,7 @@ def downsample(
     if bias is not None:
         check.check_param(bias, "bias", (weight.shape[0],), x)
     check.check_eps(eps)
+    x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     dtype = product_dtype(x)
     backend = backends.select(x, "downsample", dtype)
     with no_autocast(x):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from masked_dense import Encoder
 
-from convnextv2_kernels.models import CONFIGS, ConvNeXtV2, create_fcmae, create_model
+from convnextv2_kernels.models import CONFIGS, ConvNeXtV2, ConvNeXtV2Features, create_fcmae, create_model
 
 # Official parameter counts of classifier (1000 classes) and encoder, and state_dict entries.
 OFFICIAL = {
@@ -66,6 +66,33 @@ def test_equals_plain_layers():
     torch.testing.assert_close(model(images), logits, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("size", [(64, 64), (75, 118), (32, 63)])
+def test_maps_of_the_stages(size):
+    """As timm's ``features_only``: maps in NCHW, sides rounded down, of any image that has a pixel in each."""
+    model = create_model("convnextv2_atto", features_only=True, out_indices=(0, 2, 3))
+    assert (model.channels, model.strides) == ((40, 160, 320), (4, 16, 32))
+    images = torch.randn(2, 3, *size)
+    maps = model(images)
+    assert [m.shape for m in maps] == [
+        (2, c, size[0] // s, size[1] // s) for c, s in zip(model.channels, model.strides, strict=True)
+    ]
+    classifier = create_model("convnextv2_atto", num_classes=0)
+    assert set(classifier.state_dict()) - set(model.state_dict()) == {"norm.weight", "norm.bias"}
+    classifier.load_state_dict(model.state_dict(), strict=False)
+    pooled = F.layer_norm(maps[-1].mean((2, 3)), (320,), eps=1e-6)
+    torch.testing.assert_close(classifier(images), pooled, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_left_over_of_a_side_has_no_part():
+    """As in the official code, whose strided convolutions drop it."""
+    model = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8)).double()
+    images = torch.randn(2, 3, 67, 98, dtype=torch.float64, requires_grad=True)
+    out = model(images)
+    torch.testing.assert_close(out, model(images[:, :, :64, :96]))  # 98 // 4 is 24, as is 96 // 4
+    (grad,) = torch.autograd.grad(out.sum(), images)
+    assert not grad[:, :, 64:].any() and not grad[:, :, :, 96:].any() and grad[:, :, :64, :96].any()
+
+
 def test_drop_path_grows_linearly():
     model = ConvNeXtV2(3, 10, (1, 1, 2, 1), (4, 4, 4, 4), drop_path_rate=0.4)
     rates = [block.drop_path for stage in model.stages for block in stage]
@@ -102,11 +129,14 @@ def test_errors():
         with pytest.raises(ValueError, match="convnextv2_atto, .*convnextv2_huge; got 'resnet50'"):
             create("resnet50")
     with pytest.raises(ValueError, match="num_classes"):
-        ConvNeXtV2(num_classes=0)
+        ConvNeXtV2(num_classes=-1)
+    for indices in ((), (0, 4), (2, 1), (1, 1)):
+        with pytest.raises(ValueError, match="out_indices must be ascending stages from 0 to 3, got"):
+            ConvNeXtV2Features(out_indices=indices)
     with pytest.raises(ValueError, match="drop_path_rate"):
         ConvNeXtV2(drop_path_rate=1.0)
     model = ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8))
-    with pytest.raises(ValueError, match="multiples of 32, got 48x64"):
-        model(torch.randn(1, 3, 48, 64))
+    with pytest.raises(ValueError, match="sides of at least 32 pixels, got 31x64"):
+        model(torch.randn(1, 3, 31, 64))
     with pytest.raises(ValueError, match=r"images must have shape \[N, 3, H, W\]"):
         model(torch.randn(3, 64, 64))

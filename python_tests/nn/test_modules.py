@@ -242,5 +242,5 @@ def test_wrong_input_is_refused(dense, layout):
         block(dense, ck.PatchLayout.from_mask(torch.zeros(2, 2, 2, dtype=torch.bool)))
     with pytest.raises(TypeError, match="dtype"):
         block(dense.float())
-    with pytest.raises(ValueError, match="even"):
-        cnn.Downsample(DIM, 8).double()(dense[:, :3])
+    with pytest.raises(ValueError, match="sides of at least 2"):
+        cnn.Downsample(DIM, 8).double()(dense[:, :1])
