@@ -2,20 +2,29 @@
 
 from . import models, nn, ops
 from .backends import use_backend
+from .checkpoints import LoadReport, convert_state_dict, load_checkpoint
+from .fuse import FuseReport, fuse, fused, unfuse
 from .graphs import make_graphed_step
 from .info import info
 from .layout import PatchLayout, random_kept, random_mask
 from .version import __version__
 
 __all__ = [
+    "FuseReport",
+    "LoadReport",
     "PatchLayout",
+    "convert_state_dict",
+    "fuse",
+    "fused",
     "info",
+    "load_checkpoint",
     "make_graphed_step",
     "models",
     "nn",
     "ops",
     "random_kept",
     "random_mask",
+    "unfuse",
     "use_backend",
     "__version__",
 ]

@@ -1,7 +1,7 @@
 """timm and transformers, imported so that their tests run beside any PyTorch: ``from peers import timm, transformers``.
 
-torchvision's wheel on PyPI is built for CUDA. Beside a CPU build of PyTorch its extension does not load, and importing it
-(which timm always does) fails for want of two operators that nobody here calls. Declaring them is enough.
+torchvision's wheel on PyPI is built for CUDA. Beside a CPU build of PyTorch its extension does not load, and importing
+it (which timm always does) fails for want of two operators that nobody here calls. Declaring them is enough.
 """
 
 import sys

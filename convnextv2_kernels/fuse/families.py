@@ -1,0 +1,150 @@
+"""The ConvNeXt V2 blocks that can be fused: where their parts stand, and what keeps one from being fused.
+
+Every block here computes ``x + drop_path(scale * W2 GRN(GELU(W1 LN(conv(x)) + b1)) + b2)``; the families differ in
+names, in the shapes of weights and in whether ``scale`` (V1's layer scale) is there. A class is recognised by its name
+and that of its module, so that nothing is imported which the model did not bring with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class Parts(NamedTuple):
+    """What a block computes from: modules whose parameters are read, and GRN's own."""
+
+    conv: nn.Module
+    norm: nn.Module
+    fc1: nn.Module
+    act: nn.Module
+    grn: nn.Module
+    fc2: nn.Module
+    drop_path: nn.Module
+    gamma: Tensor
+    beta: Tensor
+    layer_scale: Tensor | None
+    grn_eps: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names, relative to a block, of its parts; ``classes`` are the ``module.Class`` it goes by.
+
+    Without ``classes`` a block is recognised by the names of its children, and a trial run decides (``probe.py``).
+    ``containers`` are modules besides the parts whose forward the fused block does not call.
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    conv: str
+    norm: str
+    fc1: str
+    act: str
+    grn: str
+    fc2: str
+    grn_parameters: tuple[str, str]
+    why_not: Callable[[nn.Module], str | None] = lambda block: None
+    layer_scale: str | None = None
+    drop_path: str = "drop_path"
+    containers: tuple[str, ...] = ()
+    uniform_drop_path: bool = False  # see forward.drop_path_factors
+
+    def __reduce__(self) -> tuple:
+        return family_titled, (self.title,)  # one object each, in copies and pickles of fused models too
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the modules of :class:`Parts`, in its order."""
+        return self.conv, self.norm, self.fc1, self.act, self.grn, self.fc2, self.drop_path
+
+    def base_class(self, block: nn.Module) -> type | None:
+        """The class of this family that the block is an instance of."""
+        if not self.classes:
+            children = {name for name, _ in block.named_children()}
+            return type(block) if children == set(self.names) else None
+        return next((c for c in type(block).__mro__ if f"{c.__module__}.{c.__qualname__}" in self.classes), None)
+
+    def parts(self, block: nn.Module) -> Parts:
+        """The block's parts as they are now: they may have been replaced since it was fused."""
+        modules = [submodule(block, name) for name in self.names]
+        grn = modules[4]
+        gamma, beta = (getattr(grn, name) for name in self.grn_parameters)
+        scale = None if self.layer_scale is None else getattr(block, self.layer_scale)
+        return Parts(*modules, gamma, beta, scale, getattr(grn, "eps", 1e-6))
+
+    def bypassed(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Name and module of everything in the block that is not called once it is fused."""
+        return [(name, submodule(block, name)) for name in (*self.names, *self.containers)]
+
+
+def submodule(block: nn.Module, name: str) -> nn.Module:
+    """``block.a.b`` for the name "a.b"."""
+    for part in name.split("."):
+        block = getattr(block, part)
+    return block
+
+
+def _why_not_timm(block: nn.Module) -> str | None:
+    if type(block.mlp).__name__ != "GlobalResponseNormMlp":
+        return f"mlp is a {type(block.mlp).__name__} without global response normalisation (ConvNeXt V1)"
+    if not isinstance(block.shortcut, nn.Identity):
+        return f"shortcut is a {type(block.shortcut).__name__}, expected the identity"
+    for name in ("drop1", "drop2"):
+        rate = getattr(block.mlp, name).p
+        if rate:
+            return f"mlp.{name} drops out with rate {rate:g}, expected 0"
+    return None
+
+
+TIMM = Family(
+    title="timm ConvNeXtBlock",
+    classes=("timm.models.convnext.ConvNeXtBlock",),
+    conv="conv_dw",
+    norm="norm",
+    fc1="mlp.fc1",
+    act="mlp.act",
+    grn="mlp.grn",
+    fc2="mlp.fc2",
+    grn_parameters=("weight", "bias"),
+    why_not=_why_not_timm,
+    layer_scale="gamma",
+    containers=("mlp", "mlp.drop1", "mlp.drop2", "shortcut"),
+)
+TRANSFORMERS = Family(
+    title="transformers ConvNextV2Layer",
+    classes=("transformers.models.convnextv2.modeling_convnextv2.ConvNextV2Layer",),
+    conv="dwconv",
+    norm="layernorm",
+    fc1="pwconv1",
+    act="act",
+    grn="grn",
+    fc2="pwconv2",
+    grn_parameters=("weight", "bias"),
+    uniform_drop_path=True,
+)
+OFFICIAL = Family(
+    title="official Block",
+    classes=(),
+    conv="dwconv",
+    norm="norm",
+    fc1="pwconv1",
+    act="act",
+    grn="grn",
+    fc2="pwconv2",
+    grn_parameters=("gamma", "beta"),
+)
+FAMILIES = (TIMM, TRANSFORMERS, OFFICIAL)
+
+
+def family_titled(title: str) -> Family:
+    """The family of this title."""
+    return next(family for family in FAMILIES if family.title == title)
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family a module is a block of."""
+    return next((family for family in FAMILIES if family.base_class(module) is not None), None)

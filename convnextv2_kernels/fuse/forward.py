@@ -1,0 +1,163 @@
+"""The forward of a fused block: one call of :func:`convnextv2_kernels.ops.convnextv2_block`.
+
+It is put on the instance, as ``block.forward``. The block's class, parameters, buffers, hooks and names stay what they
+were, so everything that wraps, shards, copies or saves the model goes on working.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+
+from .. import ops
+from ..ops.amp import product_dtype
+from .checks import activation, hooked
+from .families import Family
+
+
+@torch.fx.wrap
+def fused_block(
+    x: Tensor,
+    conv: tuple[Tensor, Tensor | None],
+    norm: tuple[Tensor, Tensor, float],
+    fc1: tuple[Tensor, Tensor],
+    grn: tuple[Tensor, Tensor, float],
+    fc2: tuple[Tensor, Tensor],
+    layer_scale: Tensor | None,
+    act: str,
+    drop_path: tuple[float, bool, bool],
+) -> Tensor:
+    """``x [N, C, H, W]`` -> the same shape and dtype, in channels-last strides; one node to torch.fx.
+
+    Args:
+        conv, fc1, fc2: weight and bias; those of the products as ``[out, in]`` or as 1x1 kernels.
+        norm, grn: weight, bias and eps of LayerNorm and of GRN.
+        layer_scale: ``[C]``, multiplied with the MLP's result, or None.
+        act: "gelu" or "gelu_tanh". drop_path: see :func:`drop_path_factors`; a rate of 0 drops nothing.
+    """
+    x = x.permute(0, 2, 3, 1)
+    factors = drop_path_factors(x, *drop_path) if drop_path[0] else None
+    w1, b1, w2, b2 = fc1[0].flatten(1), fc1[1], fc2[0].flatten(1), fc2[1]
+    mlp = (w1, b1, grn[0], grn[1])
+    if layer_scale is not None and product_dtype(x) == torch.float16:
+        # layer scale may start at 1e-6: float16 cannot hold its product with a weight
+        y = ops.depthwise_conv_layer_norm(x, *conv, *norm[:2], eps=norm[2])
+        y = layer_scale * ops.pointwise_mlp(y, *mlp, w2, b2, act=act, eps=grn[2])
+        y = y if factors is None else y * factors.view(-1, 1, 1, 1)
+        return (x + y).to(x.dtype).permute(0, 3, 1, 2)
+    if layer_scale is not None:
+        w2, b2 = w2 * layer_scale[:, None], b2 * layer_scale
+    y = ops.convnextv2_block(
+        x, *conv, *norm[:2], *mlp, w2, b2, drop_path_scale=factors, act=act, eps=norm[2], grn_eps=grn[2]
+    )
+    return y.permute(0, 3, 1, 2)
+
+
+def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool) -> Tensor:
+    """``[N]``: 0 with probability ``rate``, else 1, or ``1 / (1 - rate)`` with ``scale_by_keep``.
+
+    The draws are those of the block's own drop path from the same random state: timm draws Bernoulli variables,
+    transformers rounds ``uniform`` ones.
+    """
+    keep, n = 1.0 - rate, x.shape[0]
+    if uniform:
+        return (torch.rand(n, dtype=x.dtype, device=x.device) + keep).floor_().div_(keep)
+    factors = x.new_empty(n).bernoulli_(keep)
+    return factors.div_(keep) if scale_by_keep and keep > 0 else factors
+
+
+def block_arguments(family: Family, block: nn.Module) -> tuple:
+    """Arguments of :func:`fused_block` after x, as the block is now."""
+    parts = family.parts(block)
+    conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
+    rate = 0.0
+    if block.training and not isinstance(parts.drop_path, nn.Identity):
+        rate = float(parts.drop_path.drop_prob or 0.0)
+    return (
+        (conv.weight, conv.bias),
+        (norm.weight, norm.bias, norm.eps),
+        (fc1.weight, fc1.bias),
+        (parts.gamma, parts.beta, parts.grn_eps),
+        (fc2.weight, fc2.bias),
+        parts.layer_scale,
+        activation(parts.act),
+        (rate, getattr(parts.drop_path, "scale_by_keep", True), family.uniform_drop_path),
+    )
+
+
+class FusedForward:
+    """Callable that takes the place of a block's forward.
+
+    It refers to its block weakly, so that a model is freed when it is dropped, and finds its block again in a copy or
+    a pickle. Where something inside the block has changed in a way the fused form does not honour (a hook was added, a
+    layer was replaced), it runs the block's own forward and says so once.
+    """
+
+    def __init__(self, block: nn.Module, family: Family, classes: tuple[type, ...]):
+        self._block = weakref.ref(block)
+        self._family = family
+        self._classes = classes  # of the bypassed modules when the block was fused
+        self._warned = False
+
+    def __reduce__(self) -> tuple:
+        # deepcopy and pickle have put the block into their memo by now, so it comes out as the copy
+        return FusedForward, (self._block(), self._family, self._classes)
+
+    @property
+    def __globals__(self):  # what torch.jit.script asks of a forward first
+        raise AttributeError("torch.jit.script cannot compile a fused block: call convnextv2_kernels.unfuse first")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        block = self._block()
+        if torch.jit.is_tracing():  # a trace, as the ONNX exporter makes, is to hold PyTorch's operators only
+            return type(block).forward(block, x)
+        reason = self._why_not_now(block)
+        if reason is not None:
+            return self._own_forward(block, x, reason)
+        return fused_block(x, *block_arguments(self._family, block))
+
+    def _why_not_now(self, block: nn.Module) -> str | None:
+        for (name, module), expected in zip(self._family.bypassed(block), self._classes, strict=True):
+            if type(module) is not expected:
+                return f"{name} became a {type(module).__name__}"
+        name = hooked(self._family, block)
+        return None if name is None else f"{name} has a hook"
+
+    def _own_forward(self, block: nn.Module, x: Tensor, reason: str) -> Tensor:
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn(
+                f"a fused {type(block).__name__} runs unfused since {reason}; fuse the model again afterwards, or "
+                "unfuse it to silence this",
+                stacklevel=3,
+            )
+        return type(block).forward(block, x)
+
+    def replicate(self) -> nn.Module:
+        """``_replicate_for_data_parallel`` of the block: its replica gets a fused forward of its own."""
+        block = self._block()
+        replica = type(block)._replicate_for_data_parallel(block)
+        install(replica, FusedForward(replica, self._family, self._classes))
+        return replica
+
+
+def install(block: nn.Module, forward: FusedForward) -> None:
+    """Put a fused forward on an instance."""
+    block.forward = forward
+    block._replicate_for_data_parallel = forward.replicate
+
+
+def installed(block: nn.Module) -> FusedForward | None:
+    """The fused forward of a module, if it has one."""
+    forward = block.__dict__.get("forward")
+    return forward if isinstance(forward, FusedForward) else None
+
+
+def remove(block: nn.Module) -> None:
+    """Undo :func:`install`: the forward of the block's class is in force again."""
+    del block.forward
+    del block._replicate_for_data_parallel

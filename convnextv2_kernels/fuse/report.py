@@ -1,0 +1,64 @@
+"""What :func:`convnextv2_kernels.fuse` did, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Replaced(NamedTuple):
+    """A block that was fused: its name in the model, and what it is."""
+
+    name: str
+    kind: str
+
+
+class Skipped(NamedTuple):
+    """A block that was left as it was, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """The blocks of a model after :func:`convnextv2_kernels.fuse`; it prints as a summary.
+
+    Attributes:
+        model: name of the model's class.
+        replaced: blocks fused by this call.
+        skipped: blocks of a known family, or that look like one, which were not, each with the reason.
+        already_fused: names of blocks fused before, or of this library's own.
+        backend: which backend will serve the fused blocks, with the reason where it is the plain PyTorch reference.
+    """
+
+    model: str
+    replaced: tuple[Replaced, ...]
+    skipped: tuple[Skipped, ...]
+    already_fused: tuple[str, ...]
+    backend: str
+
+    def __str__(self) -> str:
+        blocks = len(self.replaced) + len(self.skipped) + len(self.already_fused)
+        lines = [f"fused {len(self.replaced)} of {blocks} blocks of {self.model}"]
+        lines += _grouped(self.replaced)
+        if self.already_fused:
+            lines.append(f"  fused already: {_names(self.already_fused)}")
+        lines += [f"  not fused: {line.strip()}" for line in _grouped(self.skipped)]
+        if self.replaced or self.already_fused:
+            lines.append(f"  served by: {self.backend}")
+        return "\n".join(lines)
+
+
+def _grouped(entries: tuple[Replaced, ...] | tuple[Skipped, ...]) -> list[str]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, text in entries:
+        groups[text].append(name)
+    return [f"  {text}: {_names(names)}" for text, names in groups.items()]
+
+
+def _names(names: list[str] | tuple[str, ...]) -> str:
+    if len(names) <= 4:
+        return ", ".join(name or "the model itself" for name in names)
+    return f"{names[0]}, {names[1]}, ... {names[-1]} ({len(names)})"

@@ -1,0 +1,259 @@
+"""What is fused, what is not and why, and that undoing it leaves nothing behind."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from peers import timm
+from torch import nn
+
+import convnextv2_kernels as ck
+
+from .networks import (
+    Block,
+    official_model,
+    output_of,
+    randomized,
+    results_of,
+    small_timm_model,
+    transformers_model,
+)
+
+MAKERS = {"timm": small_timm_model, "transformers": transformers_model, "official": official_model}
+IMAGES = (2, 3, 64, 48)
+
+
+def state_of(model: nn.Module) -> dict:
+    """Everything Python sees of a model's modules: class, attributes by identity."""
+    return {name: (type(m), {k: id(v) for k, v in vars(m).items()}) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_fuse_and_unfuse_restore_everything(make):
+    model, images = make(), torch.randn(IMAGES)
+    cotangent = torch.randn(IMAGES[0], 10)
+    before, names, parameters = state_of(model), list(model.state_dict()), [id(p) for p in model.parameters()]
+    expected = results_of(model, images, cotangent)
+    report = ck.fuse(model)
+    assert list(model.state_dict()) == names and [id(p) for p in model.parameters()] == parameters
+    assert {name: kind for name, (kind, _) in state_of(model).items()} == {n: kind for n, (kind, _) in before.items()}
+    assert ck.unfuse(model) == len(report.replaced) > 0
+    assert state_of(model) == before
+    assert all(torch.equal(value, expected[key]) for key, value in results_of(model, images, cotangent).items())
+    assert ck.unfuse(model) == 0
+
+
+def test_report():
+    model = small_timm_model(kernel_sizes=(7, 7, 7, 13))
+    report = ck.fuse(model)
+    assert [r.name for r in report.replaced] == [f"stages.{s}.blocks.{b}" for s, b in ((0, 0), (1, 0), (2, 0), (2, 1))]
+    assert {r.kind for r in report.replaced} == {"timm ConvNeXtBlock"}
+    reason = "conv_dw has a kernel of 13x13, expected an odd square from 3 to 11"
+    assert report.skipped == (("stages.3.blocks.0", reason),)
+    expected = [
+        "fused 4 of 5 blocks of ConvNeXt",
+        "  timm ConvNeXtBlock: stages.0.blocks.0, stages.1.blocks.0, stages.2.blocks.0, stages.2.blocks.1",
+        f"  not fused: {reason}: stages.3.blocks.0",
+        f"  served by: {report.backend}",
+    ]
+    assert str(report).splitlines() == expected
+    again = ck.fuse(model)
+    assert not again.replaced and len(again.already_fused) == 4
+    assert "fused already: stages.0.blocks.0, " in str(again)
+
+
+def test_report_names_the_backend():
+    model = small_timm_model()
+    with ck.use_backend("reference"):
+        assert ck.fuse(model).backend.startswith("reference, plain PyTorch, not faster (float32 on cpu")
+    assert ck.fuse(small_timm_model().half()).backend.startswith("reference, plain PyTorch, not faster (float16 on cpu")
+    with torch.device("meta"):
+        absent = nn.Sequential(Block(8))
+    assert ck.fuse(absent).backend == "decided when the model leaves the meta device"
+
+
+SKIPPED = {
+    "mlp is a Mlp without global response normalisation (ConvNeXt V1)": {"use_grn": False},
+    "conv_dw has dilation 2, expected 1": {"output_stride": 16},
+    "norm is a RmsNorm2d, expected LayerNorm": {"norm_layer": "rmsnorm"},
+    "mlp.act is a SiLU, expected the erf or the tanh GELU": {"act_layer": "silu"},
+}
+
+
+@pytest.mark.parametrize("reason", SKIPPED)
+def test_what_has_no_fused_form_is_left_alone(reason):
+    model = small_timm_model(**SKIPPED[reason])
+    images = torch.randn(IMAGES)
+    expected = model(images)
+    report = ck.fuse(model, strict=False)
+    assert {s.reason for s in report.skipped} == {reason}
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    if not report.replaced:
+        assert torch.equal(model(images), expected)
+
+
+def change(path: str, new) -> None:
+    def apply(block):
+        *parents, last = path.split(".")
+        owner = block
+        for name in parents:
+            owner = getattr(owner, name)
+        setattr(owner, last, new(getattr(owner, last)) if callable(new) else new)
+
+    return apply
+
+
+def linear_subclass(old: nn.Module) -> nn.Module:
+    old.__class__ = type("LoRALinear", (nn.Linear,), {})
+    return old
+
+
+def without_bias(old: nn.Module) -> nn.Module:
+    old.bias = None
+    return old
+
+
+CHANGES = {
+    "mlp.fc1 is a LoRALinear, expected torch.nn.Linear or Conv2d": change("mlp.fc1", linear_subclass),
+    "mlp.fc2 has no bias": change("mlp.fc2", without_bias),
+    "mlp.drop1 drops out with rate 0.1, expected 0": change("mlp.drop1.p", 0.1),
+    "shortcut is a Conv2d, expected the identity": change("shortcut", lambda _: nn.Conv2d(16, 16, 1)),
+    "conv_dw has stride 2, expected 1": change("conv_dw.stride", (2, 2)),
+    "conv_dw has padding (3, 3) (reflect), expected 3 zeros": change("conv_dw.padding_mode", "reflect"),
+    "norm is a GroupNorm, expected LayerNorm": change("norm", lambda _: nn.GroupNorm(1, 16)),
+    "drop_path is a Dropout, expected DropPath or the identity": change("drop_path", lambda _: nn.Dropout(0.5)),
+    "its forward has been replaced on the instance": change("forward", lambda old: old),
+    "a hook on mlp.act would not run": lambda block: block.mlp.act.register_forward_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("reason", CHANGES)
+def test_a_changed_block_is_skipped(reason):
+    model = small_timm_model(conv_mlp=False)
+    CHANGES[reason](model.stages[0].blocks[0])
+    report = ck.fuse(model)
+    assert report.skipped == (("stages.0.blocks.0", reason),) and len(report.replaced) == 4
+
+
+def test_a_subclass_with_another_forward_is_skipped():
+    block = timm.models.convnext.ConvNeXtBlock(8, use_grn=True, ls_init_value=None)
+    base = type(block)
+    block.__class__ = type("Mine", (base,), {"forward": lambda self, x: base.forward(self, x) * 2})
+    report = ck.fuse(block, strict=False)
+    assert report.skipped == (("", "Mine overrides forward of ConvNeXtBlock"),)
+    assert "the model itself" in str(report)
+    block.__class__ = type("Same", (base,), {})
+    assert ck.fuse(block).replaced
+
+
+class Doubled(Block):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Failing(Block):
+    def forward(self, x):
+        raise RuntimeError("needs a mask")
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (Doubled(8), "a trial run of its forward gave other numbers than a ConvNeXt V2 block"),
+        (Block(8, mean_eps=1e-5), "a trial run of its forward gave other numbers than a ConvNeXt V2 block"),
+        (Failing(8), "a trial run of its forward failed (RuntimeError: needs a mask)"),
+    ],
+    ids=["doubled", "eps", "failing"],
+)
+def test_the_trial_run_tells_lookalikes_apart(block, reason):
+    model = nn.Sequential(block, Block(8)).train()
+    before = state_of(model)
+    rng = torch.get_rng_state()
+    report = ck.fuse(model)
+    assert report.skipped == (("0", reason),) and [r.name for r in report.replaced] == ["1"]
+    ck.unfuse(model)
+    assert state_of(model) == before and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_this_librarys_models_are_fused_by_nature():
+    model = ck.models.ConvNeXtV2(3, 10, (1, 1, 1, 1), (4, 4, 4, 8))
+    report = ck.fuse(model)
+    assert len(report.already_fused) == 4 and not report.replaced and not report.skipped
+    assert ck.unfuse(model) == 0
+
+
+def test_nothing_to_fuse():
+    v1 = "no block can be fused, expected .* \\(strict=False accepts it\\); not fused: mlp is a Mlp without global"
+    with pytest.raises(ValueError, match=v1):
+        ck.fuse(small_timm_model(use_grn=False))
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3))
+    with pytest.raises(ValueError, match="model is a Sequential in which no block can be fused, expected ConvNeXt V2"):
+        ck.fuse(plain)
+    assert str(ck.fuse(plain, strict=False)) == "fused 0 of 0 blocks of Sequential"
+    for call in (ck.fuse, ck.unfuse):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
+            call({})
+
+
+def test_context_manager():
+    model, images = small_timm_model(), torch.randn(IMAGES)
+    before = state_of(model)
+    expected = model(images)
+    with ck.fused(model) as report:
+        assert len(report.replaced) == 5
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+        with ck.fused(model) as inner:
+            assert len(inner.already_fused) == 5
+        assert len(ck.fuse(model).already_fused) == 5
+    assert state_of(model) == before
+    with pytest.raises(KeyError), ck.fused(model):
+        raise KeyError
+    assert state_of(model) == before
+    ck.fuse(model)
+    with ck.fused(model):
+        pass
+    assert ck.unfuse(model) == 5
+
+
+def test_later_changes_inside_a_block_are_honoured():
+    """A hook or a new layer, added after fusing: the block runs as it was written, and says so once."""
+    model, images = small_timm_model(), torch.randn(IMAGES)
+    expected = model(images)
+    ck.fuse(model)
+    seen = []
+    handle = model.stages[0].blocks[0].mlp.act.register_forward_hook(lambda *_: seen.append(True))
+    with pytest.warns(UserWarning, match="ConvNeXtBlock runs unfused since mlp.act has a hook"):
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(images)
+        assert len(seen) == 2
+        handle.remove()
+        model(images)
+        assert len(seen) == 2
+    model.stages[1].blocks[0].mlp.fc1 = randomized(nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 96, 1)), 7)
+    with pytest.warns(UserWarning, match="mlp.fc1 became a ParametrizedConv2d"):
+        changed = model(images)
+    ck.unfuse(model)
+    torch.testing.assert_close(changed, model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_are_read_at_each_call():
+    model, images = small_timm_model(), torch.randn(IMAGES)
+    ck.fuse(model)
+    randomized(model, 5)
+    model.stages[0].blocks[0].mlp.grn.weight = nn.Parameter(torch.randn(64))
+    got = output_of(model, images)
+    ck.unfuse(model)
+    torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_foreign_is_imported():
+    """Fusing needs neither timm nor transformers."""
+    code = (
+        "import sys, torch, convnextv2_kernels as ck; ck.fuse(torch.nn.Linear(1, 1), strict=False);"
+        "sys.exit(bool({'timm', 'transformers', 'torchvision'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
