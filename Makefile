@@ -54,7 +54,9 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,test]"
+	@# PyTorch is named again, as it is installed: torchvision, which timm needs, must not bring another
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,test,timm,transformers]" \
+		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 	touch $@
 
 lint: venv
