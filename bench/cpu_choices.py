@@ -3,7 +3,8 @@
     python bench/cpu_choices.py --output bench/results/cpu_choices.json
 
 Matrix products by library over the shapes of FCMAE's stages; the step under each policy of what is kept for backward;
-the step under several chunk sizes. Interleaved medians, as everywhere.
+the step under several chunk sizes. Interleaved medians, as everywhere. On an Intel processor, where the backend itself
+mixes libraries, ``CONVNEXTV2_KERNELS_CPU_GEMM=onednn`` and ``--only products`` set one against the other.
 """
 
 from __future__ import annotations
@@ -32,18 +33,24 @@ CHUNK_MIB = (0.75, 1.5, 3.0, 6.0, 12.0)
 
 
 def measure_products(rounds: int) -> list[dict]:
-    """GFLOP/s of ``[M, C] x [C, 4C]`` by ``mm`` (MKL) and by the backend, for every stage."""
+    """GFLOP/s of the MLP's products by ``mm`` (MKL) and by the backend, for every stage: ``y W1'``, the gradients of
+    its operands, and those of ``h W2'``."""
     rows = []
     for width in (40, 96):
         for stage, side in enumerate((8, 4, 2, 1)):
             m, c = BATCH * VISIBLE * side * side, width << stage
-            x, w = torch.randn(m, c), torch.randn(4 * c, c)
-            g = torch.randn(m, 4 * c)
+            x, w1, w2, h = torch.randn(m, c), torch.randn(4 * c, c), torch.randn(c, 4 * c), torch.randn(m, 4 * c)
             calls: dict[str, Callable[[], object]] = {
-                "mm": lambda x=x, w=w: F.linear(x, w),
-                "backend": lambda x=x, w=w: products.linear(x, w, None),
-                "mm weight gradient": lambda x=x, g=g: g.t() @ x,
-                "backend weight gradient": lambda x=x, g=g: products.linear_weight_grad(g, x),
+                "mm": lambda x=x, w=w1: F.linear(x, w),
+                "backend": lambda x=x, w=w1: products.linear(x, w, None),
+                "mm input gradient": lambda g=h, w=w1: g @ w,
+                "backend input gradient": lambda g=h, w=w1: products.linear_input_grad(g, w),
+                "mm weight gradient": lambda x=x, g=h: g.t() @ x,
+                "backend weight gradient": lambda x=x, g=h: products.linear_weight_grad(g, x),
+                "mm second input gradient": lambda g=x, w=w2: g @ w,
+                "backend second input gradient": lambda g=x, w=w2: products.linear_input_grad(g, w),
+                "mm second weight gradient": lambda x=h, g=x: g.t() @ x,
+                "backend second weight gradient": lambda x=h, g=x: products.linear_weight_grad(g, x),
             }
             for call in calls.values():
                 call()
@@ -80,16 +87,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", nargs="+", default=["products", "save", "chunk"], help="parts to measure")
     args = parser.parse_args()
     chunk_bytes = tuple(str(int(mib * 2**20)) for mib in CHUNK_MIB)
-    report = {
-        "machine": describe(),
-        "products": measure_products(args.rounds),
-        "save": {m: measure_step(m, "CONVNEXTV2_KERNELS_SAVE", schedule.SAVE_POLICIES, args.rounds) for m in MODELS},
-        "chunk": {m: measure_step(m, "CONVNEXTV2_KERNELS_CHUNK_BYTES", chunk_bytes, args.rounds) for m in MODELS},
+    variables = {
+        "save": ("CONVNEXTV2_KERNELS_SAVE", schedule.SAVE_POLICIES),
+        "chunk": ("CONVNEXTV2_KERNELS_CHUNK_BYTES", chunk_bytes),
     }
+    report = {"machine": describe()}
+    if "products" in args.only:
+        report["products"] = measure_products(args.rounds)
+        print(json.dumps(report["products"], indent=1))
+    for part in set(variables) & set(args.only):
+        report[part] = {m: measure_step(m, *variables[part], args.rounds) for m in MODELS}
     write_report(args.output, report)
-    print(json.dumps(report["products"], indent=1))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu.json"
 BASE = ROOT / "bench" / "results" / "cpu_base.json"  # a larger model, nothing compiled
+FUSED = ROOT / "bench" / "results" / "cpu_fused.json"
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
+CHOICES_INTEL = ROOT / "bench" / "results" / "cpu_choices_intel.json"
 RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
 SPARSE = "sparse"
 
@@ -155,6 +157,24 @@ def choices(report: dict) -> str:
     return "\n".join(lines)
 
 
+def intel_products(report: dict) -> str:
+    """Table of docs/kernels.md: MKL against oneDNN on an Intel processor."""
+    kinds = ("", " input gradient", " weight gradient", " second input gradient", " second weight gradient")
+    lines = [
+        "Matrix products, GFLOP/s, warm, mm / oneDNN:",
+        "",
+        "| rows M x width C | `y W1'` | `da W1` | `da' y` | `d W2` | `d' h` |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["products"]:
+        g = row["gflops"]
+        cells = [f"{g[f'mm{kind}']:.0f} / {g[f'backend{kind}']:.0f}" for kind in kinds]
+        lines.append(f"| {row['rows']} x {row['width']} | {' | '.join(cells)} |")
+    machine = report["machine"]
+    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32."]
+    return "\n".join(lines)
+
+
 def _columns(table: dict) -> list[str]:
     return list(next(iter(table.values())))
 
@@ -171,6 +191,38 @@ def resources(report: dict) -> str:
     for name, row in report["kernels"].items():
         cells = " | ".join(str(row["registers"][a]) for a in archs)
         lines.append(f"| `{name}` | `{row['source']}` | {row['count']} | {cells} | {row['spills']} |")
+    return "\n".join(lines)
+
+
+def fused(report: dict) -> str:
+    """Table of the README: the training step of other libraries' models before and after ``fuse``."""
+    lines = [
+        "| training step on a CPU | eager, better layout | compiled, better layout | fused | "
+        "faster than eager / compiled | saved for backward, eager / fused |",
+        "|---|---|---|---|---|---|",
+    ]
+    for step in report["step"]:
+        arms = step["arms"]
+        eager, compiled, ours = (
+            min((arm for name, arm in arms.items() if name.startswith(kind)), key=lambda arm: arm["median_ms"])
+            for kind in ("eager", "compile", "fused")
+        )
+        saved = [min(a["saved_bytes"] for n, a in arms.items() if n.startswith(kind)) for kind in ("eager", "fused")]
+        ratios = [other["median_ms"] / ours["median_ms"] for other in (eager, compiled)]
+        lines.append(
+            f"| {step['library']} {step['model'].removeprefix('convnextv2_')} | {eager['median_ms']:.0f} ms | "
+            f"{compiled['median_ms']:.0f} ms | **{ours['median_ms']:.0f} ms** | "
+            f"**{ratios[0]:.2f}x** / {ratios[1]:.2f}x | {_mib(saved[0])} / {_mib(saved[1])} MiB "
+            f"(**{saved[0] / saved[1]:.1f}x**) |"
+        )
+    machine, parameters = report["machine"], report["parameters"]
+    lines += [
+        "",
+        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, timm {machine['timm']}, "
+        f"transformers {machine['transformers']}, {parameters['dtype']}, batch {parameters['batch_size']}, "
+        f"{parameters['img_size']} px, all pixels visible; `bench/fused_models.py`, medians of interleaved "
+        "rounds.",
+    ]
     return "\n".join(lines)
 
 
@@ -196,8 +248,10 @@ def main(arguments: list[str]) -> int:
     stale = []
     contents = [
         ("README.md", "results", summary(report)),
+        ("README.md", "fused", fused(json.loads(FUSED.read_text()))),
         ("docs/benchmarks.md", "results", details(report)),
         ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
+        ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
         ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
     ]
     for path, section, content in contents:

@@ -1,14 +1,17 @@
 """Matrix products of the CPU backend by the vendor library that is faster for the case.
 
 PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
-``F.linear``'s oneDNN form a float32 product runs about twice as fast there (measured: ``docs/kernels.md``, section 8).
-float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
+``F.linear``'s oneDNN form a float32 product runs about twice as fast there. On Intel's processors MKL is mostly the faster
+one for the products of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
+``docs/kernels.md``, section 8.) float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
 ``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,34 +33,46 @@ def _onednn_linear():
     return None
 
 
-def _choose():
+def _intel_with_mkl() -> bool:
+    """Whether ``mm`` is MKL on a processor it is written for."""
+    if not torch.backends.mkl.is_available():
+        return False
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "Intel" in platform.processor()
+
+
+def _choose() -> tuple:
+    """oneDNN's operator, or None to use ``mm``: for the products of forward, and for those of backward."""
     wish = os.environ.get("CONVNEXTV2_KERNELS_CPU_GEMM", "auto")
     if wish not in ("auto", "onednn", "mm"):
         raise ValueError(f"CONVNEXTV2_KERNELS_CPU_GEMM must be auto, onednn or mm, got {wish!r}")
     if wish == "mm" or not torch.backends.mkldnn.is_available():
-        return None
+        return None, None
     op = _onednn_linear()
     if op is None and wish == "onednn":
         raise RuntimeError("CONVNEXTV2_KERNELS_CPU_GEMM=onednn, but this PyTorch has no oneDNN linear operator")
-    return op
+    return op, None if wish == "auto" and _intel_with_mkl() else op
 
 
-_onednn = _choose()
+_onednn, _onednn_backward = _choose()
 _onednn_add = None if _onednn is None else torch.ops.mkldnn._linear_pointwise.binary
 
 
 def vendor() -> str:
     """Which library multiplies float32 matrices."""
-    return "mm (MKL or BLAS)" if _onednn is None else "oneDNN"
+    forward, backward = ("mm (MKL or BLAS)" if op is None else "oneDNN" for op in (_onednn, _onednn_backward))
+    return forward if forward == backward else f"{forward}, in backward {backward}"
 
 
-def _use_onednn(x: Tensor) -> bool:
-    return _onednn is not None and x.dtype == torch.float32 and x.numel() > 0
+def _serves(onednn, x: Tensor) -> bool:
+    return onednn is not None and x.dtype == torch.float32 and x.numel() > 0
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """``x [M, C] @ weight [H, C]' + bias [H] [+ residual [M, H]]``; strides of x and weight are free."""
-    if not (_use_onednn(x) and weight.numel()):
+    if not (_serves(_onednn, x) and weight.numel()):
         y = F.linear(x, weight, bias)
         return y if residual is None else residual + y
     bias = None if bias is None else bias.contiguous()  # the operator reads it as if it were
@@ -68,12 +83,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     """``grad [M, H] @ weight [H, C]``."""
-    return linear(grad, weight.t(), None)
+    return linear(grad, weight.t(), None) if _serves(_onednn_backward, grad) else grad @ weight
 
 
 def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     """``grad [M, H]' @ x [M, C]`` in the statistics dtype."""
-    if not (_use_onednn(x) and grad.numel()):
+    if not (_serves(_onednn_backward, x) and grad.numel()):
         return (grad.t() @ x).to(statistics_dtype(x.dtype))
     rows, out_c, in_c = x.shape[0], grad.shape[1], x.shape[1]
     # Two ways, chosen by measurement (docs/kernels.md 7). oneDNN's linear does not split the sum over rows, so a small
