@@ -1,11 +1,11 @@
-"""Training step of timm's and transformers' ConvNeXt V2 as they come, compiled, and after ``fuse``.
+"""Training step of other libraries' ConvNeXt V2 as they come, compiled, and after ``fuse``.
 
     python bench/fused_models.py --output bench/results/cpu_fused.json
 
 A step is forward, cross-entropy and backward, in both memory formats. Before anything is timed, loss and gradients of
 the fused model must agree with float64 as well as the model's own do (the gate of
 ``convnextv2_kernels/benchmark/gate.py``). Interleaved rounds, medians; bytes saved for backward as in the other
-benchmarks. Needs timm and transformers.
+benchmarks. ``--libraries official`` is plain PyTorch under the official names; the others have to be installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import importlib.metadata
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,18 +31,26 @@ from convnextv2_kernels.benchmark.report import mebibytes, write_report
 from convnextv2_kernels.benchmark.timing import summarize, time_interleaved
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
-from peers import timm, transformers  # noqa: E402  (imports timm beside any PyTorch)
 
 CLASSES = 1000
+LIBRARIES = ("timm", "transformers", "official")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def make_model(library: str, size: str) -> nn.Module:
     """The library's model, with GRN and biases drawn at random: at zero, half of the backward pass is hidden."""
     depths, dims = ck.models.CONFIGS[size]
-    if library == "timm":
+    if library == "official":
+        from official import OfficialConvNeXtV2
+
+        model = OfficialConvNeXtV2(depths, dims, CLASSES)
+    elif library == "timm":
+        from peers import timm  # beside any PyTorch
+
         model = timm.create_model(size, num_classes=CLASSES)
     else:
+        from peers import transformers
+
         config = transformers.ConvNextV2Config(depths=list(depths), hidden_sizes=list(dims), num_labels=CLASSES)
         model = transformers.ConvNextV2ForImageClassification(config)
     generator = torch.Generator().manual_seed(0)
@@ -101,9 +110,11 @@ def make_arms(model: nn.Module, images: Tensor, labels: Tensor, options: argpars
         if options.compile:
             compiled = copy.deepcopy(plain)
             arms[f"compile {name}"] = Arm(compiled, torch.compile(compiled), x, labels, autocast)
-        fused = copy.deepcopy(plain)
-        print(ck.fuse(fused))
-        arms[f"fused {name}"] = Arm(fused, fused, x, labels, autocast)
+        for kind, save in (("fused", None), ("hidden kept", "hidden")):
+            fused = copy.deepcopy(plain)
+            report = ck.fuse(fused, save=save)
+            arms[f"{kind} {name}"] = Arm(fused, fused, x, labels, autocast)
+    print(report)
     return arms
 
 
@@ -116,7 +127,7 @@ def gate(model: nn.Module, arms: dict[str, Arm], images: Tensor, labels: Tensor,
     floor = rounding_floor(2 * (images.shape[2] // 4) * (images.shape[3] // 4), dtype)
     passed = {}
     for name, arm in few.items():
-        if name.startswith("fused"):
+        if name.startswith(("fused", "hidden kept")):
             passed[name] = require(compare(truth, plain, arm.results(), floor), name)
     return passed
 
@@ -146,7 +157,7 @@ def measure(library: str, size: str, options: argparse.Namespace) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--libraries", nargs="+", default=["timm", "transformers"], choices=["timm", "transformers"])
+    parser.add_argument("--libraries", nargs="+", default=LIBRARIES[:2], choices=LIBRARIES)
     parser.add_argument("--models", nargs="+", default=["convnextv2_atto", "convnextv2_tiny"])
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--img-size", type=int, default=224)
@@ -157,7 +168,7 @@ def main() -> None:
     options = parser.parse_args()
     steps = [measure(library, size, options) for size in options.models for library in options.libraries]
     parameters = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    versions = {"timm": timm.__version__, "transformers": transformers.__version__}
+    versions = {name: importlib.metadata.version(name) for name in sorted(set(options.libraries) - {"official"})}
     write_report(options.output, {"machine": describe() | versions, "parameters": parameters, "step": steps})
 
 

@@ -23,7 +23,7 @@ from .backends.reference.rows import statistics_dtype
 
 # Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
 # share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.
-_DEFAULT_CHUNK_BYTES = {"cpu": 3 << 20, "cuda": 1 << 30}
+_DEFAULT_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes(device_type: str) -> int:

@@ -175,7 +175,7 @@ def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scop
     offsets = None if uniform else layout.image_offsets
     per_slot = 1 if layout is None else t["x"].shape[1] * t["x"].shape[2]
     images = t["x"].shape[0] if layout is None else layout.num_images
-    geometry = (per_slot, images, scope == "batch", "gelu", 1e-6, F64, "reference")
+    geometry = (per_slot, images, scope == "batch", "gelu", 1e-6, "inputs", F64, "reference")
     mlp = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")]
     out, norms, hidden = library.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
     grads = library.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)
@@ -222,6 +222,20 @@ def test_what_each_policy_keeps(backend, policy, op, rows, hidden, monkeypatch):
     total = sample.rows
     expected = [3 * HIDDEN] + rows * [total * 6, total] + hidden * [total * HIDDEN]
     assert saved(sample, backend.name) == sorted(expected)
+
+
+@pytest.mark.parametrize("policy", schedule.SAVE_POLICIES)
+@parametrize_backends()
+def test_a_call_may_ask_for_a_policy(backend, policy, monkeypatch):
+    """``save`` stands above the environment."""
+    other = next(p for p in schedule.SAVE_POLICIES if p != policy)
+    sample = sample_of("convnextv2_block", ("ragged", 4)).cast(F32, backend.device)
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    expected = saved(sample, backend.name)
+    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", other)
+    assert saved(sample, backend.name) != expected
+    sample.constants["save"] = policy
+    assert saved(sample, backend.name) == expected
 
 
 @pytest.mark.parametrize(

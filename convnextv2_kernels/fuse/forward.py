@@ -30,6 +30,7 @@ def fused_block(
     layer_scale: Tensor | None,
     act: str,
     drop_path: tuple[float, bool, bool],
+    save: str | None,
 ) -> Tensor:
     """``x [N, C, H, W]`` -> the same shape and dtype, in channels-last strides; one node to torch.fx.
 
@@ -37,7 +38,8 @@ def fused_block(
         conv, fc1, fc2: weight and bias; those of the products as ``[out, in]`` or as 1x1 kernels.
         norm, grn: weight, bias and eps of LayerNorm and of GRN.
         layer_scale: ``[C]``, multiplied with the MLP's result, or None.
-        act: "gelu" or "gelu_tanh". drop_path: see :func:`drop_path_factors`; a rate of 0 drops nothing.
+        act, save: see :func:`convnextv2_kernels.ops.convnextv2_block`.
+        drop_path: see :func:`drop_path_factors`; a rate of 0 drops nothing.
     """
     x = x.permute(0, 2, 3, 1)
     factors = drop_path_factors(x, *drop_path) if drop_path[0] else None
@@ -52,7 +54,7 @@ def fused_block(
     if layer_scale is not None:
         w2, b2 = w2 * layer_scale[:, None], b2 * layer_scale
     y = ops.convnextv2_block(
-        x, *conv, *norm[:2], *mlp, w2, b2, drop_path_scale=factors, act=act, eps=norm[2], grn_eps=grn[2]
+        x, *conv, *norm[:2], *mlp, w2, b2, drop_path_scale=factors, act=act, eps=norm[2], grn_eps=grn[2], save=save
     )
     return y.permute(0, 3, 1, 2)
 
@@ -71,7 +73,7 @@ def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool
 
 
 def block_arguments(family: Family, block: nn.Module) -> tuple:
-    """Arguments of :func:`fused_block` after x, as the block is now."""
+    """Arguments of :func:`fused_block` between x and save, as the block is now."""
     parts = family.parts(block)
     conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
     rate = 0.0
@@ -97,15 +99,16 @@ class FusedForward:
     layer was replaced), it runs the block's own forward and says so once.
     """
 
-    def __init__(self, block: nn.Module, family: Family, classes: tuple[type, ...]):
+    def __init__(self, block: nn.Module, family: Family, classes: tuple[type, ...], save: str | None):
         self._block = weakref.ref(block)
         self._family = family
         self._classes = classes  # of the bypassed modules when the block was fused
+        self._save = save
         self._warned = False
 
     def __reduce__(self) -> tuple:
         # deepcopy and pickle have put the block into their memo by now, so it comes out as the copy
-        return FusedForward, (self._block(), self._family, self._classes)
+        return FusedForward, (self._block(), self._family, self._classes, self._save)
 
     @property
     def __globals__(self):  # what torch.jit.script asks of a forward first
@@ -118,7 +121,7 @@ class FusedForward:
         reason = self._why_not_now(block)
         if reason is not None:
             return self._own_forward(block, x, reason)
-        return fused_block(x, *block_arguments(self._family, block))
+        return fused_block(x, *block_arguments(self._family, block), self._save)
 
     def _why_not_now(self, block: nn.Module) -> str | None:
         for (name, module), expected in zip(self._family.bypassed(block), self._classes, strict=True):
@@ -141,7 +144,7 @@ class FusedForward:
         """``_replicate_for_data_parallel`` of the block: its replica gets a fused forward of its own."""
         block = self._block()
         replica = type(block)._replicate_for_data_parallel(block)
-        install(replica, FusedForward(replica, self._family, self._classes))
+        install(replica, FusedForward(replica, self._family, self._classes, self._save))
         return replica
 
 

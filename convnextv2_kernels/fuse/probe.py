@@ -24,7 +24,7 @@ def computes_otherwise(block: nn.Module, family: Family) -> str | None:
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("reference"):
             own = type(trial).forward(trial, x)
-            fused = fused_block(x, *block_arguments(family, trial))
+            fused = fused_block(x, *block_arguments(family, trial), save=None)
     except Exception as error:  # foreign code: whatever it raises means that it is something else
         return f"a trial run of its forward failed ({type(error).__name__}: {error})"
     if not isinstance(own, torch.Tensor) or own.shape != fused.shape or not torch.allclose(own, fused, 1e-9, 1e-12):

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import backends
 from ..nn import ConvNeXtV2Block
+from ..schedule import SAVE_POLICIES
 from . import checks
 from .families import family_of
 from .forward import FusedForward, install, installed, remove
@@ -16,7 +17,7 @@ from .probe import computes_otherwise
 from .report import FuseReport, Replaced, Skipped
 
 
-def fuse(model: nn.Module, strict: bool = True) -> FuseReport:
+def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> FuseReport:
     """Give every ConvNeXt V2 block of a model the fused forward and backward, in place.
 
     Knows timm's ``ConvNeXtBlock`` with GRN, transformers' ``ConvNextV2Layer``, the official ``Block`` and this
@@ -27,14 +28,19 @@ def fuse(model: nn.Module, strict: bool = True) -> FuseReport:
     Args:
         model: any module; it may itself be a block.
         strict: whether a model without a single fused block is an error.
+        save: what the blocks keep for backward, memory against time: "inputs", "normalized" or "hidden", see
+            :func:`convnextv2_kernels.ops.convnextv2_block`; None for the default of the device.
 
     Returns:
         A report of what was replaced and what was skipped, with reasons.
 
     Raises:
-        TypeError: ``model`` is no module. ValueError: ``strict``, and nothing could be fused.
+        TypeError: ``model`` is no module.
+        ValueError: another ``save``; or ``strict``, and nothing could be fused.
     """
     _check_model(model)
+    if save not in (None, *SAVE_POLICIES):
+        raise ValueError(f"save must be one of {', '.join(SAVE_POLICIES)} or None, got {save!r}")
     replaced: list[Replaced] = []
     skipped: list[Skipped] = []
     already: list[str] = []
@@ -52,7 +58,7 @@ def fuse(model: nn.Module, strict: bool = True) -> FuseReport:
             skipped.append(Skipped(name, reason))
             continue
         classes = tuple(type(inner) for _, inner in family.bypassed(module))
-        install(module, FusedForward(module, family, classes))
+        install(module, FusedForward(module, family, classes, save))
         replaced.append(Replaced(name, family.title))
     report = FuseReport(type(model).__name__, tuple(replaced), tuple(skipped), tuple(already), _backend(model))
     if strict and not replaced and not already:
@@ -74,9 +80,9 @@ def unfuse(model: nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def fused(model: nn.Module, strict: bool = True) -> Iterator[FuseReport]:
+def fused(model: nn.Module, strict: bool = True, save: str | None = None) -> Iterator[FuseReport]:
     """``with fused(model) as report:`` fuses inside the block only; what was fused before stays so afterwards."""
-    report = fuse(model, strict)
+    report = fuse(model, strict, save)
     blocks = [model.get_submodule(entry.name) for entry in report.replaced]
     try:
         yield report

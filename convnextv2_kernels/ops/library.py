@@ -15,7 +15,8 @@ from .amp import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
 _SETTINGS = (
-    "SymInt rows_per_slot, SymInt images, bool batch_scope, str act, float grn_eps, ScalarType dtype, str backend"
+    "SymInt rows_per_slot, SymInt images, bool batch_scope, str act, float grn_eps, str save, ScalarType dtype, "
+    "str backend"
 )
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
@@ -39,10 +40,9 @@ def _rows(x: Tensor, offsets: Tensor | None, rows_per_slot: int, images: int, ba
     return schedule.Rows(total, images, rows_per_slot, offsets, batch)
 
 
-def _keeps(x: Tensor, what: str) -> bool:
+def _keeps(save: str, what: str) -> bool:
     """Whether the policy keeps "normalized" rows or "hidden" activations for backward."""
-    policies = schedule.SAVE_POLICIES
-    return policies.index(schedule.save_policy(x.device.type)) >= policies.index(what)
+    return schedule.SAVE_POLICIES.index(save) >= schedule.SAVE_POLICIES.index(what)
 
 
 def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
@@ -53,35 +53,35 @@ def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
 
 
 def _mlp_forward(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, dtype,
-    backend,
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, save,
+    dtype, backend,
 ):  # fmt: skip
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
         backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
-        rows, act, grn_eps, x.dtype, _keeps(x, "hidden"),
+        rows, act, grn_eps, x.dtype, _keeps(save, "hidden"),
     )  # fmt: skip
     return out.view(*x.shape[:-1], w2.shape[0]), norms, kept
 
 
-def _hidden_fakes(x, w1, images, batch, dtype):
+def _hidden_fakes(x, w1, images, batch, save, dtype):
     norms = x.new_empty(1 if batch else images, w1.shape[0], dtype=statistics_dtype(dtype))
     total = x.numel() // x.shape[-1]
-    kept = total if _keeps(x, "hidden") else 0
+    kept = total if _keeps(save, "hidden") else 0
     return norms, x.new_empty(kept, w1.shape[0], dtype=dtype)
 
 
 def _mlp_forward_fake(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, dtype,
-    backend,
+    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, save,
+    dtype, backend,
 ):  # fmt: skip
     out = x.new_empty(*x.shape[:-1], w2.shape[0])
-    return out, *_hidden_fakes(x, w1, images, batch, dtype)
+    return out, *_hidden_fakes(x, w1, images, batch, save, dtype)
 
 
 def _mlp_backward(
     dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
-    dtype, backend,
+    save, dtype, backend,
 ):  # fmt: skip
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     grads = schedule.mlp_backward(
@@ -101,7 +101,7 @@ def _mlp_backward(
 
 def _mlp_backward_fake(
     dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
-    dtype, backend,
+    save, dtype, backend,
 ):  # fmt: skip
     likes = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w1, b1, gamma, beta, w2))
     return *likes, w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
@@ -117,11 +117,11 @@ def _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps):
 
 def _block_forward(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
+    eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
     layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
-    keep = _keeps(x, "normalized")
+    keep = _keeps(save, "normalized")
     if keep or k.FOLDS_LAYER_NORM:
         z, rstd = _conv_norm(k, x, dw_weight, dw_bias, neighbours, None, eps)
         z = z.to(dtype)
@@ -133,24 +133,24 @@ def _block_forward(
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
         k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, act, grn_eps, x.dtype,
-        _keeps(x, "hidden"), layer_norm if k.FOLDS_LAYER_NORM else None,
+        _keeps(save, "hidden"), layer_norm if k.FOLDS_LAYER_NORM else None,
     )  # fmt: skip
     return out.view(x.shape), z, rstd, norms, kept
 
 
 def _block_forward_fake(
     x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
+    eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
 ):  # fmt: skip
-    keep = _keeps(x, "normalized")
+    keep = _keeps(save, "normalized")
     z = x.new_empty(x.shape if keep else (0,), dtype=dtype)
     rstd = x.new_empty(x.shape[:-1] if keep else (0,), dtype=statistics_dtype(x.dtype))
-    return x.new_empty(x.shape), z, rstd, *_hidden_fakes(x, w1, images, batch, dtype)
+    return x.new_empty(x.shape), z, rstd, *_hidden_fakes(x, w1, images, batch, save, dtype)
 
 
 def _block_backward(
     dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
+    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
 ):  # fmt: skip
     k = backends.primitives(backend)
     stat = statistics_dtype(x.dtype)
@@ -182,7 +182,7 @@ def _block_backward(
 
 def _block_backward_fake(
     dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, dtype, backend,
+    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
 ):  # fmt: skip
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)

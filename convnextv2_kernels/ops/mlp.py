@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, schedule
 from ..backends.reference import rows as ref
 from ..layout import PatchLayout
 from . import _checks as check
@@ -134,7 +134,7 @@ def pointwise_mlp(
         offsets, geometry = _geometry(x, layout, scope)
         if residual is not None:
             residual = residual.to(x.dtype).contiguous()
-        args = (*geometry, act, eps, dtype, backend)
+        args = (*geometry, act, eps, schedule.save_policy(x.device.type), dtype, backend)
         return _PointwiseMLP.apply(
             x.contiguous(), w1, b1, gamma, beta, w2, b2, residual, drop_path_scale, offsets, args
         )
@@ -183,6 +183,7 @@ def convnextv2_block(
     act: str = "gelu",
     eps: float = 1e-6,
     grn_eps: float | None = None,
+    save: str | None = None,
 ) -> Tensor:
     """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
 
@@ -190,11 +191,13 @@ def convnextv2_block(
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
         dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
             :func:`pointwise_mlp` with O = C. eps: of LayerNorm. grn_eps: of GRN, None for the same.
+        save: what is kept for backward besides x and one norm per image and hidden channel, one of
+            ``schedule.SAVE_POLICIES``: "inputs" nothing, "normalized" LayerNorm's rows, "hidden" those and the hidden
+            activations; the less, the more runs again. None for what ``CONVNEXTV2_KERNELS_SAVE`` says, or the default
+            of the device. The reference leaves it to autograd.
 
     Returns:
-        The shape and dtype of x. Backward keeps x and one norm per image and hidden channel, and what
-        ``CONVNEXTV2_KERNELS_SAVE`` asks for besides (``schedule.SAVE_POLICIES``); the hidden activations exist only
-        for a chunk of images at a time unless they are kept.
+        The shape and dtype of x. Unless they are kept, hidden activations exist only for a chunk of images at a time.
     """
     check.check_packed(x, layout)
     check.check_depthwise_weight(dw_weight, dw_bias, x)
@@ -204,6 +207,8 @@ def convnextv2_block(
     check.check_eps(eps)
     name, grn_eps = ("eps", eps) if grn_eps is None else ("grn_eps", grn_eps)
     check.check_grn_eps(grn_eps, name)
+    if save not in (None, *schedule.SAVE_POLICIES):
+        raise ValueError(f"save must be one of {', '.join(schedule.SAVE_POLICIES)} or None, got {save!r}")
     dtype = product_dtype(x)
     backend = backends.select(x, "convnextv2_block", dtype)
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
@@ -212,5 +217,5 @@ def convnextv2_block(
             return ref.convnextv2_block(x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype)
         offsets, geometry = _geometry(x, layout, scope)
         neighbours = conv_neighbours(layout, dw_weight.shape[-1], x)
-        args = (eps, *geometry, act, grn_eps, dtype, backend)
+        args = (eps, *geometry, act, grn_eps, save or schedule.save_policy(x.device.type), dtype, backend)
         return _Block.apply(x.contiguous(), *params, neighbours, drop_path_scale, offsets, args)

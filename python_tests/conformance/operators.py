@@ -80,7 +80,7 @@ class Draw:
     @property
     def geometry(self) -> tuple:
         act = "gelu_tanh" if self.optional else "gelu"
-        return self.s**2, self.images, False, act, EPS, self.dtype, self.backend
+        return self.s**2, self.images, False, act, EPS, self.policy, self.dtype, self.backend
 
     def mlp(self, out_c: int) -> tuple:
         f, h = self.features, self.h

@@ -92,6 +92,7 @@ CALLS = [
     ("downsample", {"x": zeros(13, 1, 1, 3)}, ValueError, r"x has shape \[13, 1, 1, 3\], expected sides of at least 2"),
     ("downsample", {"x": zeros(13, 2, 1, 3)}, ValueError, r"x has shape \[13, 2, 1, 3\], expected sides of at least 2"),
     ("downsample", {"weight": zeros(5, 3, 3, 3)}, ValueError, r"weight has shape .*, expected \[5, 3, 2, 2\]"),
+    ("convnextv2_block", {"save": "all"}, ValueError, "save must be one of inputs, .* or None, got 'all'"),
     ("downsample", {"bias": zeros(3)}, ValueError, r"bias has shape \[3\], expected \[5\]"),
     ("pointwise_mlp", {"w1": zeros(7, 4)}, ValueError, r"w1 has shape \[7, 4\], expected \[7, 3\]"),
     ("pointwise_mlp", {"b1": zeros(6)}, ValueError, r"b1 has shape \[6\], expected \[7\]"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from official import OfficialConvNeXtV2
 from peers import timm, transformers
 from torch import Tensor, nn
 
@@ -42,63 +42,8 @@ def transformers_model(depths=(1, 1, 2, 1), dims=(16, 24, 32, 48), **options) ->
     return randomized(transformers.ConvNextV2ForImageClassification(config))
 
 
-class OfficialNorm(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-        self.eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-
-
-class OfficialGRN(nn.Module):
-    def __init__(self, dim: int, mean_eps: float = 1e-6):
-        super().__init__()
-        self.gamma, self.beta = (nn.Parameter(torch.zeros(1, 1, 1, dim)) for _ in range(2))
-        self.mean_eps = mean_eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-        response = norm / (norm.mean(-1, keepdim=True) + self.mean_eps)
-        return self.gamma * (x * response) + self.beta + x
-
-
-class DropPath(nn.Module):
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        keep = 1 - self.drop_prob
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep) / keep
-
-
-class Block(nn.Module):
-    """The official block: its names, its order of operations."""
-
-    def __init__(self, dim: int, drop_path: float = 0.0, mean_eps: float = 1e-6):
-        super().__init__()
-        self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = OfficialNorm(dim)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.act = nn.GELU()
-        self.grn = OfficialGRN(4 * dim, mean_eps)
-        self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.dwconv(x).permute(0, 2, 3, 1)
-        y = self.pwconv2(self.grn(self.act(self.pwconv1(self.norm(y)))))
-        return x + self.drop_path(y.permute(0, 3, 1, 2))
-
-
-def official_model(drop_path: float = 0.0) -> nn.Module:
-    """Two blocks between convolutions, ``[N, 3, H, W]`` -> ``[N, 10]``."""
-    layers = [nn.Conv2d(3, 16, 4, stride=4), Block(16, drop_path), Block(16, drop_path)]
-    return randomized(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)))
+def official_model(drop_path_rate: float = 0.0) -> nn.Module:
+    return randomized(OfficialConvNeXtV2(**TINY_SIZES, num_classes=10, drop_path_rate=drop_path_rate))
 
 
 def output_of(model: nn.Module, images: Tensor) -> Tensor:

@@ -27,6 +27,22 @@ def test_a_sixth_of_the_bytes(make):
     assert bytes_kept(model, images) * 6 <= plain
 
 
+def test_what_is_kept_is_a_choice():
+    """More memory, less to run again; the results agree, in a copy as well."""
+    images, kept, logits = torch.randn(2, 3, 64, 64), [], []
+    for save in ("inputs", "normalized", "hidden"):
+        model = small_timm_model()
+        ck.fuse(model, save=save)
+        model = copy.deepcopy(model)
+        kept.append(bytes_kept(model, images))
+        logits.append(model(images))
+    assert kept[0] < kept[1] < kept[2]
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="save must be one of inputs, normalized, hidden or None, got 'all'"):
+        ck.fuse(small_timm_model(), save="all")
+
+
 class MapCopies(TorchDispatchMode):
     """Counts the copies of tensors that have at least so many elements."""
 

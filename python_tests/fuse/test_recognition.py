@@ -6,13 +6,13 @@ import warnings
 
 import pytest
 import torch
+from official import Block
 from peers import timm
 from torch import nn
 
 import convnextv2_kernels as ck
 
 from .networks import (
-    Block,
     official_model,
     output_of,
     randomized,

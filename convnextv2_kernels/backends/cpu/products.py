@@ -1,8 +1,8 @@
 """Matrix products of the CPU backend by the vendor library that is faster for the case.
 
 PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
-``F.linear``'s oneDNN form a float32 product runs about twice as fast there. On Intel's processors MKL is mostly the faster
-one for the products of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
+``F.linear``'s oneDNN form a float32 product runs about twice as fast there. On Intel's processors MKL is mostly the
+faster one for the products of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
 ``docs/kernels.md``, section 8.) float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
 ``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
 """
