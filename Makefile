@@ -30,7 +30,8 @@ endif
 # The CUDA kernels, compiled for the CPU, through the conformance suite.
 test-emulated: $(EMULATED)
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
-		$(BIN)/python -m pytest -n $(WORKERS) -k cuda python_tests/conformance python_tests/test_schedule.py python_tests/cuda
+		$(BIN)/python -m pytest -n $(WORKERS) -k cuda \
+		python_tests/conformance python_tests/test_schedule.py python_tests/cuda python_tests/fuse/test_backends.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
 
