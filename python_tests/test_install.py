@@ -67,11 +67,21 @@ def test_info_names_every_op_and_backend():
         assert re.search(r"convnextv2_block +reference +reference +reference +reference", ck.info())
 
 
-def test_readme_python_example_runs():
+def test_readme_python_examples_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
+    # timm beside any PyTorch, and the checkpoint that one block loads
+    before = """
+import os, sys
+import peers, safetensors.torch
+import convnextv2_kernels as ck
+os.mkdir("run1")
+encoder = ck.convert_state_dict(ck.models.create_fcmae("convnextv2_tiny").state_dict(), to="official")
+safetensors.torch.save_file(encoder, "run1/encoder.safetensors")
+"""
     # what follows builds on what came before; a block that needs a GPU runs where there is one
-    done = run("\n".join(b for b in blocks if ".cuda()" not in b or torch.cuda.is_available()), ROOT)
+    blocks = [before, *(b for b in blocks if ".cuda()" not in b or torch.cuda.is_available())]
+    done = run("\n".join(blocks), tmp_path, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "python_tests"))))
     assert done.returncode == 0, done.stderr
 
 

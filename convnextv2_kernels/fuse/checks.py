@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.fx
 from torch import nn
 
 from .families import Family, Parts
@@ -32,26 +33,17 @@ DROP_PATHS = {
     "timm.layers.drop.DropPath",
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2DropPath",
 }
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def qualified_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def activation(act: nn.Module) -> str | None:
     """``act`` of :func:`~convnextv2_kernels.ops.convnextv2_block` for a module, or None if it is no GELU."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return GELUS.get(qualified_name(act))
-
-
-def hooked(family: Family, block: nn.Module) -> str | None:
-    """Name of a module inside the block whose hooks would not run once it is fused."""
-    for name, module in family.bypassed(block):
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            return name
-    return None
+    return GELUS.get(_name(type(act)))
 
 
 def why_not(family: Family, block: nn.Module) -> str | None:
@@ -59,21 +51,32 @@ def why_not(family: Family, block: nn.Module) -> str | None:
     base = family.base_class(block)
     if type(block).forward is not base.forward:
         return f"{type(block).__name__} overrides forward of {base.__name__}"
+    if family.classes and base.forward.__module__ != base.__module__:
+        return f"forward of {base.__name__} has been replaced"
     if "forward" in block.__dict__:
         return "its forward has been replaced on the instance"
+    return unfit(family, block)
+
+
+def unfit(family: Family, block: nn.Module) -> str | None:
+    """Reason the parts of the block, as they are now, have no fused form, or None. It is asked at every call."""
     reason = family.why_not(block)
     if reason is not None:
         return reason
-    name = hooked(family, block)
-    if name is not None:
-        return f"a hook on {name} would not run"
+    for name, module in family.bypassed(block):
+        if "forward" in module.__dict__:
+            return f"the forward of {name} has been replaced on the instance"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"a hook on {name} would not run"
     parts = family.parts(block)
-    return (
+    reason = (
         _why_not_conv(family.conv, parts.conv)
         or _why_not_classes(family, parts)
         or _why_not_products(family, parts)
-        or _why_not_norms(family, parts)
     )
+    if reason is not None or isinstance(parts.gamma, torch.fx.Proxy):
+        return reason  # a symbolic trace has proxies for parameters, which cannot be asked for shapes and dtypes
+    return _why_not_norms(family, parts) or _why_not_dtypes(family, parts)
 
 
 def _why_not_conv(name: str, conv: nn.Module) -> str | None:
@@ -98,11 +101,11 @@ def _why_not_classes(family: Family, parts: Parts) -> str | None:
         return f"{family.act} is a {type(parts.act).__name__}, expected the erf or the tanh GELU"
     if not family.classes:
         return None  # recognised by names; the trial run looks at what the rest computes
-    if qualified_name(parts.norm) not in LAYER_NORMS:
+    if _name(type(parts.norm)) not in LAYER_NORMS:
         return f"{family.norm} is a {type(parts.norm).__name__}, expected LayerNorm"
-    if qualified_name(parts.grn) not in GRNS:
+    if _name(type(parts.grn)) not in GRNS:
         return f"{family.grn} is a {type(parts.grn).__name__}, expected global response normalisation"
-    if not isinstance(parts.drop_path, nn.Identity) and qualified_name(parts.drop_path) not in DROP_PATHS:
+    if not isinstance(parts.drop_path, nn.Identity) and _name(type(parts.drop_path)) not in DROP_PATHS:
         return f"{family.drop_path} is a {type(parts.drop_path).__name__}, expected DropPath or the identity"
     return None
 
@@ -121,16 +124,35 @@ def _why_not_products(family: Family, parts: Parts) -> str | None:
 
 def _why_not_norms(family: Family, parts: Parts) -> str | None:
     channels, hidden = parts.conv.out_channels, parts.fc1.weight.shape[0]
+    norm = parts.norm
     for name, tensor, size in (
-        (f"{family.norm}.weight", parts.norm.weight, channels),
-        (f"{family.norm}.bias", parts.norm.bias, channels),
+        (f"{family.norm}.weight", getattr(norm, "weight", None), channels),
+        (f"{family.norm}.bias", getattr(norm, "bias", None), channels),
         (f"{family.grn}.{family.grn_parameters[0]}", parts.gamma, hidden),
         (f"{family.grn}.{family.grn_parameters[1]}", parts.beta, hidden),
     ):
         if tensor is None or tensor.numel() != size:
             return f"{name} is {None if tensor is None else list(tensor.shape)}, expected {size} elements"
-    if not parts.grn_eps > 0:
-        return f"{family.grn} has eps {parts.grn_eps:g}, expected more than 0"
+    for name, eps in ((family.norm, getattr(norm, "eps", None)), (family.grn, parts.grn_eps)):
+        if not isinstance(eps, float) or eps < 0:
+            return f"{name} has eps {eps}, expected a number"
+    if parts.grn_eps == 0:
+        return f"{family.grn} has eps 0, expected more"
     if not isinstance(parts.drop_path, nn.Identity) and not hasattr(parts.drop_path, "drop_prob"):
         return f"{family.drop_path} is a {type(parts.drop_path).__name__} without a drop_prob"
+    return None
+
+
+def _why_not_dtypes(family: Family, parts: Parts) -> str | None:
+    """A model may keep its norms in float32 and the rest in bfloat16; the fused block takes one dtype."""
+    dtype = parts.conv.weight.dtype
+    for name, tensor in (
+        (family.norm, parts.norm.weight),
+        (family.fc1, parts.fc1.weight),
+        (family.grn, parts.gamma),
+        (family.fc2, parts.fc2.weight),
+        (family.layer_scale, parts.layer_scale),
+    ):
+        if tensor is not None and tensor.dtype != dtype:
+            return f"{name} is {tensor.dtype} beside {dtype} of {family.conv}, expected one dtype"
     return None

@@ -24,8 +24,8 @@ class Parts(NamedTuple):
     grn: nn.Module
     fc2: nn.Module
     drop_path: nn.Module
-    gamma: Tensor
-    beta: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
     layer_scale: Tensor | None
     grn_eps: float
 
@@ -70,21 +70,22 @@ class Family:
 
     def parts(self, block: nn.Module) -> Parts:
         """The block's parts as they are now: they may have been replaced since it was fused."""
-        modules = [submodule(block, name) for name in self.names]
+        modules = [_module(block, name) for name in self.names]
         grn = modules[4]
-        gamma, beta = (getattr(grn, name) for name in self.grn_parameters)
+        gamma, beta = (getattr(grn, name, None) for name in self.grn_parameters)
         scale = None if self.layer_scale is None else getattr(block, self.layer_scale)
         return Parts(*modules, gamma, beta, scale, getattr(grn, "eps", 1e-6))
 
     def bypassed(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
         """Name and module of everything in the block that is not called once it is fused."""
-        return [(name, submodule(block, name)) for name in (*self.names, *self.containers)]
+        return [(name, _module(block, name)) for name in (*self.names, *self.containers)]
 
 
-def submodule(block: nn.Module, name: str) -> nn.Module:
-    """``block.a.b`` for the name "a.b"."""
+def _module(block: nn.Module, name: str) -> nn.Module:
+    """``block.a.b`` for the name "a.b". By the tables of modules: a module's own look-up of attributes, which every
+    call of a fused block would pay for a few dozen times, is slow."""
     for part in name.split("."):
-        block = getattr(block, part)
+        block = block._modules[part]
     return block
 
 
@@ -96,7 +97,7 @@ def _why_not_timm(block: nn.Module) -> str | None:
     for name in ("drop1", "drop2"):
         rate = getattr(block.mlp, name).p
         if rate:
-            return f"mlp.{name} drops out with rate {rate:g}, expected 0"
+            return f"mlp.{name} drops out with rate {rate}, expected 0"
     return None
 
 

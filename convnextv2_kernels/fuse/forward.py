@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops.amp import product_dtype
-from .checks import activation, hooked
+from .checks import activation, unfit
 from .families import Family
 
 
@@ -66,8 +66,8 @@ def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool
     transformers rounds ``uniform`` ones.
     """
     keep, n = 1.0 - rate, x.shape[0]
-    if uniform:
-        return (torch.rand(n, dtype=x.dtype, device=x.device) + keep).floor_().div_(keep)
+    if uniform:  # in the dtype of the branch
+        return (torch.rand(n, dtype=product_dtype(x), device=x.device) + keep).floor_().div_(keep)
     factors = x.new_empty(n).bernoulli_(keep)
     return factors.div_(keep) if scale_by_keep and keep > 0 else factors
 
@@ -77,7 +77,7 @@ def block_arguments(family: Family, block: nn.Module) -> tuple:
     parts = family.parts(block)
     conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
     rate = 0.0
-    if block.training and not isinstance(parts.drop_path, nn.Identity):
+    if parts.drop_path.training and not isinstance(parts.drop_path, nn.Identity):
         rate = float(parts.drop_path.drop_prob or 0.0)
     return (
         (conv.weight, conv.bias),
@@ -97,54 +97,62 @@ class FusedForward:
     It refers to its block weakly, so that a model is freed when it is dropped, and finds its block again in a copy or
     a pickle. Where something inside the block has changed in a way the fused form does not honour (a hook was added, a
     layer was replaced), it runs the block's own forward and says so once.
+
+    Attributes:
+        save: see :func:`convnextv2_kernels.ops.convnextv2_block`; may be changed between calls.
     """
 
-    def __init__(self, block: nn.Module, family: Family, classes: tuple[type, ...], save: str | None):
+    def __init__(self, block: nn.Module, family: Family, save: str | None):
         self._block = weakref.ref(block)
         self._family = family
-        self._classes = classes  # of the bypassed modules when the block was fused
-        self._save = save
+        self.save = save
         self._warned = False
 
     def __reduce__(self) -> tuple:
         # deepcopy and pickle have put the block into their memo by now, so it comes out as the copy
-        return FusedForward, (self._block(), self._family, self._classes, self._save)
+        return FusedForward, (self.block, self._family, self.save)
+
+    @property
+    def block(self) -> nn.Module:
+        block = self._block()
+        if block is None:
+            raise RuntimeError(
+                "the block of this fused forward is gone: it was copied by copy.copy, or its forward taken from it; "
+                "use copy.deepcopy, or keep the block"
+            )
+        return block
 
     @property
     def __globals__(self):  # what torch.jit.script asks of a forward first
         raise AttributeError("torch.jit.script cannot compile a fused block: call convnextv2_kernels.unfuse first")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        block = self._block()
-        if torch.jit.is_tracing():  # a trace, as the ONNX exporter makes, is to hold PyTorch's operators only
-            return type(block).forward(block, x)
-        reason = self._why_not_now(block)
+    def __call__(self, *args, **kwargs) -> Tensor:
+        block = self.block
+        inputs = (*args, *kwargs.values())
+        x = inputs[0] if len(inputs) == 1 else None
+        # A block that takes more than a map, the meta device, and a trace, as the ONNX exporter makes one, which is to
+        # hold PyTorch's operators only: the block's own forward.
+        if x is None or torch.jit.is_tracing() or (isinstance(x, Tensor) and x.is_meta):
+            return type(block).forward(block, *args, **kwargs)
+        reason = unfit(self._family, block)
         if reason is not None:
-            return self._own_forward(block, x, reason)
-        return fused_block(x, *block_arguments(self._family, block), self._save)
+            self._warn(block, reason)
+            return type(block).forward(block, *args, **kwargs)
+        return fused_block(x, *block_arguments(self._family, block), self.save)
 
-    def _why_not_now(self, block: nn.Module) -> str | None:
-        for (name, module), expected in zip(self._family.bypassed(block), self._classes, strict=True):
-            if type(module) is not expected:
-                return f"{name} became a {type(module).__name__}"
-        name = hooked(self._family, block)
-        return None if name is None else f"{name} has a hook"
-
-    def _own_forward(self, block: nn.Module, x: Tensor, reason: str) -> Tensor:
+    def _warn(self, block: nn.Module, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():
             self._warned = True
             warnings.warn(
-                f"a fused {type(block).__name__} runs unfused since {reason}; fuse the model again afterwards, or "
-                "unfuse it to silence this",
-                stacklevel=3,
+                f"a fused {type(block).__name__} has changed and runs unfused ({reason}); unfuse it to silence this",
+                stacklevel=4,
             )
-        return type(block).forward(block, x)
 
     def replicate(self) -> nn.Module:
         """``_replicate_for_data_parallel`` of the block: its replica gets a fused forward of its own."""
-        block = self._block()
+        block = self.block
         replica = type(block)._replicate_for_data_parallel(block)
-        install(replica, FusedForward(replica, self._family, self._classes, self._save))
+        install(replica, FusedForward(replica, self._family, self.save))
         return replica
 
 

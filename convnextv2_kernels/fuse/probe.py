@@ -16,19 +16,27 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 
 
 def computes_otherwise(block: nn.Module, family: Family) -> str | None:
-    """Reason a copy of the block with small random parameters, in float64 on the CPU, disagrees with the fused
-    block's specification; None if it agrees."""
+    """Reason the block is something else than it looks: it holds more than its parts do, or a copy of it with small
+    random parameters, in float64 on the CPU, disagrees with the fused block's specification. None if it agrees."""
+    parts = family.parts(block)
+    known = sum(len(list(part.parameters())) for part in parts[:7])
+    if known != len(list(block.parameters())) or list(block.buffers()):
+        return "it has parameters or buffers besides those of a ConvNeXt V2 block"
     generator = torch.Generator().manual_seed(0)
-    trial = _copy_with_new_parameters(block, generator).eval()
-    x = torch.randn(2, family.parts(trial).conv.in_channels, 5, 4, dtype=torch.float64, generator=generator)
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), use_backend("reference"):
-            own = type(trial).forward(trial, x)
+    trial = _copy_with_new_parameters(block, generator)
+    x = torch.randn(2, parts.conv.in_channels, 5, 4, dtype=torch.float64, generator=generator)
+    for training in (False, True):
+        trial.train(training)
+        family.parts(trial).drop_path.eval()
+        plain = torch.autocast("cpu", enabled=False), torch.no_grad(), torch.random.fork_rng(devices=())
+        with plain[0], plain[1], plain[2], use_backend("reference"):
+            try:
+                own = type(trial).forward(trial, x)
+            except Exception as error:  # foreign code: whatever it raises means that it is something else
+                return f"a trial run of its forward failed ({type(error).__name__}: {error})"
             fused = fused_block(x, *block_arguments(family, trial), save=None)
-    except Exception as error:  # foreign code: whatever it raises means that it is something else
-        return f"a trial run of its forward failed ({type(error).__name__}: {error})"
-    if not isinstance(own, torch.Tensor) or own.shape != fused.shape or not torch.allclose(own, fused, 1e-9, 1e-12):
-        return "a trial run of its forward gave other numbers than a ConvNeXt V2 block"
+        if not isinstance(own, torch.Tensor) or own.shape != fused.shape or not torch.allclose(own, fused, 1e-9, 1e-12):
+            return "a trial run of its forward gave other numbers than a ConvNeXt V2 block"
     return None
 
 

@@ -11,7 +11,7 @@ from .. import backends
 from ..nn import ConvNeXtV2Block
 from ..schedule import SAVE_POLICIES
 from . import checks
-from .families import family_of
+from .families import Family, family_of
 from .forward import FusedForward, install, installed, remove
 from .probe import computes_otherwise
 from .report import FuseReport, Replaced, Skipped
@@ -29,7 +29,8 @@ def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> Fuse
         model: any module; it may itself be a block.
         strict: whether a model without a single fused block is an error.
         save: what the blocks keep for backward, memory against time: "inputs", "normalized" or "hidden", see
-            :func:`convnextv2_kernels.ops.convnextv2_block`; None for the default of the device.
+            :func:`convnextv2_kernels.ops.convnextv2_block`; None for the default of the device. Blocks fused before
+            take it over; this library's own always have the default.
 
     Returns:
         A report of what was replaced and what was skipped, with reasons.
@@ -41,7 +42,7 @@ def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> Fuse
     _check_model(model)
     if save not in (None, *SAVE_POLICIES):
         raise ValueError(f"save must be one of {', '.join(SAVE_POLICIES)} or None, got {save!r}")
-    replaced: list[Replaced] = []
+    plan: dict[str, tuple[nn.Module, Family]] = {}
     skipped: list[Skipped] = []
     already: list[str] = []
     for name, module in model.named_modules():
@@ -54,12 +55,18 @@ def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> Fuse
         reason = checks.why_not(family, module)
         if reason is None and not family.classes:
             reason = computes_otherwise(module, family)
-        if reason is not None:
+        if reason is None:
+            plan[name] = module, family
+        else:
             skipped.append(Skipped(name, reason))
-            continue
-        classes = tuple(type(inner) for _, inner in family.bypassed(module))
-        install(module, FusedForward(module, family, classes, save))
-        replaced.append(Replaced(name, family.title))
+    for block, family in plan.values():
+        install(block, FusedForward(block, family, save))
+    if save is not None:
+        for name in already:
+            forward = installed(model.get_submodule(name))
+            if forward is not None:
+                forward.save = save
+    replaced = [Replaced(name, family.title) for name, (_, family) in plan.items()]
     report = FuseReport(type(model).__name__, tuple(replaced), tuple(skipped), tuple(already), _backend(model))
     if strict and not replaced and not already:
         found = "; " + str(report).split("\n", 1)[1].strip() if skipped else ""
@@ -81,12 +88,16 @@ def unfuse(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def fused(model: nn.Module, strict: bool = True, save: str | None = None) -> Iterator[FuseReport]:
-    """``with fused(model) as report:`` fuses inside the block only; what was fused before stays so afterwards."""
+    """``with fused(model) as report:`` fuses inside the block only; what was fused before stays as it was."""
+    _check_model(model)
+    before = {forward: forward.save for module in model.modules() if (forward := installed(module)) is not None}
     report = fuse(model, strict, save)
     blocks = [model.get_submodule(entry.name) for entry in report.replaced]
     try:
         yield report
     finally:
+        for forward, kept in before.items():
+            forward.save = kept
         for block in blocks:
             if installed(block) is not None:
                 remove(block)

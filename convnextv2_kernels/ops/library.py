@@ -35,6 +35,20 @@ def _define(schema: str, implementation, fake):
     return getattr(torch.ops.convnextv2_kernels, name).default
 
 
+def differentiate(name: str, function) -> None:
+    """Give an operator the backward of an autograd function: its first ``function.TENSORS`` inputs are that one's, of
+    its outputs only the first has a gradient, and ``function.keep`` saves what backward reads."""
+
+    def setup_context(ctx, inputs, output):
+        function.keep(ctx, inputs[: function.TENSORS], inputs[function.TENSORS :], output)
+
+    def backward(ctx, grad, *_):
+        *grads, _ = function.backward(ctx, grad)
+        return *grads, *(None for _ in ctx.args)
+
+    torch.library.register_autograd(f"{_NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_library)
+
+
 def _rows(x: Tensor, offsets: Tensor | None, rows_per_slot: int, images: int, batch: bool) -> schedule.Rows:
     total = x.numel() // x.shape[-1]
     return schedule.Rows(total, images, rows_per_slot, offsets, batch)
@@ -52,6 +66,11 @@ def _flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     return x if dtype is None else x.to(dtype)
 
 
+def _reshaped(out: Tensor, shape) -> Tensor:
+    """A tensor that is nobody's view: autograd forbids changing views that a function returned in place."""
+    return torch.ops.aten._unsafe_view.default(out, shape)
+
+
 def _mlp_forward(
     x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, save,
     dtype, backend,
@@ -61,7 +80,7 @@ def _mlp_forward(
         backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
         rows, act, grn_eps, x.dtype, _keeps(save, "hidden"),
     )  # fmt: skip
-    return out.view(*x.shape[:-1], w2.shape[0]), norms, kept
+    return _reshaped(out, (*x.shape[:-1], w2.shape[0])), norms, kept
 
 
 def _hidden_fakes(x, w1, images, batch, save, dtype):
@@ -135,7 +154,7 @@ def _block_forward(
         k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, act, grn_eps, x.dtype,
         _keeps(save, "hidden"), layer_norm if k.FOLDS_LAYER_NORM else None,
     )  # fmt: skip
-    return out.view(x.shape), z, rstd, norms, kept
+    return _reshaped(out, x.shape), z, rstd, norms, kept
 
 
 def _block_forward_fake(

@@ -21,13 +21,20 @@ ACTIVATIONS = ("gelu", "gelu_tanh")
 class _PointwiseMLP(torch.autograd.Function):
     """``args`` are the operators' arguments behind the tensors."""
 
+    TENSORS = 10
+
     @staticmethod
-    def forward(ctx, x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, args):
-        out, norm, hidden = library.mlp_forward(x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets, *args)
-        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, drop, offsets, norm, hidden)
-        ctx.args, ctx.b2_dtype = args, b2.dtype
-        ctx.has_residual = residual is not None
-        return out
+    def forward(ctx, *inputs):
+        *tensors, args = inputs
+        outputs = library.mlp_forward(*tensors, *args)
+        _PointwiseMLP.keep(ctx, tensors, args, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def keep(ctx, tensors, args, outputs):
+        x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets = tensors
+        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, drop, offsets, *outputs[1:])
+        ctx.args, ctx.b2_dtype, ctx.has_residual = args, b2.dtype, residual is not None
 
     @staticmethod
     @once_differentiable
@@ -39,19 +46,22 @@ class _PointwiseMLP(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
+    TENSORS = 14
+
     @staticmethod
-    def forward(
-        ctx, x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, drop, offsets, args
-    ):
-        params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
-        index = (neighbours, drop, offsets)
-        out, z, rstd, norm, hidden = library.block_forward(x, *params, *index, *args)
-        ctx.save_for_backward(
-            x, z, rstd, norm, hidden, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, *index
-        )
+    def forward(ctx, *inputs):
+        *tensors, args = inputs
+        outputs = library.block_forward(*tensors, *args)
+        _Block.keep(ctx, tensors, args, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def keep(ctx, tensors, args, outputs):
+        x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, *index = tensors
+        params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2)
+        ctx.save_for_backward(x, *outputs[1:], *params, *index)
         ctx.args, ctx.b2_dtype = args, b2.dtype
         ctx.dw_bias_dtype = None if dw_bias is None else dw_bias.dtype
-        return out
 
     @staticmethod
     @once_differentiable
@@ -60,6 +70,11 @@ class _Block(torch.autograd.Function):
         dx, ddw, ddb, *rest, db2 = grads
         ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
         return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None
+
+
+# For programs of torch.export, which hold the operators without the functions around them.
+library.differentiate("mlp_forward", _PointwiseMLP)
+library.differentiate("block_forward", _Block)
 
 
 def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, tuple]:

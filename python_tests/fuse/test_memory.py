@@ -39,6 +39,11 @@ def test_what_is_kept_is_a_choice():
     assert kept[0] < kept[1] < kept[2]
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-4)
+    ck.fuse(model, save="inputs")
+    assert bytes_kept(model, images) == kept[0]
+    with ck.fused(model, save="hidden"):
+        assert bytes_kept(model, images) == kept[2]
+    assert bytes_kept(model, images) == kept[0]
     with pytest.raises(ValueError, match="save must be one of inputs, normalized, hidden or None, got 'all'"):
         ck.fuse(small_timm_model(), save="all")
 

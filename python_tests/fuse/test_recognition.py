@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from official import Block
 from peers import timm
 from torch import nn
@@ -125,6 +126,10 @@ CHANGES = {
     "norm is a GroupNorm, expected LayerNorm": change("norm", lambda _: nn.GroupNorm(1, 16)),
     "drop_path is a Dropout, expected DropPath or the identity": change("drop_path", lambda _: nn.Dropout(0.5)),
     "its forward has been replaced on the instance": change("forward", lambda old: old),
+    "the forward of mlp.fc1 has been replaced on the instance": change("mlp.fc1.forward", lambda old: old),
+    "norm is torch.float32 beside torch.float64 of conv_dw, expected one dtype": lambda block: (
+        block.double().norm.float()
+    ),
     "a hook on mlp.act would not run": lambda block: block.mlp.act.register_forward_hook(lambda *_: None),
 }
 
@@ -158,14 +163,35 @@ class Failing(Block):
         raise RuntimeError("needs a mask")
 
 
+class Dropping(Block):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5, self.training))
+
+
+def with_buffer() -> Block:
+    block = Block(8)
+    block.register_buffer("scale", torch.ones(1))
+    return block
+
+
+def with_another_norm(norm: nn.Module) -> Block:
+    block = Block(8)
+    block.norm = norm
+    return block
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
         (Doubled(8), "a trial run of its forward gave other numbers than a ConvNeXt V2 block"),
         (Block(8, mean_eps=1e-5), "a trial run of its forward gave other numbers than a ConvNeXt V2 block"),
         (Failing(8), "a trial run of its forward failed (RuntimeError: needs a mask)"),
+        (Dropping(8), "a trial run of its forward gave other numbers than a ConvNeXt V2 block"),
+        (with_buffer(), "it has parameters or buffers besides those of a ConvNeXt V2 block"),
+        (with_another_norm(nn.Identity()), "norm.weight is None, expected 8 elements"),
+        (with_another_norm(nn.RMSNorm(8, eps=1e-6)), "norm.bias is None, expected 8 elements"),
     ],
-    ids=["doubled", "eps", "failing"],
+    ids=["doubled", "eps", "failing", "dropping", "buffer", "identity", "rms"],
 )
 def test_the_trial_run_tells_lookalikes_apart(block, reason):
     model = nn.Sequential(block, Block(8)).train()
@@ -175,6 +201,14 @@ def test_the_trial_run_tells_lookalikes_apart(block, reason):
     assert report.skipped == (("0", reason),) and [r.name for r in report.replaced] == ["1"]
     ck.unfuse(model)
     assert state_of(model) == before and torch.equal(torch.get_rng_state(), rng)
+
+
+def test_a_class_patched_before_fusing_is_skipped(monkeypatch):
+    model = small_timm_model()
+    kind = type(model.stages[0].blocks[0])
+    monkeypatch.setattr(kind, "forward", lambda self, x: x)
+    report = ck.fuse(model, strict=False)
+    assert {s.reason for s in report.skipped} == {"forward of ConvNeXtBlock has been replaced"}
 
 
 def test_this_librarys_models_are_fused_by_nature():
@@ -224,7 +258,7 @@ def test_later_changes_inside_a_block_are_honoured():
     ck.fuse(model)
     seen = []
     handle = model.stages[0].blocks[0].mlp.act.register_forward_hook(lambda *_: seen.append(True))
-    with pytest.warns(UserWarning, match="ConvNeXtBlock runs unfused since mlp.act has a hook"):
+    with pytest.warns(UserWarning, match="ConvNeXtBlock has changed and runs unfused .a hook on mlp.act would"):
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -234,10 +268,39 @@ def test_later_changes_inside_a_block_are_honoured():
         model(images)
         assert len(seen) == 2
     model.stages[1].blocks[0].mlp.fc1 = randomized(nn.utils.parametrizations.weight_norm(nn.Conv2d(24, 96, 1)), 7)
-    with pytest.warns(UserWarning, match="mlp.fc1 became a ParametrizedConv2d"):
+    with pytest.warns(UserWarning, match="mlp.fc1 is a ParametrizedConv2d, expected"):
         changed = model(images)
     ck.unfuse(model)
     torch.testing.assert_close(changed, model(images), rtol=1e-4, atol=1e-4)
+
+
+LATER = {
+    "conv_dw has dilation 2": lambda block: (
+        change("conv_dw.dilation", (2, 2))(block), change("conv_dw.padding", (6, 6))(block)
+    ),
+    "mlp.drop1 drops out with rate 0.5": change("mlp.drop1.p", 0.5),
+    "mlp.fc2 has no bias": change("mlp.fc2", without_bias),
+    "the forward of mlp.fc1 has been replaced": lambda block: (
+        change("mlp.fc1.forward", lambda old: lambda x: 3 * old(x))(block)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", LATER)
+def test_later_changes_of_a_layer_are_honoured(reason):
+    model, images = small_timm_model().train(), torch.randn(IMAGES)
+    ck.fuse(model)
+    LATER[reason](model.stages[0].blocks[0])
+    results = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        if not results:
+            with pytest.warns(UserWarning, match=reason):
+                results.append(model(images))
+            ck.unfuse(model)
+        else:
+            results.append(model(images))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_parameters_are_read_at_each_call():
@@ -248,6 +311,27 @@ def test_parameters_are_read_at_each_call():
     got = output_of(model, images)
     ck.unfuse(model)
     torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_other_ways_to_call_a_block():
+    """By keyword, on the meta device, and with more than a map, as the block's own forward takes it."""
+    layer = transformers_model().convnextv2.encoder.stages[0].layers[0]
+    x = torch.randn(2, 16, 5, 4)
+    expected = layer(features=x)
+    ck.fuse(layer)
+    torch.testing.assert_close(layer(features=x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match="forward\\(\\)"):
+        layer(x, x)
+    assert layer.to("meta")(x.to("meta")).is_meta
+
+
+def test_a_forward_without_its_block_says_so():
+    block = small_timm_model().stages[0].blocks[0]
+    ck.fuse(block)
+    forward = block.forward
+    del block
+    with pytest.raises(RuntimeError, match="the block of this fused forward is gone"):
+        forward(torch.randn(2, 16, 5, 4))
 
 
 def test_nothing_foreign_is_imported():

@@ -132,7 +132,12 @@ def test_exports(model, images, training):
     expected = model(images)
     program = torch.export.export(model, (images,))
     assert any("block_forward" in str(node.target) for node in program.graph.nodes)
-    close(program.module()(images), expected)
+    exported = program.module()
+    close(exported(images), expected)
+    cotangent = torch.randn(2, 10)
+    gradients = results_of(model, images, cotangent)
+    for name, value in results_of(exported, images, cotangent).items():
+        torch.testing.assert_close(value, gradients[name], rtol=1e-3, atol=1e-4 * float(value.abs().max()))
 
 
 def test_traces_into_plain_operators(model, images):
@@ -177,6 +182,32 @@ def test_drop_path_draws_what_the_model_would_draw(make):
         results.append(results_of(model, images, cotangent) | {"state": torch.get_rng_state()})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+
+
+def test_drop_path_has_a_mode_of_its_own():
+    """Stochastic depth at evaluation, or none in training, by the mode of the drop path module alone."""
+    model = small_timm_model(drop_path_rate=0.5)
+    ck.fuse(model)
+    images = torch.randn(16, 3, 32, 32)
+    for training in (False, True):
+        model.train(training)
+        for module in model.modules():
+            if type(module).__name__ == "DropPath":
+                module.train(not training)
+        assert torch.equal(model(images), model(images)) == training
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_outputs_may_be_changed_in_place(images, fuse):
+    model = small_timm_model(features_only=True, num_classes=0)
+    if fuse:
+        ck.fuse(model)
+    maps = model(images)
+    torch.nn.functional.relu_(maps[3]).sum().backward()
+    assert model.stages_0.blocks[0].conv_dw.weight.grad is not None
+    own = ck.nn.ConvNeXtV2Block(8)(torch.randn(1, 4, 4, 8))
+    own += 1
+    own.sum().backward()
 
 
 def test_features_only(images):
