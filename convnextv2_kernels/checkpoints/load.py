@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .formats import part_of
 from .state import listing, read_checkpoint, read_state, unwrap
@@ -96,8 +96,7 @@ def load_checkpoint(
         only_head = {part_of(name) for name in misshaped} == {"head"}
         hint = " (skip_head=True leaves the head of the model as it is)" if only_head else ""
         raise ValueError(f"{what} does not fit the model: {'; '.join(faults)}{hint}")
-    for name, tensor in ours.items():
-        tensor.copy_(theirs[name])
+    _copy({target.keys[name]: (tensor, theirs[name]) for name, tensor in ours.items()})
     return LoadReport(
         source.format.name,
         target.format.name,
@@ -105,3 +104,18 @@ def load_checkpoint(
         kept_initial=tuple(key for name, key in target.keys.items() if name not in ours),
         left_out=tuple(key for name, key in source.keys.items() if name not in theirs),
     )
+
+
+def _copy(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """By key of the model: copy each second tensor into the first; where one cannot be written, put those before it
+    back."""
+    done: list[tuple[Tensor, Tensor]] = []
+    for key, (into, values) in pairs.items():
+        before = into.clone()
+        try:
+            into.copy_(values)
+        except RuntimeError as error:
+            for written, old in done:
+                written.copy_(old)
+            raise ValueError(f"the model's {key} cannot be written: {error}") from error
+        done.append((into, before))

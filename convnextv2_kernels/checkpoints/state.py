@@ -14,6 +14,7 @@ from .layouts import to_canonical
 _WEIGHTS = ("model", "state_dict", "model_state_dict")
 _AVERAGED_WEIGHTS = ("model_ema", "state_dict_ema")
 _WRAPPERS = {"module", "_orig_mod"}  # what DataParallel and torch.compile put into names, at any depth
+_COUNTERS = {"n_averaged"}  # beside the parameters of torch.optim.swa_utils.AveragedModel
 
 
 class State(NamedTuple):
@@ -56,6 +57,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
         ValueError: anything but the parameters of a ConvNeXt V2 or a part of it. ``what`` is how the message calls the
             state_dict.
     """
+    state_dict = {key: value for key, value in state_dict.items() if key not in _COUNTERS}
     bare = {key: _without_wrappers(key) for key in state_dict if isinstance(key, str)}
     found = detect(bare.values())
     if found is None:
@@ -106,4 +108,8 @@ def _fault(value: Any) -> str | None:
         return f"of dtype {value.dtype}"
     if value.layout != torch.strided:
         return f"of layout {value.layout}"
-    return "on the meta device, without values" if value.is_meta else None
+    if value.is_meta:
+        return "on the meta device, without values"
+    if type(value).__name__ == "DTensor":  # importing its class would import all of torch.distributed
+        return "sharded (a DTensor): load before sharding, or gather it with full_tensor()"
+    return "without its memory" if value.numel() and not value.untyped_storage().nbytes() else None

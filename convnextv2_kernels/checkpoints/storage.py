@@ -40,7 +40,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        content = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else _read_torch(path)
+        content = _READERS[_kind(path)](path)
     except Exception as error:  # A damaged file makes the unpickler and the archive readers raise anything.
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -52,6 +52,18 @@ def read_file(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict or a dict around one")
     return content
+
+
+def _kind(path: Path) -> str:
+    """"safetensors" or "torch", by how the file begins: names are not always true."""
+    with path.open("rb") as file:
+        start = file.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("a pointer of Git LFS instead of the file it stands for (git lfs pull fetches it)")
+    if start.startswith((b"PK", b"\x80\x02")):  # a zip archive or a pickle: what torch.save writes
+        return "torch"
+    # a length in 8 bytes, then JSON
+    return "safetensors" if start[8:9] == b"{" or path.suffix.lower() == ".safetensors" else "torch"
 
 
 def write_file(path: Path, state_dict: dict[str, Tensor], to: str) -> None:
@@ -76,8 +88,12 @@ def _read_torch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    # an open file: given a name, torch.load goes by its ending
+    with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+_READERS = {"safetensors": safetensors.torch.load_file, "torch": _read_torch}
 
 
 def _reason(error: Exception) -> str:

@@ -286,3 +286,21 @@ def test_models_it_cannot_load_into():
         load_checkpoint(classifier().to("meta"), state)
     with pytest.raises(ValueError, match="model has keys .* timm names: norm_pre.weight, norm_pre.bias$"):
         load_checkpoint(timm_model(head_norm_first=True), state)
+
+
+def test_a_parameter_that_cannot_be_written_leaves_the_model_untouched():
+    """Found only when its turn comes: what was written before is put back."""
+    model = classifier()
+    model.head.weight = nn.Parameter(torch.zeros(1, DIMS[-1]).expand(CLASSES, DIMS[-1]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the model's head.weight cannot be written: "):
+        load_checkpoint(model, classifier().state_dict())
+    assert_same(model.state_dict(), before)
+
+
+def test_average_of_torch_itself():
+    model = classifier()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    target = torch.optim.swa_utils.AveragedModel(classifier())
+    load_checkpoint(target, average.state_dict())
+    assert_same(target.module.state_dict(), model.state_dict())

@@ -180,3 +180,21 @@ def test_sound_files_that_do_not_fit(tmp_path):
     refused(tmp_path / "a.pt", "lacks parameters .*: stages.0.0.norm.bias$")
     safetensors.torch.save_file(without(classifier().state_dict(), "stages.1.1."), tmp_path / "b.safetensors")
     refused(tmp_path / "b.safetensors", "does not fit the model: it lacks stages.1.1.dwconv.weight, .*")
+
+
+def test_the_content_tells_what_a_file_is(tmp_path):
+    """Not its name: safetensors called .bin, and the other way round."""
+    state = classifier().state_dict()
+    (tmp_path / "model.bin").write_bytes(safetensors.torch.save(state))
+    torch.save(state, tmp_path / "model.safetensors")
+    for name in ("model.bin", "model.safetensors"):
+        model = classifier()
+        load_checkpoint(model, tmp_path / name)
+        assert_same(model.state_dict(), state)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    path = tmp_path / "model.pt"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 14854337\n")
+    with pytest.raises(ValueError, match="model.pt is not a readable checkpoint: a pointer of Git LFS"):
+        load_checkpoint(classifier(), path)
