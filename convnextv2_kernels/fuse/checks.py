@@ -17,7 +17,6 @@ LAYER_NORMS = {
     "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2LayerNorm",
 }
 GELUS = {
-    "torch.nn.modules.activation.GELU": None,  # erf or tanh, by its attribute
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.GELUTanh": "gelu_tanh",
     "transformers.activations.GELUActivation": "gelu",

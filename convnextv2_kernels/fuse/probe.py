@@ -19,7 +19,7 @@ def computes_otherwise(block: nn.Module, family: Family) -> str | None:
     """Reason the block is something else than it looks: it holds more than its parts do, or a copy of it with small
     random parameters, in float64 on the CPU, disagrees with the fused block's specification. None if it agrees."""
     parts = family.parts(block)
-    known = sum(len(list(part.parameters())) for part in parts[:7])
+    known = sum(len(list(part.parameters())) for _, part in family.bypassed(block))
     if known != len(list(block.parameters())) or list(block.buffers()):
         return "it has parameters or buffers besides those of a ConvNeXt V2 block"
     generator = torch.Generator().manual_seed(0)
@@ -28,8 +28,12 @@ def computes_otherwise(block: nn.Module, family: Family) -> str | None:
     for training in (False, True):
         trial.train(training)
         family.parts(trial).drop_path.eval()
-        plain = torch.autocast("cpu", enabled=False), torch.no_grad(), torch.random.fork_rng(devices=())
-        with plain[0], plain[1], plain[2], use_backend("reference"):
+        with (
+            torch.autocast("cpu", enabled=False),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=()),
+            use_backend("reference"),
+        ):
             try:
                 own = type(trial).forward(trial, x)
             except Exception as error:  # foreign code: whatever it raises means that it is something else
