@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     options = parser.parse_args()
     steps = [measure(library, size, options) for size in options.models for library in options.libraries]
-    parameters = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    parameters = {name: value for name, value in vars(options).items() if name != "output"}
     versions = {name: importlib.metadata.version(name) for name in sorted(set(options.libraries) - {"official"})}
     write_report(options.output, {"machine": describe() | versions, "parameters": parameters, "step": steps})
 
