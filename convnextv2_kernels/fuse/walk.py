@@ -117,10 +117,13 @@ def _backend(model: nn.Module) -> str:
     if device.type == "meta":
         return "decided when the model leaves the meta device"
     described = f"{str(dtype).removeprefix('torch.')} on {device.type}"
-    names = (backends.forced(),) if backends.forced() != "auto" else backends.PREFERENCE.get(device.type, ())
-    reasons = {name: backends.why_not(name, device.type, dtype, device.index) for name in names}
-    for name, reason in reasons.items():
-        if reason is None and name != "reference":
-            return f"{name} ({described})"
-    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
-    return f"reference, plain PyTorch, not faster ({described}{'; ' + why if why else ''})"
+    try:
+        name = backends.select(parameter, "fuse")
+    except RuntimeError as error:
+        return f"nothing: {error}"
+    if name != "reference":
+        return f"{name} ({described})"
+    others = backends.PREFERENCE.get(device.type, ()) if backends.forced() == "auto" else ()
+    reasons = ((other, backends.why_not(other, device.type, dtype, device.index)) for other in others)
+    why = "".join(f"; {other}: {reason}" for other, reason in reasons if reason is not None)
+    return f"reference, plain PyTorch, not faster ({described}{why})"

@@ -14,6 +14,7 @@ from ..backends.reference.rows import statistics_dtype
 from .amp import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
+# the same for forward and backward; of save, backward sees the outcome in the tensors it is given
 _SETTINGS = (
     "SymInt rows_per_slot, SymInt images, bool batch_scope, str act, float grn_eps, str save, ScalarType dtype, "
     "str backend"

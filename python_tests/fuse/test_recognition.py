@@ -14,6 +14,7 @@ from torch import nn
 import convnextv2_kernels as ck
 
 from .networks import (
+    close,
     official_model,
     output_of,
     randomized,
@@ -69,6 +70,8 @@ def test_report_names_the_backend():
     model = small_timm_model()
     with ck.use_backend("reference"):
         assert ck.fuse(model).backend.startswith("reference, plain PyTorch, not faster (float32 on cpu")
+    with ck.use_backend("triton"):
+        assert ck.fuse(small_timm_model()).backend.startswith("nothing: fuse was asked of backend 'triton', but ")
     assert ck.fuse(small_timm_model().half()).backend.startswith("reference, plain PyTorch, not faster (float16 on cpu")
     with torch.device("meta"):
         absent = nn.Sequential(Block(8))
@@ -90,7 +93,7 @@ def test_what_has_no_fused_form_is_left_alone(reason):
     expected = model(images)
     report = ck.fuse(model, strict=False)
     assert {s.reason for s in report.skipped} == {reason}
-    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+    close(model(images), expected)
     if not report.replaced:
         assert torch.equal(model(images), expected)
 
@@ -237,7 +240,7 @@ def test_context_manager():
     expected = model(images)
     with ck.fused(model) as report:
         assert len(report.replaced) == 5
-        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+        close(model(images), expected)
         with ck.fused(model) as inner:
             assert len(inner.already_fused) == 5
         assert len(ck.fuse(model).already_fused) == 5
@@ -259,7 +262,7 @@ def test_later_changes_inside_a_block_are_honoured():
     seen = []
     handle = model.stages[0].blocks[0].mlp.act.register_forward_hook(lambda *_: seen.append(True))
     with pytest.warns(UserWarning, match="ConvNeXtBlock has changed and runs unfused .a hook on mlp.act would"):
-        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+        close(model(images), expected)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(images)
@@ -271,7 +274,7 @@ def test_later_changes_inside_a_block_are_honoured():
     with pytest.warns(UserWarning, match="mlp.fc1 is a ParametrizedConv2d, expected"):
         changed = model(images)
     ck.unfuse(model)
-    torch.testing.assert_close(changed, model(images), rtol=1e-4, atol=1e-4)
+    close(changed, model(images))
 
 
 LATER = {
@@ -300,7 +303,7 @@ def test_later_changes_of_a_layer_are_honoured(reason):
             ck.unfuse(model)
         else:
             results.append(model(images))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    close(*results)
 
 
 def test_parameters_are_read_at_each_call():
@@ -310,7 +313,7 @@ def test_parameters_are_read_at_each_call():
     model.stages[0].blocks[0].mlp.grn.weight = nn.Parameter(torch.randn(64))
     got = output_of(model, images)
     ck.unfuse(model)
-    torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-4)
+    close(got, model(images))
 
 
 def test_other_ways_to_call_a_block():
@@ -319,7 +322,7 @@ def test_other_ways_to_call_a_block():
     x = torch.randn(2, 16, 5, 4)
     expected = layer(features=x)
     ck.fuse(layer)
-    torch.testing.assert_close(layer(features=x), expected, rtol=1e-4, atol=1e-4)
+    close(layer(features=x), expected)
     with pytest.raises(TypeError, match="forward\\(\\)"):
         layer(x, x)
     assert layer.to("meta")(x.to("meta")).is_meta
