@@ -16,13 +16,14 @@ EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
 FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-emulated gpu-check venv lint ctest sanitize format bench clean
+.PHONY: demo test test-emulated test-triton gpu-check venv lint ctest sanitize format bench clean
 
 demo: venv
 	$(BIN)/python -m convnextv2_kernels pretrain --demo
 
 test: venv lint ctest
 	$(BIN)/python -m pytest -n $(WORKERS)
+	$(MAKE) test-triton
 ifneq ($(CUDA_HOME),)
 	$(MAKE) test-emulated
 endif
@@ -34,6 +35,11 @@ test-emulated: $(EMULATED)
 		python_tests/conformance python_tests/test_schedule.py python_tests/cuda python_tests/fuse/test_backends.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
+
+# The Triton kernels in Triton's interpreter, through the conformance suite.
+test-triton: venv
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton \
+		python_tests/conformance python_tests/test_schedule.py python_tests/triton_backend
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:

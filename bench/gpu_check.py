@@ -5,7 +5,8 @@
     python bench/gpu_check.py --out DIR --dry-run              # the same program on a CPU, to test it
 
 Results go to DIR/results.json as soon as they are known. The dry run needs the emulated kernels
-(``python setup.py build_emulation``, CONVNEXTV2_KERNELS_CUDA_EMULATION); its times mean nothing.
+(``python setup.py build_emulation``, CONVNEXTV2_KERNELS_CUDA_EMULATION), for the Triton stages TRITON_INTERPRET=1; its
+times mean nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ STAGES = (
     Stage("machine", "gpu.machine", 1, 30),
     Stage("build", "gpu.build", 10, 400, "(compiles the kernels)"),
     Stage("smoke", "gpu.smoke", 10, 60, "(every op against float64)"),
+    Stage("triton_smoke", "gpu.triton_smoke", 15, 60, "(the same by the Triton backend)"),
     Stage("ceilings", "gpu.ceilings", 8, 40, "(copy bandwidth, matrix products, launches)"),
-    Stage("tests", "gpu.suite", 25, 90, "(conformance suite)"),
+    Stage("tests", "gpu.suite", 25, 120, "(conformance suite)"),
     Stage("kernels", "gpu.kernels", 15, 100, "(each operator alone)"),
-    Stage("step", "gpu.step", 25, 150, "(FCMAE training step)"),
+    Stage("triton_kernels", "gpu.triton_kernels", 20, 100, "(Triton's kernels and fused products)"),
+    Stage("step", "gpu.step", 25, 185, "(FCMAE training step)"),
     Stage("profile", "gpu.profiling", 15, 30, "(where a step's time goes)"),
     Stage("sanitizer", "gpu.sanitizer", 30, 75, "(compute-sanitizer)"),
+    Stage("triton_tune", "gpu.triton_tune", 40, 120, "(plans of Triton's fused products)"),
     Stage("compile", "gpu.compiled", 60, 600, "(against torch.compile)"),
     Stage("plot", "gpu.plot", 2, 30),
 )

@@ -1,4 +1,4 @@
-"""The command line: ``info``, ``bench``, ``pretrain`` and ``convert``.
+"""The command line: ``info``, ``bench``, ``tune``, ``pretrain`` and ``convert``.
 
 Only argparse and the standard library are imported here; a subcommand imports what it needs.
 """
@@ -78,9 +78,46 @@ def build_parser() -> argparse.ArgumentParser:
         add_help=False,
         help="measure speed and memory against masked dense PyTorch",
     )
+    _add_tune(commands)
     _add_pretrain(commands)
     _add_convert(commands)
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    parser = commands.add_parser(
+        "tune",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="measure on this GPU which products Triton should fuse, and keep the answer",
+        description=(
+            "Measure on this GPU, for the MLPs of a model, whether matrix products fused in Triton or those of the\n"
+            "vendor's library are faster, and in which tiles. Later processes on this machine use the answer; without\n"
+            "it a table that comes with the library decides. Takes minutes, most of them compilation."
+        ),
+        epilog=(
+            "examples:\n"
+            f"  {PROG} tune --model convnextv2_tiny --batch-size 256\n"
+            f"  {PROG} tune --model convnextv2_base --batch-size 64 --dense"
+        ),
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["convnextv2_tiny"], metavar="NAME", help="models (default: convnextv2_tiny)"
+    )
+    parser.add_argument("--batch-size", type=_positive_int, default=64, metavar="B", help="images (default: 64)")
+    parser.add_argument(
+        "--img-size", type=_image_size, default=(224, 224), metavar="S|HxW", help="pixels, multiples of 32 "
+        "(default: 224)",
+    )  # fmt: skip
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--mask-ratio", type=_share, default=0.6, metavar="R", help="hidden share in pre-training (default: 0.6)"
+    )
+    kind.add_argument("--dense", action="store_true", help="training on whole images instead")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the products "
+        "(default: bfloat16)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
 
 
 def _add_pretrain(commands: Any) -> None:
@@ -286,6 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(info())
         return 0
+    if args.command == "tune":
+        return _tune(args)
     if args.command == "convert":
         from .checkpoints.convert import convert_file
 
@@ -296,6 +335,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         return 0
     return _pretrain(parser, args, [*PROG.split(), *argv])
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from . import tune
+
+    try:
+        reason = tune.unavailable()
+        if reason is not None:
+            raise RuntimeError(reason)
+        ratio = None if args.dense else args.mask_ratio
+        shapes = tune.mlp_shapes(args.model, args.img_size, args.batch_size, ratio, getattr(torch, args.dtype))
+        tune.tune(shapes, keep=not args.dry_run)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _pretrain(parser: argparse.ArgumentParser, args: argparse.Namespace, command: list[str]) -> int:

@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import backends, ops, schedule
-from .backends import cpu, cuda
+from .backends import cpu, cuda, triton
 from .version import __version__
 
 ENVIRONMENT = (
@@ -19,6 +19,9 @@ ENVIRONMENT = (
     "CONVNEXTV2_KERNELS_SAVE",
     "CONVNEXTV2_KERNELS_CUDA_CONV",
     "CONVNEXTV2_KERNELS_CUDA_EMULATION",
+    "CONVNEXTV2_KERNELS_TRITON_PRODUCTS",
+    "CONVNEXTV2_KERNELS_CACHE",
+    "TRITON_INTERPRET",
 )
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,17 +35,14 @@ def serving_backends(device_type: str) -> dict[str, dict[str, str]]:
         table[op] = {}
         for dtype in _DTYPES:
             name = str(dtype).removeprefix("torch.")
-            table[op][name] = _serving(device_type, dtype)
+            table[op][name] = _serving(op, device_type, dtype)
     return table
 
 
-def _serving(device_type: str, dtype: torch.dtype) -> str:
+def _serving(op: str, device_type: str, dtype: torch.dtype) -> str:
     if backends.forced() != "auto":
         return "error" if backends.why_not(backends.forced(), device_type, dtype) else backends.forced()
-    for name in backends.PREFERENCE.get(device_type, ("reference",)):
-        if backends.why_not(name, device_type, dtype) is None:
-            return name
-    return "reference"
+    return backends.automatic(op, device_type, (dtype,))
 
 
 def _devices() -> list[str]:
@@ -102,7 +102,7 @@ def info() -> str:
         f"backend            {backends.forced()}",
     ]
     for name in backends.NAMES[:-1]:
-        device = {"cuda": cuda.DEVICE, "triton": "cuda"}.get(name, "cpu")
+        device = {"cuda": cuda.DEVICE, "triton": triton.DEVICE}.get(name, "cpu")
         reason = backends.why_not(name, device, torch.float32)
         lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
     for device in _devices():

@@ -75,6 +75,11 @@ class Chunk(NamedTuple):
     def stats(self) -> slice:
         return slice(self.n0, self.n0 + self.segments[2])
 
+    def images(self, rows: Rows) -> tuple[Tensor | None, int, int]:
+        """``(offsets or None, rows per slot, count)`` of its images: its segments, unless GRN sees the whole batch."""
+        offsets = None if rows.offsets is None else rows.offsets[self.n0 : self.n1 + 1]
+        return offsets, rows.rows_per_slot, self.n1 - self.n0
+
 
 def chunks(rows: Rows, hidden: int, itemsize: int, budget: int) -> Iterator[Chunk]:
     """Consecutive runs of whole images whose hidden tensor fits the budget, at least one image each."""
@@ -122,6 +127,15 @@ def _scale_images_(y: Tensor, factors: Tensor | None, rows: Rows, chunk: Chunk) 
     return y.mul_(f.repeat_interleave(counts, output_size=chunk.r1 - chunk.r0)[:, None])
 
 
+def _place(total: Tensor | None, part: slice, value: Tensor, rows: int) -> Tensor:
+    """Puts a chunk's rows where they belong among ``rows`` of them; a single chunk's are taken as they are."""
+    if value.shape[0] == rows:
+        return value
+    total = value.new_empty(rows, *value.shape[1:]) if total is None else total
+    total[part] = value
+    return total
+
+
 class LayerNormParams(NamedTuple):
     """LN in front of the MLP, whose normalised rows z are the schedule's input: ``y = z * weight + bias``."""
 
@@ -162,31 +176,27 @@ def mlp_forward(
     norms = kept = out = None
     for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
         part = slice(chunk.r0, chunk.r1)
-        whole = chunk.r1 - chunk.r0 == y.shape[0]
-        a = k.linear(y[part], w1, b1)
-        if keep_hidden and whole:
-            kept = a
-        elif keep_hidden:
-            kept = y.new_empty(y.shape[0], hidden) if kept is None else kept
-            kept[part] = a
         add = None if residual is None else residual[part]
-        inside = None if factors is not None else add
-        result, norm = k.gelu_grn_linear(
-            a, act, gamma, beta, eps, w2, b2, inside, keep_hidden and whole, *chunk.segments
-        )
-        if norm.shape[0] == segments:
-            norms = norm
+        f = None if factors is None else factors.reshape(-1)[chunk.n0 : chunk.n1]
+        result = k.fused_forward(
+            y[part], w1, b1, act, gamma, eps, w2, b2, add, f, out_dtype, keep_hidden, chunk.images(rows),
+            rows.batch_scope,
+        )  # fmt: skip
+        if result is None:
+            a = k.linear(y[part], w1, b1)
+            if keep_hidden:
+                kept = _place(kept, part, a, y.shape[0])
+            inside = None if factors is not None else add
+            result, norm = k.gelu_grn_linear(a, act, gamma, beta, eps, w2, b2, inside, kept is a, *chunk.segments)
+            if factors is not None:
+                result = _scale_images_(result, factors, rows, chunk)
+                result = result if add is None else add + result
+            result = result.to(out_dtype)
         else:
-            norms = norm.new_empty(segments, hidden) if norms is None else norms
-            norms[chunk.stats] = norm
-        if factors is not None:
-            result = _scale_images_(result, factors, rows, chunk)
-            result = result if add is None else add + result
-        if whole:
-            out = result.to(out_dtype)
-        else:
-            out = y.new_empty(y.shape[0], out_c, dtype=out_dtype) if out is None else out
-            out[part] = result
+            result, norm, a = result
+            kept = _place(kept, part, a, y.shape[0]) if keep_hidden else None
+        norms = _place(norms, chunk.stats, norm, segments)
+        out = _place(out, part, result, y.shape[0])
     if out is None:  # no image at all
         out, norms = y.new_empty(y.shape[0], out_c, dtype=out_dtype), y.new_zeros(segments, hidden, dtype=stat)
     return out, norms, y.new_empty(0, hidden) if kept is None else kept
@@ -251,25 +261,29 @@ def mlp_backward(
         if factors is not None:
             d = _scale_images_(d.clone(), factors, rows, chunk)
         db2_part = k.column_sum(d)
-        da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
-            a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
-        )
+        z, std = (x[part], rstd[part]) if fold else (None, None)
+        grads = k.fused_backward(
+            a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w1, w2, z, std, chunk.images(rows),
+            rows.batch_scope,
+        )  # fmt: skip
+        if grads is None:
+            da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
+                a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
+            )
+            dy = k.linear_input_grad(da, w1)
+            if layer_norm is not None:
+                dy, dgain_part, dshift_part = k.normalized_backward(dy, x[part], rstd[part], gain)
+                if not fold:
+                    dgain = _accumulate(dgain, dgain_part)
+                    dshift = _accumulate(dshift, dshift_part)
+        else:
+            da, dy, db1_part, dgamma_part, dw2_part = grads
         dgamma = _accumulate(dgamma, dgamma_part)
         db1 = _accumulate(db1, db1_part)
         db2 = _accumulate(db2, db2_part)
         dw2 = _accumulate(dw2, dw2_part)
         dw1 = _accumulate(dw1, k.linear_weight_grad(da, y))
-        dy = k.linear_input_grad(da, w1)
-        if layer_norm is not None:
-            dy, dgain_part, dshift_part = k.normalized_backward(dy, x[part], rstd[part], gain)
-            if not fold:
-                dgain = _accumulate(dgain, dgain_part)
-                dshift = _accumulate(dshift, dshift_part)
-        if dy.shape[0] == x.shape[0]:
-            dx = dy
-        else:
-            dx = torch.empty_like(x) if dx is None else dx
-            dx[part] = dy
+        dx = _place(dx, part, dy, x.shape[0])
     if dx is None:  # no image at all
         zero = [torch.zeros(n, dtype=stat, device=x.device) for n in (hidden, hidden, out_c, x.shape[1], x.shape[1])]
         dgamma, db1, db2, dgain, dshift = zero

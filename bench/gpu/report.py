@@ -25,7 +25,7 @@ def stage_lines(data: dict[str, Any]) -> list[str]:
         cases, skipped = len(_result(data, name).get("errors", {})), len(_result(data, name).get("skipped", {}))
         notes = [f"{cases} cases failed"] * bool(cases) + [f"{skipped} cases skipped"] * bool(skipped)
         notes += [stage["reason"][:110]] if "reason" in stage else []
-        lines.append(f"{name:<10} {stage['status']:<8} {stage.get('seconds', 0):>6} s  {'; '.join(notes)}")
+        lines.append(f"{name:<14} {stage['status']:<8} {stage.get('seconds', 0):>6} s  {'; '.join(notes)}")
     return lines
 
 
@@ -38,6 +38,10 @@ def error_lines(data: dict[str, Any]) -> list[str]:
 def test_line(data: dict[str, Any]) -> list[str]:
     tests, smoke = _result(data, "tests"), _result(data, "smoke").get("checks", {})
     lines = [f"smoke: {len(smoke)} ops x dtypes conform"] if smoke else []
+    triton = _result(data, "triton_smoke").get("checks", {})
+    if triton:
+        fused = sum(" fused" in answer for answer in triton.values())
+        lines.append(f"triton smoke: {len(triton)} checks conform, {fused} of them with fused products")
     if "counts" in tests:
         counts = ", ".join(f"{count} {kind}" for kind, count in tests["counts"].items())
         lines.append(f"tests: {counts}{'; ' + tests['incomplete'] if 'incomplete' in tests else ''}")
@@ -52,8 +56,12 @@ def rate_line(data: dict[str, Any]) -> list[str]:
 def kernel_lines(data: dict[str, Any]) -> list[str]:
     """A line for each operator: cold microseconds and share at every stage, "!" where a target is missed; for the first
     model and batch in full, for others the convolution only. The JSON has the rest."""
+    return [line for stage in ("kernels", "triton_kernels") for line in _kernel_lines(data, stage)]
+
+
+def _kernel_lines(data: dict[str, Any], stage: str) -> list[str]:
     tables: dict[str, dict[str, list[str]]] = {}
-    for name, row in _result(data, "kernels").get("kernels", {}).items():
+    for name, row in _result(data, stage).get("kernels", {}).items():
         operator, model, rest = split_name(name)
         if name.endswith("float32") or (tables and model not in list(tables)[:1] and not operator.startswith("conv_")):
             continue
@@ -62,8 +70,28 @@ def kernel_lines(data: dict[str, Any]) -> list[str]:
         tables.setdefault(model, {}).setdefault(operator, []).append(entry)
     lines = []
     for model, operators in tables.items():
-        lines.append(f"kernels, {model}: us with cold buffers (share of copy bandwidth, ! target missed)")
+        lines.append(f"{stage}, {model}: us with cold buffers (share of copy bandwidth, ! target missed)")
         lines += [f"  {operator:<28} " + "  ".join(entries) for operator, entries in operators.items()]
+    return lines
+
+
+def product_lines(data: dict[str, Any]) -> list[str]:
+    """A line for each fused product of the MLP and for the whole, of each model and batch: at every stage its time and
+    the library's, "*" where the plan fuses, "!" where it does not take the fastest."""
+    tables: dict[str, dict[str, list[str]]] = {}
+    for name, row in _result(data, "triton_kernels").get("products", {}).items():
+        kernel, model, rest = split_name(name)
+        if kernel in ("forward", "backward"):
+            fused, other = row.get("fused_us"), row["library_us"]
+            mark = "*" * (row["plan"] == "fused") + "!" * (not row["plan_is_fastest"])
+        else:
+            fused, other, mark = row["us"], row["vendor_us"], "*" * row["planned"]
+        entry = f"{rest} {'-' if fused is None else f'{fused:.0f}'}{mark}/{other:.0f}"
+        tables.setdefault(model, {}).setdefault(kernel, []).append(entry)
+    lines = []
+    for model, kernels in tables.items():
+        lines.append(f"fused products, {model}: us / library's us (* fused in the plan, ! the plan is not the fastest)")
+        lines += [f"  {kernel:<10} " + "  ".join(entries) for kernel, entries in kernels.items()]
     return lines
 
 
@@ -84,6 +112,11 @@ def step_lines(data: dict[str, Any]) -> list[str]:
             lines.append(f"step {name}: {ours}; fastest {best} {times.get(best, float('nan')):.2f} ms")
             keys = [key for key in row if "_over_" in key]
             lines.append("     " + ", ".join(f"{key} {row[key]:.2f}" for key in keys))
+    for name, row in _result(data, "step").get("backends", {}).items():
+        times = [(step, value) for step, value in row["steps"].items() if "ms_median" in value]
+        lines.append(
+            f"step {name}: " + ", ".join(f"{step} ({v['backend']}) {v['ms_median']:.2f} ms" for step, v in times)
+        )
     direct = _result(data, "step").get("dense_eager_over_ours_graph", {})
     return lines + [f"step {name}: fastest dense eager / our graph {value:.2f}" for name, value in direct.items()]
 
@@ -113,6 +146,7 @@ def print_report(data: dict[str, Any]) -> None:
         f"{_result(data, 'machine').get('gpu', {}).get('name')}"
         + (" DRY RUN: TIMES MEAN NOTHING" if data["dry_run"] else "")
     )
-    for part in (kernel_lines, rate_line, step_lines, other_lines, test_line, gate_lines, error_lines, stage_lines):
+    parts = (kernel_lines, product_lines, rate_line, step_lines, other_lines, test_line, gate_lines, error_lines)
+    for part in (*parts, stage_lines):
         for line in part(data):
             print(line)

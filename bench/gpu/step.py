@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
+from convnextv2_kernels import backends
+from convnextv2_kernels.benchmark.gate import results_of
 from convnextv2_kernels.benchmark.masked_dense import MEMORY_FORMATS, eager_variants
 
 from .results import Recorder, context_lost
 from .setting import Setting, Skip, first_line
-from .step_arms import AMP, Contest
+from .step_arms import AMP, GATE_IMAGES, Contest, Step
 from .step_timing import fastest, ratios, time_steps
 from .timing import free_memory
+from .triton_setup import compile_ahead
 
 # (size, images, seconds it takes about), in order of value
 PLAN = (
@@ -17,6 +23,9 @@ PLAN = (
 )  # fmt: skip
 DRY_PLAN = (("atto", 1, 1),)
 ROUNDS = 7
+# where ours is also timed by other backends, and the seconds that takes about, most of them Triton's compilations
+BY_BACKEND = {("tiny", 256): 35}
+BACKENDS = ("triton", "auto")
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
@@ -32,7 +41,8 @@ def run(setting: Setting, recorder: Recorder) -> None:
 
 def _contest(size: str, images: int, seconds: float, setting: Setting, recorder: Recorder) -> None:
     key = f"{size} n{images}"
-    if all(recorder.done(group, f"{key} {group}") for group in ("gate", "eager", "graph")):
+    groups = ("gate", "eager", "graph", *(["backends"] if (size, images) in BY_BACKEND else []))
+    if all(recorder.done(group, f"{key} {group}") for group in groups):
         return
     if setting.remaining() < seconds:
         recorder.skip(key, f"time: {setting.remaining():.0f} s left, about {seconds:.0f} s needed")
@@ -60,6 +70,64 @@ def _contest(size: str, images: int, seconds: float, setting: Setting, recorder:
 
     recorder.case("graph", f"{key} graph", graph, limit=limit)
     _compare_targets(recorder, key)
+    if (size, images) in BY_BACKEND and not setting.dry_run:
+        free_memory(setting.device)
+        _by_backend(contest, key, arms[1:2], recorder)
+
+
+def _by_backend(contest: Contest, key: str, dense: list, recorder: Recorder) -> None:
+    """Ours by the setting's backend, by Triton alone and by what ``auto`` takes: gates against ``dense``, and times."""
+    setting = contest.setting
+    seconds, limit = BY_BACKEND[contest.size, contest.images], setting.remaining()
+    if limit < seconds:
+        recorder.skip(f"{key} backends", f"time: {limit:.0f} s left, about {seconds} s needed")
+        return
+    others = {}
+    for name in BACKENDS:
+        reason = None if name == "auto" else backends.why_not(name, setting.device, AMP)
+        if reason is None:
+            others[name] = served_by(contest, name)
+        else:
+            recorder.skip(f"{key} by {name}", reason)
+    few = contest.batch.head(GATE_IMAGES)
+    runs = [lambda c=c: results_of(c.sparse, few) for c in others.values()]
+    runs += [lambda c=c: c.eager().run() for c in others.values()]
+    recorder.case("compiled", f"{key} by other backends", lambda: compile_ahead(runs), limit=limit)
+    free_memory(setting.device)
+    for name, other in others.items():
+        recorder.case("gate", f"{key} by {name} gate", lambda c=other: c.check(dense), limit=limit)
+    recorder.case("backends", f"{key} backends", lambda: against_backends(contest, others), needs=10, limit=limit)
+
+
+def against_backends(contest: Contest, others: dict[str, Contest]) -> dict:
+    """Our step by each backend in interleaved rounds, eager and then in graphs; each row says what served."""
+    rows: dict[str, dict] = {}
+    for how in ("eager", "graphed"):
+        if how == "graphed" and contest.setting.dry_run:
+            continue
+        steps = [getattr(contest, how)(), *(named(getattr(c, how)(), name) for name, c in others.items())]
+        rows |= time_steps(contest, steps, contest.setting, ROUNDS, memory=how == "eager")
+        free_memory(contest.setting.device)
+    for name, row in rows.items():
+        row["backend"] = serving(name.partition(" by ")[2] or contest.setting.backend, contest.setting.device)
+    return {"steps": rows}
+
+
+def served_by(contest: Contest, backend: str) -> Contest:
+    """The same model and batch, ours by another backend."""
+    other = copy.copy(contest)
+    other.setting = replace(contest.setting, backend=backend)
+    other.sparse = replace(contest.sparse, run=other._run_sparse)
+    return other
+
+
+def named(step: Step, backend: str) -> Step:
+    return replace(step, name=f"{step.name} by {backend}")
+
+
+def serving(backend: str, device: str) -> str:
+    """What serves a block: the backend asked for, or what ``auto`` takes."""
+    return backend if backend != "auto" else backends.automatic("convnextv2_block", device, (AMP,))
 
 
 def against_graphs(contest: Contest, arms: list, setting: Setting) -> dict:

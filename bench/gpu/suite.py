@@ -1,4 +1,4 @@
-"""The pytest suite's CUDA part in a subprocess; its JUnit report becomes JSON."""
+"""The pytest suite's CUDA part, then its Triton part, in subprocesses; their JUnit reports become JSON."""
 
 from __future__ import annotations
 
@@ -13,22 +13,29 @@ from .results import Recorder
 from .runner import run_logged
 from .setting import Setting, Skip, first_line
 
-PATHS = ("python_tests/cuda", "python_tests/test_schedule.py", "python_tests/conformance")
+SHARED = ("python_tests/test_schedule.py", "python_tests/conformance")
+# by what the names of the tests contain, in order; Triton compiles at first use and gets what time is left
+PARTS = {"cuda": ("python_tests/cuda", *SHARED), "triton": ("python_tests/triton_backend", *SHARED)}
+DRY_PARTS = {"cuda": ("python_tests/cuda/test_layout_kernels.py",)}
 # these compile, which needs time and no GPU
-LEFT_OUT = ("python_tests/cuda/test_resources.py", "python_tests/cuda/test_build.py")
+LEFT_OUT = (
+    "python_tests/cuda/test_resources.py", "python_tests/cuda/test_build.py",
+    "python_tests/triton_backend/test_resources.py",
+)  # fmt: skip
 MAX_NAMED = 40
+LEAST = 30  # seconds kept for each later part
 
 
 def has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def command(report: Path, dry_run: bool) -> tuple[list[str], list[str]]:
+def command(report: Path, dry_run: bool, part: str = "cuda") -> tuple[list[str], list[str]]:
     """pytest's command line, and notes on what it does without."""
     notes = []
-    result = [sys.executable, "-m", "pytest", *(PATHS if not dry_run else ["python_tests/cuda/test_layout_kernels.py"])]
+    result = [sys.executable, "-m", "pytest", *(DRY_PARTS if dry_run else PARTS)[part]]
     # addopts of pyproject.toml name an option of pytest-benchmark, which may not be there
-    result += ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "cuda", f"--maxfail={MAX_NAMED}"]
+    result += ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "-k", part, f"--maxfail={MAX_NAMED}"]
     result += ["-rfE", "--tb=short", f"--junitxml={report}", "-o", "junit_logging=no"]
     result += [f"--ignore={path}" for path in LEFT_OUT]
     if has("pytest_timeout"):
@@ -60,24 +67,56 @@ def run(setting: Setting, recorder: Recorder) -> None:
     missing = [name for name in ("pytest", "hypothesis") if not has(name)]
     if missing:
         raise Skip(f"not installed: {', '.join(missing)}")
+    (setting.folder / "tests.log").unlink(missing_ok=True)
+    parts = list(DRY_PARTS if setting.dry_run else PARTS)
+    counts: dict[str, int] = {}
+    failing: dict[str, str] = {}
+    unreported = []
+    for index, part in enumerate(parts):
+        limit = setting.remaining() - 15 - LEAST * (len(parts) - index - 1)
+        reason = why_not(part, setting)
+        if reason is not None or limit < 5:
+            recorder.skip(f"{part} tests", reason or f"time: {limit:.0f} s left")
+            continue
+        found = run_part(part, limit, setting, recorder)
+        if found is None:
+            unreported.append(part)
+            continue
+        counts = {kind: counts.get(kind, 0) + number for kind, number in found["counts"].items()}
+        failing |= found["failing"]
+        recorder.put(counts=counts, failing=failing)
+    if unreported:
+        raise RuntimeError(f"pytest left no report of {' and '.join(unreported)}")
+    if counts.get("failed") or counts.get("error"):
+        raise RuntimeError(f"{counts['failed']} tests failed, {counts['error']} could not be run")
+
+
+def why_not(part: str, setting: Setting) -> str | None:
+    """Why a part cannot run, or None; CUDA's tests are those the build was made for."""
+    if part == "cuda" or setting.dry_run:
+        return None
+    from convnextv2_kernels.backends import triton
+
+    return triton.load_error()
+
+
+def run_part(part: str, limit: float, setting: Setting, recorder: Recorder) -> dict | None:
+    """Runs the tests of a part for at most ``limit`` seconds; what :func:`parse` finds, None without a report."""
     log, report = setting.folder / "tests.log", setting.folder / "junit.xml"
-    for path in (log, report):
-        path.unlink(missing_ok=True)
-    line, notes = command(report, setting.dry_run)
-    limit = setting.remaining() - 15
+    report.unlink(missing_ok=True)
+    line, notes = command(report, setting.dry_run, part)
     # at an interrupt pytest still writes its report, of the tests so far
     code = run_logged(line, log, setting, limit, signal.SIGINT)
-    recorder.put(command=" ".join(line[2:]).replace(str(setting.folder), "DIR"), notes=notes, exit_code=code)
+    about = {
+        "command": " ".join(line[2:]).replace(str(setting.folder), "DIR"), "notes": notes, "exit_code": code,
+    }  # fmt: skip
     if code is None:
-        recorder.put(incomplete=f"stopped after {limit:.0f} s")
-    if not report.exists():
-        recorder.put(log_tail=log.read_text(errors="replace").splitlines()[-10:])
-        raise RuntimeError("pytest left no report")
-    found = parse(report)
-    recorder.put(**found)
-    report.unlink()
-    if code not in (0, 1, None):
-        recorder.put(log_tail=log.read_text(errors="replace").splitlines()[-10:])
-    counts = found["counts"]
-    if counts["failed"] or counts["error"]:
-        raise RuntimeError(f"{counts['failed']} tests failed, {counts['error']} could not be run")
+        about["incomplete"] = f"{part}: stopped after {limit:.0f} s"
+        recorder.put(incomplete="; ".join(filter(None, (recorder.result.get("incomplete"), about["incomplete"]))))
+    found = parse(report) if report.exists() else None
+    if found is None or code not in (0, 1, None):
+        about["log_tail"] = log.read_text(errors="replace").splitlines()[-10:]
+    report.unlink(missing_ok=True)
+    about["counts"] = found and found["counts"]
+    recorder.put(parts={**recorder.result.get("parts", {}), part: about})
+    return found

@@ -14,11 +14,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, cuda
+from . import cpu, cuda, triton
 
 NAMES = ("reference", "cpu", "cuda", "triton", "auto")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-_ABSENT = "is not part of this version of convnextv2_kernels"
+# CUDA's kernels with Triton's fused products, chosen by ``auto`` for the ops that have such products
+MIXED = "cuda+triton"
+FUSED_OPS = ("pointwise_mlp", "gathered_pointwise_mlp", "convnextv2_block")
 
 
 class _State:
@@ -74,7 +76,7 @@ def why_not(name: str, device_type: str, dtype: torch.dtype, index: int | None =
         return cpu.why_not(device_type, dtype)
     if name == "cuda":
         return cuda.why_not(device_type, dtype, index)
-    return f"backend '{name}' {_ABSENT}"
+    return triton.why_not(device_type, dtype, index)
 
 
 def select(x: Tensor, op: str, product_dtype: torch.dtype | None = None) -> str:
@@ -87,9 +89,18 @@ def select(x: Tensor, op: str, product_dtype: torch.dtype | None = None) -> str:
             if reason is not None:
                 raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
         return _state.forced
-    for name in PREFERENCE.get(kind, ("reference",)):
-        if all(why_not(name, kind, dtype, index) is None for dtype in dtypes):
-            return name
+    return automatic(op, kind, dtypes, index)
+
+
+def automatic(op: str, device_type: str, dtypes: tuple[torch.dtype, ...], index: int | None = None) -> str:
+    """What ``auto`` chooses for an op on a device where tensors have these dtypes."""
+
+    def serves(name):
+        return all(why_not(name, device_type, dtype, index) is None for dtype in dtypes)
+
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        if serves(name):
+            return MIXED if name == "cuda" and op in FUSED_OPS and serves("triton") else name
     return "reference"
 
 
@@ -99,6 +110,10 @@ def primitives(name: str) -> ModuleType:
         from .cpu import primitives as module
     elif name == "cuda":
         from .cuda import primitives as module
+    elif name == "triton":
+        from .triton import primitives as module
+    elif name == MIXED:
+        from . import mixed as module
     else:
         from .reference import primitives as module
     return module

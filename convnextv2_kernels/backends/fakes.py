@@ -10,10 +10,10 @@ from .reference.rows import statistics_dtype
 _FAKES = {}
 
 
-def register(namespace: str) -> None:
-    """Registers the fakes of the operators that ``torch.ops.<namespace>`` has."""
-    for name, fake in _FAKES.items():
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+def register(namespace: str, *names: str) -> None:
+    """Registers the fakes of operators of ``torch.ops.<namespace>``, all of them unless named."""
+    for name in names or _FAKES:
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
 
 
 def _fake(name: str):

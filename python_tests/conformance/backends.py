@@ -24,6 +24,16 @@ class Backend(NamedTuple):
     def has_float64(self) -> bool:
         return F64 in self.dtypes
 
+    @property
+    def narrow(self) -> torch.dtype:
+        """The 16 bits of its mixed precision."""
+        return BF16 if BF16 in self.dtypes else F16
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether every operation of a kernel is a call in Python: such a backend gets a sample of the long tests."""
+        return self.name == "triton" and backends.triton.INTERPRETED
+
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -34,8 +44,10 @@ class Backend(NamedTuple):
 REFERENCE = Backend("reference", "cpu", (F32, F64, BF16, F16))
 CPU = Backend("cpu", "cpu", (F32, F64, BF16))
 CUDA = Backend("cuda", backends.cuda.DEVICE, (F32, F64, BF16, F16))
-# The CUDA kernels take part where there is a GPU, or emulated (`make test-emulated`).
-BACKENDS = tuple(b for b in (CPU, CUDA) if b is CPU or b.missing() is None)
+TRITON = Backend("triton", backends.triton.DEVICE, backends.triton.DTYPES)
+# The GPU kernels take part where there is a GPU; on a CPU emulated (`make test-emulated`) and interpreted
+# (`make test-triton`).
+BACKENDS = tuple(b for b in (CPU, CUDA, TRITON) if b is CPU or b.missing() is None)
 
 
 def parametrize_backends(reference: bool = False):

@@ -208,14 +208,15 @@ CUDA_ONLY = (
 
 def names_on(backend: Backend) -> list[str]:
     """The operators a backend has."""
-    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY}[backend.name]
+    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY, "triton": (*CPU_ONLY, *CUDA_ONLY)}[backend.name]
     return [name for name in SAMPLES if name not in absent]
 
 
 def operator(name: str, backend: Backend):
-    """The operator that serves a backend; emulated CUDA kernels have a namespace of their own."""
-    native = backend.name == "cuda" and name not in COMPOSITE
-    return getattr(getattr(torch.ops, cuda.NAMESPACE if native else NAMESPACE), name).default
+    """The operator that serves a backend; emulated CUDA kernels and those of Triton have namespaces of their own."""
+    own = {"cuda": cuda.NAMESPACE, "triton": f"{NAMESPACE}_triton"}
+    namespace = NAMESPACE if name in COMPOSITE else own.get(backend.name, NAMESPACE)
+    return getattr(getattr(torch.ops, namespace), name).default
 
 
 # operators that serve fewer dtypes than their backend

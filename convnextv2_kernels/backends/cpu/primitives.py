@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import fakes
-from ..reference.primitives import prepare_parameters
+from ..reference.primitives import fused_backward, fused_forward, prepare_parameters
 from .products import linear, linear_input_grad, linear_weight_grad
 
-__all__ = ["linear", "linear_input_grad", "linear_weight_grad", "prepare_parameters"]  # beside what is defined below
+__all__ = [  # beside what is defined below
+    "fused_backward", "fused_forward", "linear", "linear_input_grad", "linear_weight_grad", "prepare_parameters",
+]  # fmt: skip
 
 FOLDS_LAYER_NORM = False  # a pass over the weights costs more than it saves at a CPU's batch sizes (docs/kernels.md 3)
 

@@ -1,20 +1,25 @@
 """The primitives of the CUDA backend: CUDA operators and cuBLAS.
 
 Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/common/params.h`` and
-``csrc/cuda/kernels.h`` for the rest. The algebra is derived in ``docs/kernels.md``: beta never touches a hidden
-tensor, and where an image has many more rows than the block has channels, GRN's scale goes into the second weight and
-its gradient comes from a product of its own.
+``csrc/cuda/kernels.h`` for the rest. The MLP's algebra stands in ``backends/library_products.py``.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import fakes
+from .. import fakes, library_products
+from ..library_products import linear, linear_input_grad, linear_weight_grad
+from ..reference.primitives import fused_backward, fused_forward
 from ..reference.rows import statistics_dtype
 from . import EMULATED, NAMESPACE
+
+__all__ = [  # beside what is defined below
+    "fused_backward", "fused_forward", "linear", "linear_input_grad", "linear_weight_grad",
+]  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)
 if EMULATED:
@@ -38,28 +43,6 @@ scatter_patches = _ops.scatter_patches.default
 patch_pixels = _ops.patch_pixels.default
 layout_from_kept = _ops.layout_from_kept.default
 neighbour_slots = _ops.neighbour_slots.default
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
-
-
-def linear_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad @ weight
-
-
-def _product(x: Tensor, y: Tensor) -> Tensor:
-    """Matrix product, batched or not, in the statistics dtype: the accumulators are not rounded to the operands'."""
-    stat = statistics_dtype(x.dtype)
-    if stat == x.dtype:
-        return x @ y
-    if x.is_cuda:
-        return (torch.mm if x.dim() == 2 else torch.bmm)(x, y, out_dtype=stat)
-    return x.to(stat) @ y.to(stat)
-
-
-def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    return _product(grad.t(), x)
 
 
 def prepare_parameters(
@@ -89,55 +72,35 @@ def unfold_layer_norm(
     return dw1, dgain, dshift
 
 
-def _rows_per_image(a: Tensor, width: int, offsets: Tensor | None, _: int, count: int) -> int | None:
-    """Rows of each image where a product per image pays: equal shares of more than twice the width; else None."""
-    rows = a.shape[0] // count if count else 0
-    return rows if offsets is None and rows > 2 * width else None
+class Passes:
+    """The row passes of :mod:`..library_products` by CUDA operators, which take GELU's form as a flag."""
+
+    @staticmethod
+    def gelu_statistics(a, h, gamma, eps, act, *segments):
+        return _ops.gelu_statistics.default(a, h, gamma, eps, act == "gelu_tanh", *segments)
+
+    @staticmethod
+    def gelu_scale(a, out, scale, act, *segments):
+        _ops.gelu_scale.default(a, out, scale, act == "gelu_tanh", *segments)
+
+    @staticmethod
+    def mlp_backward_statistics(a, ds, t, norm, gamma, eps, act, *segments):
+        return _ops.mlp_backward_statistics.default(a, ds, t, norm, gamma, eps, act == "gelu_tanh", *segments)
+
+    @staticmethod
+    def mlp_backward_pointwise(a, ds, scale, kappa, hs, da, act, *segments):
+        return _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, hs, da, act == "gelu_tanh", *segments)
+
+    products_reduce = staticmethod(_ops.products_reduce.default)
+    products_weight = staticmethod(_ops.products_weight.default)
+
+    @staticmethod
+    def scaled_weight_grad(*_):
+        return None
 
 
-def gelu_grn_linear(
-    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Per image ``h (W2 scale)'`` where that pays; else a pass for the statistics, and one that forms ``h scale``."""
-    (out_c, hidden), tanh = weight.shape, act == "gelu_tanh"
-    target = torch.empty_like(a) if keep_a else a
-    rows = _rows_per_image(a, out_c, *segments)
-    if rows is None:
-        norm, scale = _ops.gelu_statistics.default(a, None, gamma, eps, tanh, *segments)
-        _ops.gelu_scale.default(a, target, scale, tanh, *segments)
-        y = F.linear(target, weight, bias)
-    else:
-        norm, scale = _ops.gelu_statistics.default(a, target, gamma, eps, tanh, *segments)
-        scaled = weight.new_empty(scale.shape[0], out_c, hidden, dtype=a.dtype)
-        torch.mul(weight, scale.unsqueeze(1), out=scaled)  # rounded once, in one pass
-        y = torch.baddbmm(bias, target.view(-1, rows, hidden), scaled.transpose(1, 2)).view(-1, out_c)
-    return y if residual is None else residual + y, norm
-
-
-def gelu_grn_linear_backward(
-    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
-    weight: Tensor, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Per image ``G = d' h`` where that pays, which gives t and the weight's gradient; else t is reduced from ds."""
-    (out_c, hidden), tanh = weight.shape, act == "gelu_tanh"
-    rows = _rows_per_image(a, out_c, *segments)
-    if rows is None:
-        ds = d @ weight
-        scale, kappa, dgamma = _ops.mlp_backward_statistics.default(a, ds, None, norm, gamma, eps, tanh, *segments)
-        hs = torch.empty_like(a) if keep_a else a
-        da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, hs, ds, tanh, *segments)
-        return ds, da_sum, dgamma, torch.addr(linear_weight_grad(d, hs), d_sum, beta)
-    h = torch.empty_like(a)
-    _ops.gelu_scale.default(a, h, None, tanh, *segments)
-    g = _product(d.view(-1, rows, out_c).transpose(1, 2), h.view(-1, rows, hidden))
-    del h
-    t = _ops.products_reduce.default(g, weight)
-    scale, kappa, dgamma = _ops.mlp_backward_statistics.default(None, None, t, norm, gamma, eps, tanh, *segments)
-    dweight = _ops.products_weight.default(g, scale, d_sum, beta)
-    ds = d @ weight
-    da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, None, ds, tanh, *segments)
-    return ds, da_sum, dgamma, dweight
+gelu_grn_linear = functools.partial(library_products.gelu_grn_linear, Passes)
+gelu_grn_linear_backward = functools.partial(library_products.gelu_grn_linear_backward, Passes)
 
 
 def normalized_backward(

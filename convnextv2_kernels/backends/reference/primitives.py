@@ -126,6 +126,31 @@ def gelu_grn_linear_backward(
     return da.to(a.dtype), da.sum(0), (norm / mean * t).sum(0), dweight
 
 
+def fused_forward(
+    y: Tensor, w1: Tensor, b1: Tensor, act: str, gamma: Tensor, eps: float, w2: Tensor, b2: Tensor,
+    residual: Tensor | None, factors: Tensor | None, out_dtype: torch.dtype, keep_a: bool, images: tuple,
+    one_segment: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """``linear``, ``gelu_grn_linear``, the drop path ``factors [N]`` and the residual in one, by a backend that fuses
+    its products; None where it does not, and then nothing has happened.
+
+    Parameters are as prepared, with beta in the second bias. ``images`` is like ``segments``; with ``one_segment`` GRN
+    takes them all as one. Returns the result ``[M, O]`` in ``out_dtype``, GRN's norm, and a or None."""
+    return None
+
+
+def fused_backward(
+    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, w1: Tensor,
+    w2: Tensor, z: Tensor | None, rstd: Tensor | None, images: tuple, one_segment: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """``gelu_grn_linear_backward``, ``linear_input_grad`` and, given z and rstd, ``normalized_backward`` without weight
+    in one; None as above. a is not changed.
+
+    Returns ``da [M, H]``, the gradient of the input (of what was normalised) ``[M, C]``, the column sums of da, and the
+    gradients of gamma and w2."""
+    return None
+
+
 def normalized_backward(
     dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

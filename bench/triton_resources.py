@@ -1,0 +1,251 @@
+"""Compiles every Triton kernel ahead of time for GPUs that need not be there; registers, shared memory and spills.
+
+    python bench/triton_resources.py            # a table
+    python bench/triton_resources.py --write    # and bench/results/triton_resources.json, which docs/kernels.md shows
+
+The launches are those the library makes itself, recorded with tensors that have shapes but no data: the same constants,
+alignments and tiles as on a GPU of the family (``backends/triton/plans.json``). Triton keeps what it has compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from convnextv2_kernels import schedule
+from convnextv2_kernels.backends.triton import operators, plans, primitives
+from convnextv2_kernels.backends.triton.runtime import Launch, recorded_launches
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "bench" / "results" / "triton_resources.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# bytes a program may have; 8.6 and 8.9 run what is compiled for 8.0 and have the least
+SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+_POINTERS = {
+    F32: "*fp32", F64: "*fp64", BF16: "*bf16", F16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+# the primitives, with the functions behind the operators: on "meta" those would be answered by their fakes
+k = SimpleNamespace(**{name: getattr(primitives, name) for name in dir(primitives)} | operators.FUNCTIONS)
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def mlp(images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False) -> None:
+    """Forward and backward of a block's MLP, everything kept, and again with nothing kept."""
+    hidden, total = 4 * width, images * rows
+    stat = F64 if dtype == F64 else F32
+    offsets = meta(images + 1, dtype=torch.int32) if ragged else None
+    layout = schedule.Rows(total, images, 1, offsets, batch)
+    z, rstd = meta(total, width, dtype=dtype), meta(total, dtype=stat)
+    w1, b1, w2, b2 = meta(hidden, width), meta(hidden), meta(width, hidden), meta(width)
+    gamma, beta = meta(hidden), meta(hidden)
+    norm = schedule.LayerNormParams(meta(width), meta(width))
+    rest = (layout, "gelu", 1e-6)
+    for keep in (True, False):
+        out, norms, kept = schedule.mlp_forward(
+            k, z, w1, b1, gamma, beta, w2, b2, z, meta(images), *rest, dtype, keep, norm
+        )
+        schedule.mlp_backward(k, out, z, w1, b1, gamma, beta, w2, None, norms, kept, *rest, norm, rstd)
+
+
+def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True) -> None:
+    """The convolution of a stage and its gradients."""
+    maps = 1216 if packed else 64
+    stat = F64 if dtype == F64 else F32
+    radius = -(-3 // side)
+    table = meta(maps, (2 * radius + 1) ** 2, dtype=torch.int32) if packed else None
+    x = meta(maps, side, side, width, dtype=dtype)
+    weight, bias = meta(width, 1, 7, 7, dtype=stat), meta(width, dtype=stat)
+    k.depthwise_conv_normalize(x, weight, bias, table, None, None, 1e-6)
+    k.depthwise_conv_forward(x, weight, None, x, table, True)
+    k.depthwise_conv_backward_weight(x, x, table, 7)
+
+
+def rows(width: int, dtype: torch.dtype) -> None:
+    """Norms, GRN, and copies."""
+    stat = F64 if dtype == F64 else F32
+    x, gain = meta(64, 8, 8, width, dtype=dtype), meta(width, dtype=stat)
+    y, mean, rstd = k.layer_norm_forward(x, gain, gain, 1e-6)
+    k.layer_norm_backward(y, x, mean, rstd, gain)
+    k.normalized_backward(y, x, rstd, gain)
+    z, rstd = k.space_to_depth_normalize(x, gain, gain, 1e-6)
+    k.space_to_depth_normalize_backward(z, z, rstd, gain)
+    _, norm = k.grn_forward(x, gain, gain, None, 1, 64, True, 1e-6)
+    k.grn_backward(x, x, gain, norm, None, 1, 64, True, 1e-6)
+    k.column_sum(x.view(-1, width))
+    slots = meta(19 * 64, dtype=torch.int32)
+    packed = k.gather_patches(meta(64, 56, 56, width, dtype=dtype), slots, 7, 7)
+    k.scatter_patches(packed, meta(64, 49, dtype=torch.int32), 7, 7, meta(width, dtype=dtype))
+    k.patch_pixels(meta(64, 3, 224, 224, dtype=dtype), slots, 7, 7)
+
+
+def everything() -> None:
+    """What a model's training step launches: tiny's stages, other sizes where their tiles differ, other dtypes."""
+    for each, width in ((1216, 96), (304, 192), (76, 384), (19, 768)):
+        mlp(64, each, width, BF16)
+    mlp(64, 1216, 40, BF16)
+    mlp(64, 1216, 128, BF16)
+    mlp(8, 1216, 96, BF16, ragged=True)
+    mlp(8, 1216, 96, BF16, batch=True)
+    for side, width in ((8, 96), (4, 192), (2, 384), (1, 768)):
+        spatial(side, width, BF16)
+    spatial(56, 96, BF16, packed=False)
+    rows(96, BF16)
+    rows(768, BF16)
+
+
+def other_dtypes() -> None:
+    """The same kernels for float16, float32 and float64, and for shapes of one: constants when compiled."""
+    for dtype in (F16, F32, F64):
+        mlp(64, 1216, 96, dtype)
+        spatial(8, 96, dtype)
+        rows(96, dtype)
+    mlp(1, 1, 1, BF16)
+    spatial(1, 1, F32, packed=False)
+    rows(1, F32)
+
+
+def launches(family: str, run=everything) -> list[Launch]:
+    """What is launched on a GPU of a family, each compilation once."""
+    with plans.assumed_family(family), recorded_launches() as recorded:
+        run()
+    return list({key(launch): launch for launch in recorded}.values())
+
+
+def _described(launch: Launch) -> Iterator[tuple[str, str, object, bool]]:
+    """``(name, type, constant, divisible by 16)`` of each argument, as Triton specialises it when it launches."""
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            yield parameter.name, "constexpr", value, False
+        elif isinstance(value, torch.Tensor):
+            yield parameter.name, _POINTERS[value.dtype], None, True
+        else:
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            yield parameter.name, kind, None, value % 16 == 0
+
+
+def key(launch: Launch) -> tuple:
+    return launch.kernel.__name__, tuple(_described(launch)), launch.num_warps, launch.num_stages
+
+
+def source(launch: Launch) -> ASTSource:
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, kind, constant, aligned) in enumerate(_described(launch)):
+        signature[name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = constant
+        elif aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def measure(launch: Launch, target: str) -> dict:
+    """Compiles a launch; ``{kernel, target, registers, shared, spills}``, bytes."""
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
+    read = _amd if target.startswith("gfx") else _nvidia
+    registers, spills = read(compiled)
+    return {
+        "kernel": launch.kernel.__name__, "target": target, "warps": launch.num_warps, "registers": registers,
+        "shared": compiled.metadata.shared, "spills": spills,
+    }  # fmt: skip
+
+
+def _nvidia(compiled) -> tuple[int, int]:
+    """Registers and stack bytes of a kernel: our kernels have no arrays, so a stack is spilled registers."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def _amd(compiled) -> tuple[int, int]:
+    """Vector registers and spilled ones."""
+    text = compiled.asm["amdgcn"]
+    return tuple(int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))
+
+
+def _measure_all_of(job: tuple[str, str, int, int]) -> list[dict]:
+    """Every n-th launch of a family; a process of the pool records the launches itself, as kernels do not travel."""
+    target, run, start, step = job
+    return [measure(launch, target) for launch in launches(target, globals()[run])[start::step]]
+
+
+def measure_all(targets: Iterable[str] = TARGETS, workers: int | None = None) -> list[dict]:
+    """All kernels on all targets; the other dtypes on sm_90 only, where they are the same code but for types."""
+    workers = workers or os.cpu_count() or 1
+    jobs = [(target, "everything", i, workers) for target in targets for i in range(workers)]
+    if "sm_90" in targets:
+        jobs += [("sm_90", "other_dtypes", i, workers) for i in range(workers)]
+    with ProcessPoolExecutor(workers) as pool:
+        return [row for part in pool.map(_measure_all_of, jobs) for row in part]
+
+
+def summary(measured: list[dict]) -> dict:
+    """By kernel the largest figures; what is committed."""
+    groups: dict[str, list[dict]] = defaultdict(list)
+    for row in measured:
+        groups[row["kernel"]].append(row)
+
+    def most(members: list[dict], field: str) -> dict[str, int]:
+        return {t: max((m[field] for m in members if m["target"] == t), default=0) for t in TARGETS}
+
+    kernels = {
+        name: {"count": len(members)} | {field: most(members, field) for field in ("registers", "shared", "spills")}
+        for name, members in sorted(groups.items())
+    }
+    return {"triton": importlib.metadata.version("triton"), "targets": list(TARGETS), "kernels": kernels}
+
+
+def table(report: dict) -> str:
+    lines = [f"{'kernel':<36}{'compiled':>9}" + "".join(f"{t:>9}" for t in TARGETS) + f"{'shared':>9}{'spills':>8}"]
+    for name, row in report["kernels"].items():
+        registers = "".join(f"{row['registers'][t]:>9}" for t in TARGETS)
+        spills = sum(row["spills"].values())
+        lines.append(f"{name:<36}{row['count']:>9}{registers}{max(row['shared'].values()):>9}{spills:>8}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
+    options = parser.parse_args()
+    report = summary(measure_all())
+    print(table(report))
+    if options.write:
+        RESULT.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any(sum(row["spills"].values()) for row in report["kernels"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""Plans measured on this machine, on disk: written by ``python -m convnextv2_kernels tune``, read by ``plans.py``.
+
+One file per GPU, driver, and versions of PyTorch, Triton and this library, in ``CONVNEXTV2_KERNELS_CACHE`` or
+``~/.cache/convnextv2_kernels``: after any of them changes, the committed table serves until tuned again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from ...files import write_json
+from ...version import __version__
+from . import INTERPRETED
+from .plans import KERNELS, Plan, Shape, plan_of
+
+
+def directory() -> Path:
+    """Folder of the measured plans."""
+    given = os.environ.get("CONVNEXTV2_KERNELS_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnextv2_kernels"
+
+
+@functools.lru_cache
+def machine(index: int | None = None) -> dict[str, str]:
+    """What a measurement holds for."""
+    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton"), "library": __version__}
+    if INTERPRETED:
+        return {"gpu": "Triton's interpreter", "driver": "none", **versions}
+    driver = torch.version.hip or str(torch._C._cuda_getDriverVersion())
+    return {"gpu": torch.cuda.get_device_name(index), "driver": driver, **versions}
+
+
+def path(index: int | None = None) -> Path:
+    """File of the plans measured for a GPU, by default the current one."""
+    key = machine(index)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(c if c.isalnum() else "-" for c in key["gpu"].lower())
+    return directory() / f"plans-{name}-{digest}.json"
+
+
+def _key(shape: Shape) -> tuple:
+    """Shapes with the same key share a plan: the same widths, rows and rows of an image to a factor of two."""
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return dtype, shape.width, shape.hidden, shape.out, shape.rows.bit_length(), shape.rows_each.bit_length()
+
+
+@functools.lru_cache
+def _read(file: Path) -> dict[tuple, Plan]:
+    try:
+        rows = json.loads(file.read_text())["plans"]
+        return {tuple(row["key"]): plan_of(row, row["source"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"measured plans in {file} cannot be read ({error}); the built-in table is used", stacklevel=2)
+        return {}
+
+
+def measured(shape: Shape, index: int | None = None) -> Plan | None:
+    """The plan measured for a shape on a GPU, or None."""
+    return _read(path(index)).get(_key(shape))
+
+
+def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
+    """Adds plans to those measured before; processes that run already keep what they have read."""
+    file = path(index)
+    merged = dict(_read(file)) | {_key(shape): plan for shape, plan in plans.items()}
+    rows = [
+        {"key": list(key), "source": plan.source}
+        | {name: list(tile) for name in KERNELS if (tile := getattr(plan, name)) is not None}
+        for key, plan in sorted(merged.items())
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"machine": machine(index), "plans": rows})
+    _read.cache_clear()
+    return file

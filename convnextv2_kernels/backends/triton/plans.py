@@ -1,0 +1,166 @@
+"""Which of the MLP's products are fused with their neighbours, and in tiles of what shape.
+
+Measured choices come first: those of ``python -m convnextv2_kernels tune`` on this very machine (``cache.py``), then
+the committed table ``plans.json``, a list per GPU family of which the first row that fits is taken. Nothing is tried
+out in a training step. ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS`` = ``library`` or ``fused`` overrides both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import INTERPRETED
+
+
+class Tile(NamedTuple):
+    """Shape of a product's tile, and how many warps work on it in how many pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """Tiles of each fused product (``products.py``, ``products_backward.py``), or None where the library's is taken.
+
+    ``source`` says where the choice comes from."""
+
+    first: Tile | None = None
+    second: Tile | None = None
+    products: Tile | None = None
+    hidden: Tile | None = None
+    weight: Tile | None = None
+    source: str = ""
+
+    @property
+    def forward_fused(self) -> bool:
+        return self.first is not None and self.second is not None
+
+    @property
+    def backward_fused(self) -> bool:
+        return self.products is not None and self.hidden is not None
+
+
+KERNELS = Plan._fields[:-1]
+LIBRARY = Plan(source="library")
+_WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both in registers
+
+
+class Shape(NamedTuple):
+    """What decides: dtype, widths, rows of the chunk, and rows of an image (on average where they differ)."""
+
+    dtype: torch.dtype
+    width: int
+    hidden: int
+    out: int
+    rows: int
+    rows_each: int
+
+    @property
+    def rows_class(self) -> int:
+        """Logarithm of the rows, rounded down: shapes of a class share a plan."""
+        return max(0, self.rows.bit_length() - 1)
+
+
+def wish() -> str:
+    """``auto``, ``fused`` or ``library``, of ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS``."""
+    value = os.environ.get("CONVNEXTV2_KERNELS_TRITON_PRODUCTS") or "auto"
+    if value not in ("auto", "fused", "library"):
+        raise ValueError(f"CONVNEXTV2_KERNELS_TRITON_PRODUCTS must be auto, fused or library, got {value!r}")
+    return value
+
+
+_assumed: str | None = None
+
+
+@contextlib.contextmanager
+def assumed_family(name: str) -> Iterator[None]:
+    """Inside, plans are those of the committed table for a family, whatever the machine: to compile without a GPU."""
+    global _assumed
+    before, _assumed = _assumed, name
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@functools.lru_cache
+def family(index: int | None = None) -> str:
+    """Row of the table for a GPU: shared memory and matrix units are alike within a family."""
+    if INTERPRETED:
+        return "interpreter"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+        return name if name in table() else "other"
+    major, minor = torch.cuda.get_device_capability(index)
+    # consumer GPUs of the newest generations have the shared memory of the older ones
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+@functools.lru_cache
+def table() -> dict[str, list[dict]]:
+    return json.loads(Path(__file__).with_name("plans.json").read_text())["families"]
+
+
+def plan_of(row: dict, source: str) -> Plan:
+    """A row of a table as a plan."""
+    tiles = {name: Tile(*row[name]) for name in KERNELS if row.get(name)}
+    return Plan(**tiles, source=source)
+
+
+def _fits(row: dict, shape: Shape) -> bool:
+    low, high = row.get("width", (1, None))
+    bits = torch.finfo(shape.dtype).bits
+    return (
+        bits in row["bits"]
+        and low <= max(shape.width, shape.out) <= (high or shape.width + shape.out)
+        and row.get("rows_each", 0) <= shape.rows_each
+    )
+
+
+def from_table(rows: list[dict], shape: Shape) -> Plan:
+    """The first row that fits, else the library."""
+    for row in rows:
+        if _fits(row, shape):
+            return plan_of(row, row["source"])
+    return LIBRARY
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
+    if wanted == "library" or shape.dtype == torch.float64:
+        return LIBRARY
+    if wanted == "fused":
+        plan = _everything(table().get(name, []), shape)
+    else:
+        from . import cache
+
+        plan = cache.measured(shape, index) or from_table(table().get(name, []), shape)
+    if max(shape.width, shape.out) > _WIDEST_BACKWARD:
+        plan = plan._replace(products=None, hidden=None)
+    return plan
+
+
+def _everything(rows: list[dict], shape: Shape) -> Plan:
+    """Every kernel fused, with the tiles of the last row of the table that has one."""
+    plan = Plan(source="CONVNEXTV2_KERNELS_TRITON_PRODUCTS")
+    for row in rows:
+        plan = plan._replace(**{name: Tile(*row[name]) for name in KERNELS if row.get(name)})
+    return plan._replace(weight=None) if max(shape.width, shape.out) <= _WIDEST_BACKWARD else plan
+
+
+def choose(shape: Shape, index: int | None = None) -> Plan:
+    """The plan for a shape on a GPU, by default the current one."""
+    if _assumed is not None:
+        return from_table(table()[_assumed], shape)
+    return _choose(shape, family(index), index, wish())

@@ -1,0 +1,73 @@
+"""Launches, in one place: so that tests and the compiler's report see every one as it is made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import INTERPRETED
+
+
+class Launch(NamedTuple):
+    """A kernel with everything that decides how it is compiled. ``arguments`` by name, constants among them."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Inside, kernels are not run: their launches are collected. Works with tensors on the device "meta"."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments) -> None:
+    """Runs a kernel on the current stream of its tensors' device. A grid with a zero is no work."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        return
+    # fused multiply-adds are meant: Triton 3.10 turns them off unless asked
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    with _device_of(arguments):
+        kernel[grid](**arguments, **options)
+
+
+def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """Makes the device of the tensors the current one, which is where Triton launches."""
+    if not INTERPRETED:
+        index = next(a.device.index for a in arguments.values() if isinstance(a, Tensor))
+        if index != torch.cuda.current_device():
+            return torch.cuda.device(index)
+    return contextlib.nullcontext()
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is at least n: the sizes Triton's tiles may have."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What sums of features of a dtype are kept in, as a constant for a kernel."""
+    return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,0 +1,200 @@
+"""Measures which products to fuse, and in what tiles, for shapes of the MLP on the current device.
+
+Each fused kernel is timed in every candidate tile, then forward and backward as a whole against the library's, all
+interleaved so that drift falls on every one alike; what is faster becomes the plan of the shape (``cache.py``).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from .. import library_products
+from . import INTERPRETED, fused
+from .plans import KERNELS, LIBRARY, Plan, Shape, Tile
+from .products import first_product, second_product
+from .products_backward import hidden_backward, image_products, weight_product
+from .tiles import Images, cut
+
+# rows, columns, depth, warps, stages; 8 warps wherever a tile has 128 x 128 results, or registers spill
+CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "first": (
+        Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3),
+        Tile(64, 64, 32, 4, 3), Tile(128, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2),
+    ),
+    "second": (
+        Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3),
+        Tile(128, 128, 32, 8, 2), Tile(64, 64, 64, 4, 2),
+    ),
+    "products": (
+        Tile(64, 64, 0, 4, 2), Tile(64, 64, 0, 8, 3), Tile(64, 64, 0, 8, 2), Tile(128, 64, 0, 8, 2),
+        Tile(32, 64, 0, 4, 2),
+    ),
+    "hidden": (
+        Tile(128, 64, 0, 8, 2), Tile(64, 64, 0, 4, 2), Tile(128, 32, 0, 8, 2), Tile(64, 32, 0, 4, 2),
+    ),
+    "weight": (Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 2)),
+}  # fmt: skip
+_EPS = 1e-6
+
+
+class Finding(NamedTuple):
+    """The plan of a shape and seconds of what it was chosen from: ``forward``, ``backward``, each by way."""
+
+    plan: Plan
+    forward: dict[str, float]
+    backward: dict[str, float]
+
+
+class Case:
+    """Tensors of a shape, and the calls to time. ``keep_a`` as with the policy "hidden", a GPU's default."""
+
+    def __init__(self, shape: Shape, device: str):
+        self.shape = shape
+        count = max(1, shape.rows // max(1, shape.rows_each))
+        self.images = Images(None, 1, count)
+        rows = count * shape.rows_each
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*size: int, dtype: torch.dtype = shape.dtype, scale: float = 1.0) -> Tensor:
+            return (torch.randn(size, generator=generator) * scale).to(device, dtype)
+
+        f32 = torch.float32
+        self.y, self.d = draw(rows, shape.width), draw(rows, shape.out)
+        self.w1, self.b1 = draw(shape.hidden, shape.width, scale=shape.width**-0.5), draw(shape.hidden)
+        self.w2, self.b2 = draw(shape.out, shape.hidden, scale=shape.hidden**-0.5), draw(shape.out)
+        self.gamma, self.beta = draw(shape.hidden, dtype=f32), draw(shape.hidden, dtype=f32)
+        self.residual, self.rstd = draw(rows, shape.out), draw(rows, dtype=f32).abs()
+        self.a = torch.nn.functional.linear(self.y, self.w1, self.b1)
+        self.norm, self.scale = draw(count, shape.hidden, dtype=f32).abs(), draw(count, shape.hidden, dtype=f32)
+        self.d_sum = self.d.sum(0, dtype=f32)
+
+    def kernel(self, name: str, tile: Tile) -> Callable[[], object] | None:
+        """One fused kernel in a tile, or None where it cannot be."""
+        s, n = self.shape, self.images.count
+        rows = self.y.shape[0]
+        if name in ("products", "hidden") and max(s.width, s.out) > 256:
+            return None
+        if name == "products":
+            splits = fused.splits(n, rows, -(-s.hidden // tile.columns))
+            return lambda: image_products(self.a, "gelu", self.d, self.w2, *self.images, splits, tile)
+        if name == "weight":
+            blocks = -(-s.out // tile.rows) * -(-s.hidden // tile.columns)
+            splits = fused.splits(1, rows, blocks)
+            return lambda: weight_product(self.a, "gelu", self.d, self.scale, *self.images, splits, tile)
+        tiles = cut(rows, self.images, tile.rows, allow_flat=name != "hidden")
+        if tiles.span > fused.MOST_IMAGES:
+            return None
+        if name == "first":
+            out = torch.empty_like(self.a)
+            return lambda: first_product(self.y, self.w1, self.b1, "gelu", out, True, tiles, n, tile)
+        if name == "second":
+            out = torch.empty_like(self.residual)
+            second = (self.a, "gelu", self.w2, self.b2, self.scale, self.residual, None, out, tiles, n, tile)
+            return lambda: second_product(*second)
+        hidden = (self.a, "gelu", self.d, self.w1, self.w2, self.scale, self.scale, self.y, self.rstd, tiles, n, tile)
+        return lambda: hidden_backward(*hidden)
+
+    def forward(self, k, plan: Plan | None) -> Callable[[], object]:
+        """The whole forward by a plan, or by the library."""
+        if plan is None:
+
+            def run():
+                a = k.linear(self.y, self.w1, self.b1)
+                inputs = (self.gamma, self.beta, _EPS, self.w2, self.b2, self.residual, True)
+                return k.gelu_grn_linear(a, "gelu", *inputs, *self.images)
+
+            return run
+        inputs = (self.y, self.w1, self.b1, "gelu", self.gamma, _EPS, self.w2, self.b2, self.residual, None)
+        return lambda: fused.forward_by(plan, *inputs, self.y.dtype, True, self.images, False)
+
+    def backward(self, k, plan: Plan | None) -> Callable[[], object]:
+        """The whole backward up to the gradient of the convolution's output, by a plan or by the library."""
+        inputs = (self.a, "gelu", self.d, self.d_sum, self.norm, self.gamma, self.beta, _EPS)
+        if plan is not None:
+            rest = (self.w1, self.w2, self.y, self.rstd, self.images, False)
+            return lambda: fused.backward_by(plan, *inputs, *rest)
+
+        def run():
+            da, *_ = library_products.gelu_grn_linear_backward(k.Passes, *inputs, self.w2, True, *self.images)
+            return k.normalized_backward(k.linear_input_grad(da, self.w1), self.y, self.rstd, None)
+
+        return run
+
+
+def _seconds(functions: Mapping, repetitions: int) -> dict:
+    """Median seconds of each call, interleaved; what does not fit the GPU is left out."""
+    ready = {}
+    for key, function in functions.items():
+        try:
+            function()
+            ready[key] = function
+        except OutOfResources:
+            continue
+    samples = {key: [] for key in ready}
+    for _ in range(repetitions):
+        for key, function in ready.items():
+            samples[key].append(_time(function))
+    return {key: statistics.median(times) for key, times in samples.items()}
+
+
+def _time(function: Callable[[], object]) -> float:
+    if INTERPRETED:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    calls = 5  # so that the GPU, not the launch, is measured
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return 1e-3 * begin.elapsed_time(end) / calls
+
+
+def find(shape: Shape, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES) -> Finding:
+    """The fastest plan for a shape. ``k`` has the primitives of the backend that would serve it otherwise."""
+    case = Case(shape, device)
+    best: dict[str, Tile] = {}
+    for name in KERNELS:
+        calls = {tile: call for tile in candidates[name] if (call := case.kernel(name, tile)) is not None}
+        times = _seconds(calls, repetitions)
+        if times:
+            best[name] = min(times, key=times.get)
+    source = "measured by tune"
+    chosen = LIBRARY._replace(source=source)
+    ways = {"library": case.forward(k, None)}
+    if "first" in best and "second" in best:
+        ways["fused"] = case.forward(k, Plan(first=best["first"], second=best["second"]))
+    forward = _seconds(ways, repetitions)
+    if min(forward, key=forward.get) == "fused":
+        chosen = chosen._replace(first=best["first"], second=best["second"])
+    ways = {"library": case.backward(k, None)}
+    if "products" in best and "hidden" in best:
+        ways["fused"] = case.backward(k, Plan(products=best["products"], hidden=best["hidden"]))
+    if "weight" in best:
+        passes = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(fused.weight_grad_by(best["weight"]))})
+        ways["weight"] = case.backward(_With(k, passes), None)
+    backward = _seconds(ways, repetitions)
+    fastest = min(backward, key=backward.get)
+    if fastest == "fused":
+        chosen = chosen._replace(products=best["products"], hidden=best["hidden"])
+    elif fastest == "weight":
+        chosen = chosen._replace(weight=best["weight"])
+    return Finding(chosen, forward, backward)
+
+
+class _With:
+    """A backend's primitives with other row passes."""
+
+    def __init__(self, k, passes):
+        self.Passes = passes
+        self.normalized_backward, self.linear_input_grad = k.normalized_backward, k.linear_input_grad
