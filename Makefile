@@ -35,6 +35,8 @@ test-emulated: $(EMULATED)
 		python_tests/conformance python_tests/test_schedule.py python_tests/cuda python_tests/fuse/test_backends.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
+	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) TRITON_INTERPRET=1 \
+		$(BIN)/python -m pytest python_tests/triton_backend/test_mixed.py
 
 # The Triton kernels in Triton's interpreter, through the conformance suite.
 test-triton: venv

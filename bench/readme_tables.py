@@ -18,6 +18,7 @@ FUSED_MALLOC = ROOT / "bench" / "results" / "cpu_fused_malloc.json"  # the same,
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
 CHOICES_INTEL = ROOT / "bench" / "results" / "cpu_choices_intel.json"
 RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
+TRITON_RESOURCES = ROOT / "bench" / "results" / "triton_resources.json"
 SPARSE = "sparse"
 
 
@@ -195,6 +196,24 @@ def resources(report: dict) -> str:
     return "\n".join(lines)
 
 
+def triton_resources(report: dict) -> str:
+    """Table of docs/kernels.md: what Triton makes of each kernel, the largest over all that were compiled."""
+    targets = report["targets"]
+    lines = [
+        f"Triton {report['triton']}, the most of all compiled, float64 apart:",
+        "",
+        "| kernel | compiled | " + " | ".join(f"registers {t}" for t in targets) + " | shared KiB | spilled | float64: "
+        "registers, spilled bytes |",
+        "|---" * (5 + len(targets)) + "|",
+    ]
+    for name, row in report["kernels"].items():
+        cells = " | ".join(str(row["registers"][t]) for t in targets)
+        shared, spills = max(row["shared"].values()) / 1024, sum(row["spills"].values())
+        wide = "{registers}, {spills}".format(**row["float64"]) if "float64" in row else ""
+        lines.append(f"| `{name}` | {row['count']} | {cells} | {shared:.0f} | {spills} | {wide} |")
+    return "\n".join(lines)
+
+
 def fused(report: dict) -> str:
     """Table of the README: the training step of other libraries' models before and after ``fuse``."""
     lines = [
@@ -269,6 +288,7 @@ def main(arguments: list[str]) -> int:
         ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
         ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
         ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
+        ("docs/kernels.md", "triton", triton_resources(json.loads(TRITON_RESOURCES.read_text()))),
     ]
     for path, section, content in contents:
         text = (ROOT / path).read_text()

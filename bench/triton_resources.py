@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.triton import operators, plans, primitives
+from convnextv2_kernels.backends.triton import operators, plans, primitives, products_backward, tiles, tune
 from convnextv2_kernels.backends.triton.runtime import Launch, recorded_launches
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,8 +56,10 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def mlp(images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False) -> None:
-    """Forward and backward of a block's MLP, everything kept, and again with nothing kept."""
+def mlp(
+    images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False, keep: bool = True
+) -> None:
+    """Forward and backward of a block's MLP."""
     hidden, total = 4 * width, images * rows
     stat = F64 if dtype == F64 else F32
     offsets = meta(images + 1, dtype=torch.int32) if ragged else None
@@ -67,11 +69,25 @@ def mlp(images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = F
     gamma, beta = meta(hidden), meta(hidden)
     norm = schedule.LayerNormParams(meta(width), meta(width))
     rest = (layout, "gelu", 1e-6)
-    for keep in (True, False):
-        out, norms, kept = schedule.mlp_forward(
-            k, z, w1, b1, gamma, beta, w2, b2, z, meta(images), *rest, dtype, keep, norm
-        )
-        schedule.mlp_backward(k, out, z, w1, b1, gamma, beta, w2, None, norms, kept, *rest, norm, rstd)
+    out, norms, kept = schedule.mlp_forward(
+        k, z, w1, b1, gamma, beta, w2, b2, z, meta(images), *rest, dtype, keep, norm
+    )
+    schedule.mlp_backward(k, out, z, w1, b1, gamma, beta, w2, None, norms, kept, *rest, norm, rstd)
+
+
+def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
+    """Products that few plans take, in the smallest tiles that ``tune`` tries, and what reduces them."""
+    total, hidden = images * rows, 4 * width
+    a, d, z = meta(total, hidden, dtype=dtype), meta(total, width, dtype=dtype), meta(total, width, dtype=dtype)
+    w1, w2 = meta(hidden, width, dtype=dtype), meta(width, hidden, dtype=dtype)
+    scale, segments = meta(images, hidden), tiles.Images(None, 1, images)
+    small = {name: candidates[-1] for name, candidates in tune.CANDIDATES.items()}
+    products_backward.image_products(a, "gelu", d, w2, *segments, 1, small["products"])
+    products_backward.weight_product(a, "gelu", d, scale, *segments, 32, small["weight"])
+    tile = small["hidden"]
+    cut = tiles.cut(total, segments, tile.rows, allow_flat=False)
+    products_backward.hidden_backward(a, "gelu", d, w1, w2, scale, scale, z, meta(total), cut, images, tile)
+    k.Passes.products_reduce(meta(images, width, hidden), w2)
 
 
 def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True) -> None:
@@ -106,18 +122,18 @@ def rows(width: int, dtype: torch.dtype) -> None:
 
 
 def everything() -> None:
-    """What a model's training step launches: tiny's stages, other sizes where their tiles differ, other dtypes."""
-    for each, width in ((1216, 96), (304, 192), (76, 384), (19, 768)):
+    """What a model's training step launches: tiny's stages, and other sizes where their tiles differ."""
+    for each, width in ((1216, 96), (304, 192), (76, 384), (19, 768), (1216, 40), (1216, 128)):
         mlp(64, each, width, BF16)
-    mlp(64, 1216, 40, BF16)
-    mlp(64, 1216, 128, BF16)
+    mlp(64, 1216, 96, BF16, keep=False)
+    mlp(64, 19, 384, BF16)
     mlp(8, 1216, 96, BF16, ragged=True)
     mlp(8, 1216, 96, BF16, batch=True)
+    tuned(64, 1216, 96, BF16)
     for side, width in ((8, 96), (4, 192), (2, 384), (1, 768)):
         spatial(side, width, BF16)
     spatial(56, 96, BF16, packed=False)
     rows(96, BF16)
-    rows(768, BF16)
 
 
 def other_dtypes() -> None:
@@ -167,14 +183,13 @@ def source(launch: Launch) -> ASTSource:
 
 
 def measure(launch: Launch, target: str) -> dict:
-    """Compiles a launch; ``{kernel, target, registers, shared, spills}``, bytes."""
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source(launch), target=TARGETS[target], options=options)
+    """Compiles a launch; ``{kernel, target, registers, shared, spills, float64}``, in bytes."""
+    compiled = triton.compile(source(launch), target=TARGETS[target], options=launch.options)
     read = _amd if target.startswith("gfx") else _nvidia
     registers, spills = read(compiled)
     return {
-        "kernel": launch.kernel.__name__, "target": target, "warps": launch.num_warps, "registers": registers,
-        "shared": compiled.metadata.shared, "spills": spills,
+        "kernel": launch.kernel.__name__, "target": target, "registers": registers, "shared": compiled.metadata.shared,
+        "spills": spills, "float64": "*fp64" in [kind for _, kind, *_ in _described(launch)],
     }  # fmt: skip
 
 
@@ -212,7 +227,7 @@ def measure_all(targets: Iterable[str] = TARGETS, workers: int | None = None) ->
 
 
 def summary(measured: list[dict]) -> dict:
-    """By kernel the largest figures; what is committed."""
+    """By kernel the largest figures, those of float64 apart; what is committed."""
     groups: dict[str, list[dict]] = defaultdict(list)
     for row in measured:
         groups[row["kernel"]].append(row)
@@ -220,10 +235,12 @@ def summary(measured: list[dict]) -> dict:
     def most(members: list[dict], field: str) -> dict[str, int]:
         return {t: max((m[field] for m in members if m["target"] == t), default=0) for t in TARGETS}
 
-    kernels = {
-        name: {"count": len(members)} | {field: most(members, field) for field in ("registers", "shared", "spills")}
-        for name, members in sorted(groups.items())
-    }
+    kernels = {}
+    for name, members in sorted(groups.items()):
+        narrow, wide = ([m for m in members if m["float64"] == is_wide] for is_wide in (False, True))
+        kernels[name] = {"count": len(members)} | {f: most(narrow, f) for f in ("registers", "shared", "spills")}
+        if wide:
+            kernels[name]["float64"] = {f: max(m[f] for m in wide) for f in ("registers", "shared", "spills")}
     return {"triton": importlib.metadata.version("triton"), "targets": list(TARGETS), "kernels": kernels}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 
@@ -89,6 +90,26 @@ def _cuda_convolutions(build: dict) -> list[str]:
     return lines
 
 
+def _triton_lines() -> list[str]:
+    """Triton, and on a GPU which products of the MLP it fuses in the four stages of tiny."""
+    if triton.load_error() is not None:
+        return [f"triton kernels     not there: {triton.load_error()}"]
+    version = importlib.metadata.version("triton")
+    if triton.INTERPRETED:
+        return [f"triton kernels     Triton {version}, interpreted on the CPU, for tests"]
+    reason = triton.why_not("cuda", torch.bfloat16)
+    if reason is not None:
+        return [f"triton kernels     Triton {version}; {reason}"]
+    from .backends.triton import plans
+
+    lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; products of tiny, 256 images, bfloat16:"]
+    for rows, channels in ((1216, 96), (304, 192), (76, 384), (19, 768)):
+        plan = plans.choose(plans.Shape(torch.bfloat16, channels, 4 * channels, channels, 256 * rows, rows))
+        ways = ["fused" if fused else "library" for fused in (plan.forward_fused, plan.backward_fused)]
+        lines.append(f"  C = {channels:<15}forward {ways[0]}, backward {ways[1]} ({plan.source})")
+    return lines
+
+
 def info() -> str:
     """A report for people: versions, compiled kernels, the backend table with reasons, and the environment."""
     lines = [
@@ -97,6 +118,7 @@ def info() -> str:
         f"pytorch            {torch.__version__}, {torch.get_num_threads()} CPU threads, CUDA "
         + (str(torch.version.cuda) if torch.cuda.is_available() else "not available"),
         *_extension_lines(),
+        *_triton_lines(),
         f"kept for backward  {', '.join(f'{d}: {schedule.save_policy(d)}' for d in _devices())}",
         "",
         f"backend            {backends.forced()}",

@@ -26,7 +26,8 @@ _QUERY = (
 def source_digest() -> str:
     """Of everything that decides what is measured: kernels, library, this program."""
     digest = hashlib.sha256()
-    for folder, pattern in (("csrc", "*/*"), ("convnextv2_kernels", "**/*.py"), ("bench", "gpu/*.py")):
+    library = (("csrc", "*/*"), ("convnextv2_kernels", "**/*.py"), ("convnextv2_kernels", "**/*.json"))
+    for folder, pattern in (*library, ("bench", "gpu/*.py")):
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file():
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

@@ -35,35 +35,33 @@ class Operators:
     """What the cases call, by Triton: its operators, and plain functions under the CUDA operators' arguments."""
 
     def __init__(self):
-        from convnextv2_kernels.backends.triton import mlp_rows, norm_backward, operators, parameters, primitives
+        from convnextv2_kernels.backends.triton import operators, primitives
 
-        assert primitives.FOLDS_LAYER_NORM  # (imported for the operators it registers)
         self._operators = getattr(torch.ops, operators.NAMESPACE)
+        passes = primitives.Passes
 
-        def act(tanh: bool) -> str:
-            return "gelu_tanh" if tanh else "gelu"
+        def with_act(function, before: int):
+            """The function with GELU's form as a name, given as a flag after ``before`` arguments."""
+
+            def call(*args):
+                act = "gelu_tanh" if args[before] else "gelu"
+                return function(*args[:before], act, *args[before + 1 :])
+
+            return call
 
         self._functions = {
-            "gelu_statistics": lambda a, h, gamma, eps, tanh, *segments: mlp_rows.gelu_statistics(
-                a, h, gamma, eps, act(tanh), *segments
-            ),
-            "gelu_scale": lambda a, out, scale, tanh, *segments: mlp_rows.gelu_scale(
-                a, out, scale, act(tanh), *segments
-            ),
-            "mlp_backward_statistics": lambda a, ds, t, norm, gamma, eps, tanh, *segments: (
-                mlp_rows.mlp_backward_statistics(a, ds, t, norm, gamma, eps, act(tanh), *segments)
-            ),
-            "mlp_backward_pointwise": lambda a, ds, scale, kappa, hs, da, tanh, *segments: (
-                mlp_rows.mlp_backward_pointwise(a, ds, scale, kappa, hs, da, act(tanh), *segments)
-            ),
-            "normalized_backward_input": norm_backward.normalized_backward_input,
-            "mlp_parameters": lambda w1, b1, w2, b2, beta, gain, shift, like: parameters.mlp_parameters(
+            "gelu_statistics": with_act(passes.gelu_statistics, 4),
+            "gelu_scale": with_act(passes.gelu_scale, 3),
+            "mlp_backward_statistics": with_act(passes.mlp_backward_statistics, 6),
+            "mlp_backward_pointwise": with_act(passes.mlp_backward_pointwise, 6),
+            "products_weight": passes.products_weight,
+            "normalized_backward_input": lambda dy, z, rstd: primitives.normalized_backward(dy, z, rstd, None)[0],
+            "mlp_parameters": lambda w1, b1, w2, b2, beta, gain, shift, like: primitives.prepare_parameters(
                 w1, b1, w2, b2, beta, (gain, shift), like
             ),
-            "unfold_layer_norm": lambda w1, gain, shift, db1, dw1: parameters.unfold_layer_norm(
+            "unfold_layer_norm": lambda w1, gain, shift, db1, dw1: primitives.unfold_layer_norm(
                 w1, (gain, shift), dw1, db1
             ),
-            "products_weight": mlp_rows.products_weight,
         }
 
     def __getattr__(self, name: str) -> SimpleNamespace:
@@ -141,6 +139,7 @@ class _Stage:
         for name in plans.KERNELS:
             run = lambda n=name: measure_kernel(case, n, tiles, *arguments)  # noqa: E731
             self.recorder.case("products", f"{name} {stage.label}", run, needs=2, limit=45)
+            trim_memory(device)
         for way in ("forward", "backward"):
             run = lambda w=way: {**measure_whole(case, w, tiles, k, self.timer), "passes": served}  # noqa: E731
             self.recorder.case("products", f"{way} {stage.label}", run, needs=2, limit=45)
@@ -161,7 +160,9 @@ def run(setting: Setting, recorder: Recorder) -> None:
         "plan: what the committed plan takes; passes: the backend of what surrounds the products",
     )
     for what, model, images, seconds in DRY_PLAN if setting.dry_run else PLAN:
-        stages = DRY_STAGES[:1] if setting.dry_run else stage_shapes(model, images)
+        # the interpreter is slow: one shape of each, for products the one whose plan fuses
+        dry = DRY_STAGES[:1] if what == "products" else DRY_STAGES[1:2]
+        stages = dry if setting.dry_run else stage_shapes(model, images)
         key = f"{model} n{images} {what}"
         if setting.remaining() < seconds / 2:
             recorder.skip(key, f"time: {setting.remaining():.0f} s left, about {seconds} s needed")

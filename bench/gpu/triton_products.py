@@ -171,8 +171,10 @@ def ways(case, direction: str, tiles: Tiles, k) -> dict[str, Callable[[], object
 
     everything = plans.Plan(**tiles.all)
     if direction == "forward":
-        found = {"library": case.forward(k, None), "fused": case.forward(k, everything)}
-        return found if found["fused"]() is not None else {"library": found["library"]}
+        found = {"library": case.forward(k, None)}
+        if all(case.kernel(name, tiles.all[name]) is not None for name in ("first", "second")):
+            found["fused"] = case.forward(k, everything)
+        return found
 
     def passes(weight_grad):
         own = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(weight_grad)})

@@ -52,9 +52,7 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> dict:
             with recorded_launches() as launches, contextlib.suppress(Exception):
                 run()
             for launch in launches:
-                # as runtime.launch does
-                options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
                 with contextlib.suppress(Exception):
-                    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **options)
+                    launch.kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
                 count += 1
     return {"launches": count, "seconds": time.monotonic() - start}

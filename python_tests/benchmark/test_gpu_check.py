@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from convnextv2_kernels.backends import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = os.environ.get("CONVNEXTV2_KERNELS_CUDA_EMULATION")
+TRITON_STAGES = ("triton_smoke", "triton_kernels", "triton_tune")
+needs_triton = pytest.mark.skipif(triton.load_error() is not None, reason=str(triton.load_error()))
 
 
 @pytest.fixture
@@ -210,9 +215,143 @@ def test_sanitizer_reports(gpu):
     assert parse("killed")["errors"] is None
 
 
-def check(*arguments: str) -> subprocess.CompletedProcess:
+def test_the_suite_s_parts_add_up(gpu, monkeypatch, tmp_path):
+    suite, setting, results = gpu("suite"), gpu("setting"), gpu("results")
+    line, _ = suite.command(tmp_path / "junit.xml", False, "triton")
+    assert line[line.index("-k") + 1] == "triton" and "python_tests/triton_backend" in line
+    assert "--ignore=python_tests/triton_backend/test_resources.py" in line
+    found = {
+        "cuda": {"counts": {"passed": 5, "failed": 0, "error": 0, "skipped": 2}, "failing": {}},
+        "triton": {"counts": {"passed": 3, "failed": 1, "error": 0, "skipped": 0}, "failing": {"t": "no"}},
+    }
+    limits = {}
+    monkeypatch.setattr(suite, "run_part", lambda part, limit, *_: limits.update({part: limit}) or found[part])
+    monkeypatch.setattr(suite, "why_not", lambda part, _: None)
+    here = setting.Setting(str(tmp_path), time.time() + 100)
+    recorder = results.Recorder(results.Results(tmp_path), "tests", here)
+    with pytest.raises(RuntimeError, match="1 tests failed, 0 could not"):
+        suite.run(here, recorder)
+    assert recorder.result["counts"] == {"passed": 8, "failed": 1, "error": 0, "skipped": 2}
+    assert recorder.result["failing"] == {"t": "no"}
+    assert limits == {"cuda": pytest.approx(55, abs=2), "triton": pytest.approx(85, abs=2)}
+
+
+@pytest.fixture(params=[(24, 256, 3, 64), (40, 76, 4, 64), (40, 76, 1, 32)], ids=str)
+def products(request, gpu):
+    """The module, a case of its kernels, and a tile: whole tiles of an image, tiles over borders, one short tile."""
+    if triton.load_error() is not None:
+        pytest.skip(triton.load_error())
+    from convnextv2_kernels.backends.triton import plans, tune
+
+    width, each, images, rows = request.param
+    case = tune.Case(plans.Shape(torch.float16, width, 4 * width, width, images * each, each), "cpu")
+    return gpu("triton_products"), case, plans.Tile(rows, 32, 32, 4, 2)
+
+
+@pytest.mark.parametrize("name", ("first", "second", "products", "hidden", "weight"))
+def test_bytes_and_operations_of_fused_products(products, name):
+    """Bytes: exactly those of what a kernel is given and returns; operations: those of the vendor's products."""
+    from convnextv2_kernels.backends.triton.runtime import recorded_launches
+
+    module, case, tile = products
+    with recorded_launches() as launches:
+        case.kernel(name, tile)()
+    first, *later = [{k: t for k, t in one.arguments.items() if isinstance(t, torch.Tensor)} for one in launches]
+    seen = {id(t) for t in first.values()}
+    rest = {id(t): t for one in later for t in one.values() if id(t) not in seen}
+    size = module.size_of(case, name, tile)
+    assert module.LEAST_BYTES[name](size) == sum(t.nbytes for t in (*first.values(), *rest.values()))
+    with FlopCounterMode(display=False) as counter:
+        module.vendor(case, name)()
+    assert module.flops(name, size) == counter.get_total_flops()
+
+
+@needs_triton
+def test_tiles_to_measure(gpu, monkeypatch):
+    from convnextv2_kernels.backends.triton import plans
+
+    products, cases, kernels = gpu("triton_products"), gpu("cases"), gpu("triton_kernels")
+    monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
+    rows = [{"bits": [16], "width": [1, 64], "rows_each": 256, "source": "here", "first": [1] * 5, "second": [2] * 5}]
+    rows += [{"bits": [16], "rows_each": 999999, "source": "other", "first": [3] * 5, "hidden": [4] * 5}]
+    monkeypatch.setattr(plans, "table", lambda: {"sm_90": rows})
+    shapes = [kernels.shape_of(stage, torch.bfloat16) for stage in cases.stage_shapes("atto", 4)]
+    assert [shape.rows_each for shape in shapes] == [1216, 304, 76, 19] and shapes[1].rows == 1216
+    near, far = products.Tiles.of(shapes[0]), products.Tiles.of(shapes[3])
+    assert near.all["first"] == (1,) * 5 and near.planned("first") and near.plan.source == "here"
+    assert near.all["hidden"] == (4,) * 5 and not near.planned("hidden")
+    assert far.all["first"] == (3,) * 5 and not far.planned("first") and far.all["weight"] is not None
+    assert [products.taken("forward", tiles.plan) for tiles in (near, far)] == ["fused", "library"]
+    assert products.taken("backward", near.plan) == "library"
+
+
+def test_lines_of_fused_products(gpu):
+    rows = {
+        "first tiny n256 s8 c96": {"us": 12.3, "vendor_us": 10.0, "planned": True},
+        "backward tiny n256 s8 c96": {"library_us": 40.0, "fused_us": 50.0, "plan": "fused", "plan_is_fastest": False},
+        "backward tiny n256 s1 c768": {"library_us": 40.0, "plan": "library", "plan_is_fastest": True},
+    }
+    lines = gpu("report").product_lines({"stages": {"triton_kernels": {"result": {"products": rows}}}})
+    assert "s8 c96 12*/10" in lines[1] and "s8 c96 50*!/40  s1 c768 -/40" in lines[2]
+
+
+def test_ours_by_other_backends(gpu, tmp_path):
+    step, setting = gpu("step"), gpu("setting")
+    here = setting.Setting(str(tmp_path), time.time() + 60, True, "reference")
+    contest = gpu("step_arms").Contest("atto", 1, here)
+    other = step.served_by(contest, "auto")
+    assert contest.setting.backend == "reference" and other.setting.backend == "auto" and other.model is contest.model
+    rows = step.against_backends(contest, {"auto": other})["steps"]
+    assert list(rows) == ["ours eager", "ours eager by auto"] and all(row["ms_median"] > 0 for row in rows.values())
+    assert rows["ours eager"]["backend"] == "reference"
+    assert rows["ours eager by auto"]["backend"] == step.serving("auto", "cpu") != "auto"
+
+
+@needs_triton
+def test_triton_stages_are_skipped_where_nothing_runs_them(gpu, monkeypatch, tmp_path):
+    setting = gpu("setting")
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    with pytest.raises(setting.Skip, match="needs TRITON_INTERPRET=1"):
+        gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9, True))
+    monkeypatch.setattr(triton, "_load_error", "triton is not installed")
+    with pytest.raises(setting.Skip, match="triton cannot serve: triton is not installed"):
+        gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9))
+
+
+def check(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **more})
+
+
+@needs_triton
+def test_dry_run_of_the_triton_stages(tmp_path):
+    more = {"TRITON_INTERPRET": "1", "CONVNEXTV2_KERNELS_CACHE": str(tmp_path / "cache")}
+    arguments = ("--dry-run", "--backend", "cpu", "--only", ",".join(TRITON_STAGES), "--minutes", "3")
+    done = check("--out", str(tmp_path), *arguments, **more)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    text = (tmp_path / "results.json").read_text()
+    stages = json.loads(text)["stages"]
+    assert list(stages) == ["machine", *TRITON_STAGES] and str(tmp_path) not in text
+    for name, stage in stages.items():
+        assert stage["status"] == "done" and "errors" not in stage["result"], (name, stage)
+    smoke, kernels, tune = (stages[name]["result"] for name in TRITON_STAGES)
+    assert all(answer.startswith("ok") for answer in smoke["checks"].values())
+    for op in ("pointwise_mlp", "gathered_pointwise_mlp", "convnextv2_block"):
+        key = f"{op} uniform 4 c8 float16"
+        assert smoke["checks"][key] == "ok, forward fused, backward fused (plan: for tests)"
+        assert "auto picks" in smoke["skipped"][f"{key} by cuda+triton"]
+    assert all(row["cold_us"] > 0 and row["MB"] > 0 for row in kernels["kernels"].values())
+    operators = {name.split()[0] for name in kernels["kernels"]}
+    assert len(operators) >= 23 and not operators & {"torch", "layout_from_kept", "neighbour_slots"}
+    products = {name.split()[0]: row for name, row in kernels["products"].items()}
+    assert [name for name, row in products.items() if row.get("planned")] == ["first", "second", "products", "hidden"]
+    assert products["weight"]["us"] > 0 and products["weight"]["vendor_us"] > 0
+    for way in ("forward", "backward"):
+        assert products[way]["plan"] == "fused" and products[way]["fused_us"] > 0 and products[way]["library_us"] > 0
+    (found,) = tune["shapes"].values()
+    assert set(found["committed"]) == {"first", "second", "products", "hidden"} and found["forward_us"]["fused"] > 0
+    assert not (tmp_path / "cache").exists()
+    assert "with fused products" in done.stdout and "fused products, dry n1" in done.stdout
 
 
 def test_bad_arguments_are_refused(tmp_path):
@@ -230,10 +369,12 @@ def test_dry_run(gpu, tmp_path):
     assert data["dry_run"] is True and "mean nothing" in data["note"] and len(text) < 200_000
     stages = data["stages"]
     assert list(stages) == [
-        "machine", "build", "smoke", "ceilings", "tests", "kernels", "step", "profile", "sanitizer", "compile", "plot",
+        "machine", "build", "smoke", "triton_smoke", "ceilings", "tests", "kernels", "triton_kernels", "step",
+        "profile", "sanitizer", "triton_tune", "compile", "plot",
     ]  # fmt: skip
+    skipped = {"compile"} if triton.INTERPRETED else {"compile", *TRITON_STAGES}
     for name, stage in stages.items():
-        assert stage["status"] == ("skipped" if name == "compile" else "done"), (name, stage)
+        assert stage["status"] == ("skipped" if name in skipped else "done"), (name, stage)
         assert "errors" not in stage["result"], (name, stage["result"]["errors"])
     result = {name: stage["result"] for name, stage in stages.items()}
     assert set(result["smoke"]["checks"].values()) == {"ok"}

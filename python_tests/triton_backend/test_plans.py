@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -155,3 +156,16 @@ def test_the_command_names_an_unknown_model(capsys, monkeypatch):
 def test_tiles_that_would_span_too_many_images_are_left_to_the_library():
     cut = tiles.cut(64 * 4, tiles.Images(None, 1, 64), 128)
     assert cut.span > tiles.MOST_IMAGES
+
+
+def test_info_shows_what_is_fused_on_a_gpu(monkeypatch):
+    from convnextv2_kernels import backends
+
+    monkeypatch.setattr(backends.triton, "INTERPRETED", False)
+    monkeypatch.setattr(backends.triton, "why_not", lambda *_: None)
+    with plans.assumed_family("sm_90"):
+        monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
+        lines = importlib.import_module("convnextv2_kernels.info")._triton_lines()
+    assert "plans of sm_90" in lines[0]
+    assert "forward fused, backward fused (predicted, not measured)" in lines[1]
+    assert "forward library, backward library (library)" in lines[4]

@@ -33,7 +33,7 @@ _MOST_FUSED = 1024
 
 
 @triton.jit
-def _conv_kernel(
+def conv_kernel(
     x, neighbours, weight, bias, residual, ln_weight, ln_bias, out, rstd,
     runs, height, width, groups, lines,
     C: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr, RADIUS: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
@@ -116,7 +116,7 @@ def _convolve(
     vector = 2 if x.dtype == torch.float64 else 8 if geometry.run < 4 and x.element_size() == 2 else 4
     bm = max(1, min(32 * num_warps * vector // bc, 64))
     launch(
-        _conv_kernel,
+        conv_kernel,
         (cdiv(geometry.runs, bm), cdiv(c, bc)),
         num_warps=num_warps,
         x=x,

@@ -29,7 +29,7 @@ _LEAST_RUNS = 16  # of a program, so that the sums written are few beside the va
 
 
 @triton.jit
-def _weight_grad_kernel(
+def weight_grad_kernel(
     grad, x, neighbours, partial,
     runs, share, height, width, groups,
     C: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr, RADIUS: tl.constexpr, RUN: tl.constexpr, EXACT: tl.constexpr,
@@ -83,7 +83,7 @@ def _weight_grad_kernel(
 
 
 @triton.jit
-def _add_shares_kernel(
+def add_shares_kernel(
     partial, dweight, dbias, splits, channels,
     TAPS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def depthwise_conv_backward_weight(
     partial = x.new_empty((splits, taps + 1, c), dtype=stat)
     acc = accumulator(x.dtype)
     launch(
-        _weight_grad_kernel,
+        weight_grad_kernel,
         (splits, blocks),
         grad=grad,
         x=x,
@@ -135,7 +135,7 @@ def depthwise_conv_backward_weight(
         UNROLL=max(1, 4 // geometry.run),
     )
     launch(
-        _add_shares_kernel,
+        add_shares_kernel,
         (cdiv((taps + 1) * c, 64),),
         partial=partial,
         dweight=dweight,

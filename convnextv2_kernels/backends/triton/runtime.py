@@ -22,6 +22,11 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the compiler. Fused multiply-adds are meant: Triton 3.10 turns them off unless asked."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 _recorded: list[Launch] | None = None
 
@@ -41,13 +46,12 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
     """Runs a kernel on the current stream of its tensors' device. A grid with a zero is no work."""
     if 0 in grid:
         return
+    call = Launch(kernel, grid, arguments, num_warps, num_stages)
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        _recorded.append(call)
         return
-    # fused multiply-adds are meant: Triton 3.10 turns them off unless asked
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     with _device_of(arguments):
-        kernel[grid](**arguments, **options)
+        kernel[grid](**arguments, **call.options)
 
 
 def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:

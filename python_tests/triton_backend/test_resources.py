@@ -1,0 +1,101 @@
+"""What Triton's compiler says of every kernel on the GPUs we promise, which need not be there: it compiles, spills
+nothing, and fits.
+
+A budget is what the tiles were chosen with (docs/kernels.md 14); a change that passes it needs a new choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import convnextv2_kernels.backends.triton as backend  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="interpreted kernels are not compiled")
+if not backend.INTERPRETED:
+    _spec = importlib.util.spec_from_file_location("triton_resources", ROOT / "bench" / "triton_resources.py")
+    resources = importlib.util.module_from_spec(_spec)
+    # processes of the pool import it by its name
+    import sys
+
+    sys.path.insert(0, str(ROOT / "bench"))
+    sys.modules["triton_resources"] = resources
+    _spec.loader.exec_module(resources)
+
+# Registers of a thread. Tiles of 128 x 128 results on 8 warps hold 64 of them in sums alone.
+BUDGETS = {
+    "first_product_kernel": 224,  # sums of squares of three images beside the tile
+    "second_product_kernel": 208,
+    "hidden_backward_kernel": 240,  # ds, da and two parts of dz
+    "image_products_kernel": 224,
+    "weight_product_kernel": 160,
+    "conv_kernel": 144,  # RUN x channels of sums and a line of taps
+    "gradient_rows_kernel": 120,
+    "weight_grad_kernel": 112,
+}
+DEFAULT_BUDGET = 96
+# ptxas stops at 96 registers for some float64 kernels and spills a few
+FLOAT64_SPILLS = 16
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return resources.measure_all()
+
+
+def kernels() -> set[str]:
+    """Names of all kernels of the backend: compiled functions that are launched, not called."""
+    found = set()
+    for module in pkgutil.iter_modules(backend.__path__):
+        names = vars(importlib.import_module(f"{backend.__name__}.{module.name}"))
+        found |= {name for name in names if name.endswith("_kernel")}
+    return found
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    for target in resources.TARGETS:
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels(), target
+
+
+def test_no_kernel_spills(rows):
+    spills = [row for row in rows if row["spills"] > (FLOAT64_SPILLS if row["float64"] else 0)]
+    assert spills == []
+
+
+def test_registers_stay_within_their_budgets(rows):
+    over = [
+        row for row in rows
+        if not row["float64"] and row["registers"] > BUDGETS.get(row["kernel"], DEFAULT_BUDGET)
+    ]  # fmt: skip
+    assert over == []
+    assert set(BUDGETS) <= kernels()
+
+
+def test_shared_memory_fits_every_gpu_of_a_family(rows):
+    assert [row for row in rows if row["shared"] > resources.SHARED_LIMIT[row["target"]]] == []
+
+
+def test_the_committed_table_is_what_the_compiler_says(rows):
+    committed = json.loads(resources.RESULT.read_text())
+    measured = json.loads(json.dumps(resources.summary(rows)))
+    if committed["triton"] != measured["triton"]:
+        pytest.skip(f"the table is of triton {committed['triton']}")
+    assert committed == measured, "run python bench/triton_resources.py --write && python bench/readme_tables.py"
+
+
+def test_a_forced_family_needs_no_gpu():
+    """What is compiled is what is launched: tiles of the table, and 16-byte alignment."""
+    launches = resources.launches("sm_90")
+    first = [launch for launch in launches if launch.kernel.__name__ == "first_product_kernel"]
+    assert {launch.num_warps for launch in first} == {8}
+    for launch in first:
+        described = {name: (kind, aligned) for name, kind, _, aligned in resources._described(launch)}
+        assert described["y"] == ("*bf16", True) and described["out"] == ("*bf16", True)
