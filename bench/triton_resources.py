@@ -57,8 +57,9 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 
 def mlp(
-    images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False, keep: bool = True
-) -> None:
+    images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False,
+    keep: bool = True, act: str = "gelu",
+) -> None:  # fmt: skip
     """Forward and backward of a block's MLP."""
     hidden, total = 4 * width, images * rows
     stat = F64 if dtype == F64 else F32
@@ -68,7 +69,7 @@ def mlp(
     w1, b1, w2, b2 = meta(hidden, width), meta(hidden), meta(width, hidden), meta(width)
     gamma, beta = meta(hidden), meta(hidden)
     norm = schedule.LayerNormParams(meta(width), meta(width))
-    rest = (layout, "gelu", 1e-6)
+    rest = (layout, act, 1e-6)
     out, norms, kept = schedule.mlp_forward(
         k, z, w1, b1, gamma, beta, w2, b2, z, meta(images), *rest, dtype, keep, norm
     )
@@ -90,17 +91,17 @@ def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
     k.Passes.products_reduce(meta(images, width, hidden), w2)
 
 
-def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True) -> None:
+def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True, kernel: int = 7) -> None:
     """The convolution of a stage and its gradients."""
     maps = 1216 if packed else 64
     stat = F64 if dtype == F64 else F32
-    radius = -(-3 // side)
+    radius = -(-(kernel // 2) // side)
     table = meta(maps, (2 * radius + 1) ** 2, dtype=torch.int32) if packed else None
     x = meta(maps, side, side, width, dtype=dtype)
-    weight, bias = meta(width, 1, 7, 7, dtype=stat), meta(width, dtype=stat)
+    weight, bias = meta(width, 1, kernel, kernel, dtype=stat), meta(width, dtype=stat)
     k.depthwise_conv_normalize(x, weight, bias, table, None, None, 1e-6)
     k.depthwise_conv_forward(x, weight, None, x, table, True)
-    k.depthwise_conv_backward_weight(x, x, table, 7)
+    k.depthwise_conv_backward_weight(x, x, table, kernel)
 
 
 def rows(width: int, dtype: torch.dtype) -> None:
@@ -127,6 +128,9 @@ def everything() -> None:
         mlp(64, each, width, BF16)
     mlp(64, 1216, 96, BF16, keep=False)
     mlp(64, 19, 384, BF16)
+    for each, width in ((1216, 96), (304, 192), (76, 384)):
+        mlp(64, each, width, F16)
+        mlp(64, each, width, BF16, act="gelu_tanh")
     mlp(8, 1216, 96, BF16, ragged=True)
     mlp(8, 1216, 96, BF16, batch=True)
     tuned(64, 1216, 96, BF16)
@@ -134,14 +138,17 @@ def everything() -> None:
         spatial(side, width, BF16)
     spatial(56, 96, BF16, packed=False)
     rows(96, BF16)
+    wide, gain = meta(64, 9000, dtype=BF16), meta(9000)
+    k.layer_norm_backward(wide, *k.layer_norm_forward(wide, gain, gain, 1e-6), gain)
 
 
 def other_dtypes() -> None:
     """The same kernels for float16, float32 and float64, and for shapes of one: constants when compiled."""
     for dtype in (F16, F32, F64):
-        mlp(64, 1216, 96, dtype)
+        mlp(64, 304, 96, dtype)
         spatial(8, 96, dtype)
         rows(96, dtype)
+    spatial(8, 96, BF16, kernel=11)
     mlp(1, 1, 1, BF16)
     spatial(1, 1, F32, packed=False)
     rows(1, F32)
@@ -158,13 +165,14 @@ def _described(launch: Launch) -> Iterator[tuple[str, str, object, bool]]:
     """``(name, type, constant, divisible by 16)`` of each argument, as Triton specialises it when it launches."""
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        plain = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not plain):
             yield parameter.name, "constexpr", value, False
         elif isinstance(value, torch.Tensor):
             yield parameter.name, _POINTERS[value.dtype], None, True
         else:
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            yield parameter.name, kind, None, value % 16 == 0
+            yield parameter.name, kind, None, value % 16 == 0 and not plain
 
 
 def key(launch: Launch) -> tuple:

@@ -347,8 +347,8 @@ def _tune(args: argparse.Namespace) -> int:
         if reason is not None:
             raise RuntimeError(reason)
         ratio = None if args.dense else args.mask_ratio
-        shapes = tune.mlp_shapes(args.model, args.img_size, args.batch_size, ratio, getattr(torch, args.dtype))
-        tune.tune(shapes, keep=not args.dry_run)
+        shapes = tune.mlp_shapes(args.model, args.img_size, ratio, getattr(torch, args.dtype))
+        tune.tune(shapes, args.batch_size, keep=not args.dry_run)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 
@@ -94,7 +93,7 @@ def _triton_lines() -> list[str]:
     """Triton, and on a GPU which products of the MLP it fuses in the four stages of tiny."""
     if triton.load_error() is not None:
         return [f"triton kernels     not there: {triton.load_error()}"]
-    version = importlib.metadata.version("triton")
+    version = triton.version()
     if triton.INTERPRETED:
         return [f"triton kernels     Triton {version}, interpreted on the CPU, for tests"]
     reason = triton.why_not("cuda", torch.bfloat16)
@@ -102,9 +101,13 @@ def _triton_lines() -> list[str]:
         return [f"triton kernels     Triton {version}; {reason}"]
     from .backends.triton import plans
 
-    lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; products of tiny, 256 images, bfloat16:"]
+    try:
+        plans.wish()
+    except ValueError as error:
+        return [f"triton kernels     Triton {version}; {error}"]
+    lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; products of tiny in bfloat16:"]
     for rows, channels in ((1216, 96), (304, 192), (76, 384), (19, 768)):
-        plan = plans.choose(plans.Shape(torch.bfloat16, channels, 4 * channels, channels, 256 * rows, rows))
+        plan = plans.choose(plans.Shape(torch.bfloat16, channels, 4 * channels, channels, rows))
         ways = ["fused" if fused else "library" for fused in (plan.forward_fused, plan.backward_fused)]
         lines.append(f"  C = {channels:<15}forward {ways[0]}, backward {ways[1]} ({plan.source})")
     return lines

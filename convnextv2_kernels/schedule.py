@@ -93,8 +93,9 @@ def chunks(rows: Rows, hidden: int, itemsize: int, budget: int) -> Iterator[Chun
             return
         per_image = rows.total // rows.images
         step = max(1, most // max(1, per_image))
-        # equal chunks rather than full ones and a small rest
+        # equal chunks rather than full ones and a small rest; large ones start where a tile of rows of any size does
         step = -(-rows.images // -(-rows.images // step))
+        step = max(step // 128 * 128, 128) if step > 128 else step
         for n0 in range(0, rows.images, step):
             n1 = min(n0 + step, rows.images)
             yield Chunk(n0, n1, n0 * per_image, n1 * per_image, (None, 1, n1 - n0))
@@ -173,11 +174,12 @@ def mlp_forward(
     gamma, beta = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
     w1, b1, w2, b2 = k.prepare_parameters(w1, b1, w2, b2, beta, layer_norm, y)
     segments = 1 if rows.batch_scope else rows.images
+    factors = None if factors is None else factors.reshape(-1).contiguous()  # perhaps a column of a table
     norms = kept = out = None
     for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
         part = slice(chunk.r0, chunk.r1)
         add = None if residual is None else residual[part]
-        f = None if factors is None else factors.reshape(-1)[chunk.n0 : chunk.n1]
+        f = None if factors is None else factors[chunk.n0 : chunk.n1]
         result = k.fused_forward(
             y[part], w1, b1, act, gamma, eps, w2, b2, add, f, out_dtype, keep_hidden, chunk.images(rows),
             rows.batch_scope,

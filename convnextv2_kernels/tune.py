@@ -13,14 +13,16 @@ from .models.config import get_config
 
 PATCH = 32
 STEM = 4
+DECODER = 512  # width of FCMAE's decoder
 
 
 def mlp_shapes(
-    models: Iterable[str], image_size: tuple[int, int], batch_size: int, mask_ratio: float | None, dtype: torch.dtype
+    models: Iterable[str], image_size: tuple[int, int], mask_ratio: float | None, dtype: torch.dtype
 ) -> list:
     """Shapes of the MLPs of models, stage by stage, without repetition.
 
-    ``mask_ratio`` as in pre-training, where image sides are multiples of 32; None for dense training."""
+    ``mask_ratio`` as in pre-training, where image sides are multiples of 32, with the decoder's MLP over all patches;
+    None for dense training."""
     from .backends.triton.plans import Shape
 
     height, width = image_size
@@ -31,7 +33,9 @@ def mlp_shapes(
             rows = (height // stride) * (width // stride)
             if mask_ratio is not None:
                 rows = num_kept((height // PATCH, width // PATCH), mask_ratio) * (PATCH // stride) ** 2
-            found[Shape(dtype, channels, 4 * channels, channels, rows * batch_size, rows)] = None
+            found[Shape(dtype, channels, 4 * channels, channels, rows)] = None
+    if mask_ratio is not None:
+        found[Shape(dtype, DECODER, 4 * DECODER, DECODER, (height // PATCH) * (width // PATCH))] = None
     return list(found)
 
 
@@ -42,8 +46,9 @@ def unavailable() -> str | None:
     return backends.why_not("triton", triton.DEVICE, torch.float32)
 
 
-def tune(shapes: Sequence, say: Callable[[str], None] = print, keep: bool = True, **options) -> dict:
-    """Measures shapes and, with ``keep``, writes their plans for later processes; ``{shape: Finding}``.
+def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep: bool = True, **options) -> dict:
+    """Measures shapes with so many images, and writes their plans, to serve any number of them, if ``keep``;
+    ``{shape: Finding}``.
 
     ``options`` go to ``backends.triton.tune.find``. Raises RuntimeError where Triton cannot run."""
     reason = unavailable()
@@ -56,14 +61,14 @@ def tune(shapes: Sequence, say: Callable[[str], None] = print, keep: bool = True
     k = backends.primitives("triton" if triton.INTERPRETED else serving)
     findings = {}
     for shape in shapes:
-        findings[shape] = find(shape, k, triton.DEVICE, **options)
-        say(describe(shape, findings[shape]))
+        findings[shape] = find(shape, images, k, triton.DEVICE, **options)
+        say(describe(shape, images, findings[shape]))
     if keep and findings:
         say(f"written to {cache.write({shape: finding.plan for shape, finding in findings.items()})}")
     return findings
 
 
-def describe(shape, finding) -> str:
+def describe(shape, images: int, finding) -> str:
     """One line for people: the shape, microseconds of each way forward and backward, and what was chosen."""
 
     def ways(times: dict[str, float], chosen: str) -> str:
@@ -73,6 +78,6 @@ def describe(shape, finding) -> str:
     forward = "fused" if plan.forward_fused else "library"
     backward = "fused" if plan.backward_fused else "weight" if plan.weight else "library"
     return (
-        f"C = {shape.width:<5} {shape.rows:>8} rows of {shape.rows_each:<5} forward: "
+        f"C = {shape.width:<5} {images} images of {shape.rows_each:<5} rows   forward: "
         f"{ways(finding.forward, forward)};  backward: {ways(finding.backward, backward)}"
     )

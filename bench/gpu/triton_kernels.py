@@ -17,7 +17,7 @@ from .results import Recorder
 from .row_cases import copy_cases, mlp_cases, norm_cases
 from .setting import Setting
 from .timing import Timer, free_memory, trim_memory
-from .triton_products import Tiles, measure_kernel, measure_whole, ways
+from .triton_products import Tiles, measure_kernel, measure_whole
 from .triton_setup import compile_ahead, feature_dtype, require
 
 # (what, model, images, seconds it takes about), in order of value
@@ -82,7 +82,7 @@ def shape_of(stage: StageShape, dtype: torch.dtype):
     """The MLP of a stage, as plans know it."""
     from convnextv2_kernels.backends.triton.plans import Shape
 
-    return Shape(dtype, stage.width, 4 * stage.width, stage.width, stage.rows, stage.kept * stage.side**2)
+    return Shape(dtype, stage.width, 4 * stage.width, stage.width, stage.kept * stage.side**2)
 
 
 class _Stage:
@@ -124,7 +124,7 @@ class _Stage:
             return
         torch.manual_seed(0)
         shape, device = shape_of(stage, self.dtype), self.setting.device
-        case, tiles = tune.Case(shape, device), Tiles.of(shape)
+        case, tiles = tune.Case(shape, stage.images, device), Tiles.of(shape)
         served = "triton" if INTERPRETED else backends.automatic("convnextv2_block", device, (self.dtype,))
         k = backends.primitives(served)
 
@@ -132,7 +132,7 @@ class _Stage:
             calls = [case.kernel(name, tiles.all[name]) for name in plans.KERNELS]
             yield from filter(None, calls)
             for direction in ("forward", "backward"):
-                yield from ways(case, direction, tiles, k).values()
+                yield from case.ways(direction, k, tiles.all).values()
 
         self._compile(f"{stage.label} products", everything)
         arguments = (self.timer, self.copy, self.matmul)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -82,9 +81,9 @@ def size_of(case, name: str, tile) -> Size:
         tiles = cut(rows, case.images, tile.rows, allow_flat=name == "first")
         parts = tiles.count * tiles.span
     elif name == "products":
-        parts = images * fused.splits(images, rows, -(-shape.hidden // tile.columns))
+        parts = images * fused.image_splits(rows, case.images, False, -(-shape.hidden // tile.columns))
     elif name == "weight":
-        parts = fused.splits(1, rows, -(-shape.out // tile.rows) * -(-shape.hidden // tile.columns))
+        parts = fused.splits(rows, -(-shape.out // tile.rows) * -(-shape.hidden // tile.columns))
     return Size(rows, shape.width, shape.hidden, shape.out, images, shape.dtype.itemsize, parts)
 
 
@@ -165,32 +164,6 @@ def measure_kernel(case, name: str, tiles: Tiles, timer: Timer, copy_tbps: float
     }
 
 
-def ways(case, direction: str, tiles: Tiles, k) -> dict[str, Callable[[], object]]:
-    """The whole forward or backward by each way there is."""
-    from convnextv2_kernels.backends.triton import fused, plans
-
-    everything = plans.Plan(**tiles.all)
-    if direction == "forward":
-        found = {"library": case.forward(k, None)}
-        if all(case.kernel(name, tiles.all[name]) is not None for name in ("first", "second")):
-            found["fused"] = case.forward(k, everything)
-        return found
-
-    def passes(weight_grad):
-        own = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(weight_grad)})
-        return SimpleNamespace(
-            Passes=own, normalized_backward=k.normalized_backward, linear_input_grad=k.linear_input_grad
-        )
-
-    found = {"library": case.backward(passes(lambda *_: None), None)}
-    if case.kernel("hidden", tiles.all["hidden"]) is not None:
-        found["fused"] = case.backward(k, everything)
-    # dW2 by a product of its own, where the library's way does not get it from products by image
-    if case.shape.rows_each <= 2 * case.shape.out:
-        found["weight"] = case.backward(passes(fused.weight_grad_by(tiles.all["weight"])), None)
-    return found
-
-
 def taken(direction: str, plan) -> str:
     """What a plan has a whole forward or backward done by."""
     if direction == "forward":
@@ -203,7 +176,7 @@ def measure_whole(case, direction: str, tiles: Tiles, k, timer: Timer) -> dict:
     from triton.runtime.errors import OutOfResources
 
     times = {}
-    for way, call in ways(case, direction, tiles, k).items():
+    for way, call in case.ways(direction, k, tiles.all).items():
         try:
             call()
         except OutOfResources:

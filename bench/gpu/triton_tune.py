@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from .cases import DRY_STAGES, stage_shapes
 from .results import Recorder
 from .setting import Setting
@@ -13,7 +15,7 @@ from .triton_setup import compile_ahead, feature_dtype, require
 PLAN = (("tiny", 256), ("atto", 256))
 
 
-def find(shape, setting: Setting) -> dict:
+def find(shape, images: int, setting: Setting) -> dict:
     """The tiles that won for a shape, those of the committed plan, and microseconds of each way."""
     from convnextv2_kernels.backends.triton import DEVICE, tune
     from convnextv2_kernels.backends.triton.plans import KERNELS
@@ -23,11 +25,11 @@ def find(shape, setting: Setting) -> dict:
     if setting.dry_run:
         more = {"repetitions": 1, "candidates": {name: (tile,) for name, tile in tiles.all.items()}}
     else:
-        case = tune.Case(shape, DEVICE)
+        case = tune.Case(shape, images, DEVICE)
         calls = (case.kernel(name, tile) for name in KERNELS for tile in tune.CANDIDATES[name])
         compile_ahead(filter(None, calls))
         del case
-    finding = measure([shape], say=lambda text: None, keep=False, **more)[shape]
+    finding = measure([shape], images, say=lambda text: None, keep=False, **more)[shape]
     return {
         "won": _named(finding.plan, KERNELS),
         "committed": _named(tiles.plan, KERNELS),
@@ -44,12 +46,12 @@ def run(setting: Setting, recorder: Recorder) -> None:
     require(setting)
     recorder.put(
         about="by shape of the MLP: won and committed: rows, columns, depth, warps, stages of the tiles of each fused "
-        "kernel, the library's products where there is none; us of the whole forward and backward by each way, "
-        "launched eagerly"
+        "kernel, the library's products where there is none; us of the whole forward and backward by each way"
     )
     stages = DRY_STAGES[:1] if setting.dry_run else [shape for plan in PLAN for shape in stage_shapes(*plan)]
     for stage in stages:
         shape = shape_of(stage, feature_dtype(setting))
         needs = 1 if setting.dry_run else 15
-        recorder.case("shapes", stage.label, lambda shape=shape: find(shape, setting), needs=needs, limit=90)
+        work = functools.partial(find, shape, stage.images, setting)
+        recorder.case("shapes", stage.label, work, needs=needs, limit=90)
         free_memory(setting.device)

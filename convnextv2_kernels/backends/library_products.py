@@ -60,7 +60,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     stat = statistics_dtype(x.dtype)
     if stat == x.dtype:
         return x @ y
-    if x.is_cuda:
+    if x.is_cuda and torch.version.hip is None:  # ROCm's libraries refuse some of these
         return (torch.mm if x.dim() == 2 else torch.bmm)(x, y, out_dtype=stat)
     return x.to(stat) @ y.to(stat)
 

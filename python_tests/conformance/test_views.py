@@ -106,3 +106,17 @@ def test_inputs_and_cotangent_are_not_written(backend, op):
         assert torch.equal(cotangent, copy)
         for name, t in sample.tensors.items():
             assert t is None or torch.equal(t, before[name]), f"{name} was written"
+
+
+@pytest.mark.parametrize("form", (every_other, lambda t: t[:1].expand(t.shape)), ids=("column", "expanded"))
+@pytest.mark.parametrize("op", ("pointwise_mlp", "convnextv2_block"))
+@parametrize_backends(reference=True)
+def test_a_drop_path_factor_may_be_a_column_of_a_table(backend, op, form):
+    sample = make_sample(op, at=("uniform", 4), c=24, hidden=40, drop=True).cast(F32, backend.device)
+    factors = form(sample.constants["drop_path_scale"])
+    cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device, F32)
+    results = []
+    for scale in (factors, factors.clone().contiguous()):
+        case = sample._replace(constants=sample.constants | {"drop_path_scale": scale})
+        results.append(case.run(backend.name, cotangent))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

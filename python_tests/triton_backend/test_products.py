@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from conformance.samples import make_sample
 
 from convnextv2_kernels.backends import triton
 
 pytest.importorskip("triton")
 
-from convnextv2_kernels.backends.triton import products, products_backward, tiles  # noqa: E402
+from convnextv2_kernels.backends.triton import plans, products, products_backward, tiles  # noqa: E402
 from convnextv2_kernels.backends.triton.plans import Tile  # noqa: E402
 
 from .available import needs_kernels  # noqa: E402
@@ -148,16 +149,21 @@ def test_a_width_is_cut_into_powers_of_two(width, expected):
 
 
 def test_float32_products_follow_pytorch_s_own_setting():
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        assert products.precision(F32) == "ieee" and products.precision(F16) == "tf32"
-        torch.set_float32_matmul_precision("high")
-        assert products.precision(F32) == "tf32"
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with plans.assumed_family("sm_90"):
+        try:
+            torch.set_float32_matmul_precision("high")
+            assert products.precision(F32) == "tf32" and products.precision(F16) == "ieee"
+            torch.set_float32_matmul_precision("highest")
+            assert products.precision(F32) == "ieee"
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            assert products.precision(F32) == "tf32"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+    with plans.assumed_family("gfx942"):
+        assert products.precision(F32) == "ieee"
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ROWS)
 def test_no_tile_spans_more_images_than_it_says(kind):
     case = Case(kind, WIDTHS[0], F32)
@@ -168,3 +174,18 @@ def test_no_tile_spans_more_images_than_it_says(kind):
         assert cut.count == len(starts) and max(spans) <= cut.span
     else:
         assert cut.span == 1
+
+
+@needs_kernels
+def test_images_are_the_same_bits_in_any_chunk(monkeypatch):
+    """Forward and the gradient of the features: what belongs to an image does not depend on the images beside it."""
+    sample = make_sample("convnextv2_block", at=("uniform", 8), c=24)
+    dtype = F32 if triton.INTERPRETED else torch.bfloat16
+    sample = sample.rounded(dtype).cast(dtype, triton.DEVICE)
+    cotangent = torch.randn(sample.tensors["x"].shape).to(triton.DEVICE, dtype)
+    results = []
+    for size in (1, 1 << 30):
+        monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(size))
+        results.append(sample.run("triton", cotangent))
+    for name in ("out", "x"):
+        assert torch.equal(results[0][name], results[1][name]), name

@@ -60,10 +60,8 @@ def runs_on(architecture: str, major: int, minor: int) -> bool:
     return number <= capability and (number // 10 == major or (kind == "compute" and not name.endswith("f")))
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache
-def _architecture_error(index: int | None) -> str | None:
-    """Why the machine code in the extension does not run on a GPU, by default the current one, or None."""
+def _find_architecture_error(index: int | None) -> str | None:
     if EMULATED or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(index)
@@ -71,6 +69,12 @@ def _architecture_error(index: int | None) -> str | None:
         return None
     built = ", ".join(_architectures)
     return f"the extension was built for {built}, and the GPU is of compute capability {major}.{minor}"
+
+
+@torch.compiler.assume_constant_result
+def _architecture_error(index: int | None) -> str | None:
+    """Why the machine code in the extension does not run on a GPU, by default the current one, or None."""
+    return _find_architecture_error(index)
 
 
 def why_not(device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:

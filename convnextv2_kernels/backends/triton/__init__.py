@@ -7,8 +7,12 @@ tensors on cpu, and only those; it is very slow, for tests, and never chosen by 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
+import importlib.util
 import os
+import re
+import shutil
 
 import torch
 
@@ -19,13 +23,29 @@ DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else
 _OLDEST = (3, 6)
 
 
+# names under which PyTorch's builds install the module
+_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")
+
+
+def version() -> str | None:
+    """Of Triton, or None without it."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    for name in _DISTRIBUTIONS:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return importlib.import_module("triton").__version__
+
+
 def _find_load_error() -> str | None:
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return "triton is not installed (pip install triton)"
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-        return f"its kernels need triton {_OLDEST[0]}.{_OLDEST[1]} or newer, and {version} is installed"
+    found = version()
+    if found is None:
+        return "triton is not installed"
+    parts = re.match(r"(\d+)\.(\d+)", found)
+    if parts is not None and tuple(map(int, parts.groups())) < _OLDEST:
+        return f"its kernels need triton {_OLDEST[0]}.{_OLDEST[1]} or newer, and {found} is installed"
     return None
 
 
@@ -38,20 +58,27 @@ def load_error() -> str | None:
     return _load_error
 
 
-@torch.compiler.assume_constant_result
 @functools.lru_cache
-def _device_error(index: int | None) -> str | None:
-    """Why Triton does not compile for a GPU, by default the current one, or None."""
+def _find_device_error(index: int | None) -> str | None:
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    if not any(shutil.which(name) for name in compilers if name):
+        return "Triton needs a C compiler when it runs, and there is none (CC, gcc, clang)"
     if torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(index)
     if major >= 8:
         return None
     return f"its kernels need a GPU of compute capability 8.0 or newer, and this one has {major}.{minor}"
+
+
+@torch.compiler.assume_constant_result
+def _device_error(index: int | None) -> str | None:
+    """Why Triton does not compile for a GPU, by default the current one, or None."""
+    return _find_device_error(index)
 
 
 def why_not(device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:

@@ -6,20 +6,22 @@ One file per GPU, driver, and versions of PyTorch, Triton and this library, in `
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ...files import write_json
 from ...version import __version__
-from . import INTERPRETED
-from .plans import KERNELS, Plan, Shape, plan_of
+from . import INTERPRETED, version
+from .plans import KERNELS, Plan, Shape, forget, plan_of
 
 
 def directory() -> Path:
@@ -27,17 +29,25 @@ def directory() -> Path:
     given = os.environ.get("CONVNEXTV2_KERNELS_CACHE")
     if given:
         return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convnextv2_kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "convnextv2_kernels"
 
 
 @functools.lru_cache
 def machine(index: int | None = None) -> dict[str, str]:
     """What a measurement holds for."""
-    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton"), "library": __version__}
+    versions = {"torch": torch.__version__, "triton": version(), "library": __version__}
     if INTERPRETED:
         return {"gpu": "Triton's interpreter", "driver": "none", **versions}
-    driver = torch.version.hip or str(torch._C._cuda_getDriverVersion())
-    return {"gpu": torch.cuda.get_device_name(index), "driver": driver, **versions}
+    return {"gpu": torch.cuda.get_device_name(index), "driver": _driver(), **versions}
+
+
+def _driver() -> str:
+    """Version of the GPU driver; where the system does not tell, of the newest CUDA it knows, or of ROCm."""
+    try:
+        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+    except (OSError, TypeError):
+        return torch.version.hip or f"CUDA {torch._C._cuda_getDriverVersion()}"
 
 
 def path(index: int | None = None) -> Path:
@@ -49,9 +59,9 @@ def path(index: int | None = None) -> Path:
 
 
 def _key(shape: Shape) -> tuple:
-    """Shapes with the same key share a plan: the same widths, rows and rows of an image to a factor of two."""
+    """Shapes with the same key share a plan: the same widths, and rows of an image to a factor of two."""
     dtype = str(shape.dtype).removeprefix("torch.")
-    return dtype, shape.width, shape.hidden, shape.out, shape.rows.bit_length(), shape.rows_each.bit_length()
+    return dtype, shape.width, shape.hidden, shape.out, shape.rows_each.bit_length()
 
 
 @functools.lru_cache
@@ -71,16 +81,32 @@ def measured(shape: Shape, index: int | None = None) -> Plan | None:
     return _read(path(index)).get(_key(shape))
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One writer at a time, where the system has file locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
-    """Adds plans to those measured before; processes that run already keep what they have read."""
+    """Adds plans to those measured before; other processes that run already keep what they have read."""
     file = path(index)
-    merged = dict(_read(file)) | {_key(shape): plan for shape, plan in plans.items()}
-    rows = [
-        {"key": list(key), "source": plan.source}
-        | {name: list(tile) for name in KERNELS if (tile := getattr(plan, name)) is not None}
-        for key, plan in sorted(merged.items())
-    ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {"machine": machine(index), "plans": rows})
+    with _alone(file.parent):
+        _read.cache_clear()
+        merged = dict(_read(file)) | {_key(shape): plan for shape, plan in plans.items()}
+        rows = [
+            {"key": list(key), "source": plan.source}
+            | {name: list(tile) for name in KERNELS if (tile := getattr(plan, name)) is not None}
+            for key, plan in sorted(merged.items())
+        ]
+        write_json(file, {"machine": machine(index), "plans": rows})
     _read.cache_clear()
+    forget()
     return file

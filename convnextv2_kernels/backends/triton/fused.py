@@ -17,7 +17,7 @@ from .products_backward import hidden_backward, image_products, weight_product
 from .runtime import cdiv
 from .tiles import MOST_IMAGES, Images, cut
 
-# so many programs keep the largest GPU busy; an image's rows are split for it, into parts of at least so many rows
+# so many programs keep the largest GPU busy, and parts of fewer rows than this would be mostly sums to add
 _PROGRAMS, _LEAST_ROWS = 512, 512
 
 
@@ -26,7 +26,7 @@ def plan_for(a: Tensor, width: int, hidden: int, out: int, images: Images) -> pl
     rows = a.shape[0]
     if rows == 0 or images.count == 0:
         return plans.LIBRARY
-    return plans.choose(plans.Shape(a.dtype, width, hidden, out, rows, rows // images.count), a.device.index)
+    return plans.choose(plans.Shape(a.dtype, width, hidden, out, rows // images.count), a.device.index)
 
 
 def fused_forward(
@@ -62,9 +62,16 @@ def forward_by(
     return out, norm, a if keep_a else None
 
 
-def splits(count: int, rows: int, blocks: int) -> int:
-    """Parts of each segment's rows in a product over rows; of shapes alone."""
-    return max(1, min(_PROGRAMS // max(1, count * blocks), rows // max(1, count) // _LEAST_ROWS))
+def splits(rows: int, blocks: int) -> int:
+    """Parts that rows are cut into in a product over them, which has so many blocks of results."""
+    return max(1, min(_PROGRAMS // blocks, rows // _LEAST_ROWS))
+
+
+def image_splits(rows: int, images: Images, one_segment: bool, blocks: int) -> int:
+    """Parts of each image's rows: of their number alone, not of the images in the chunk."""
+    if one_segment:
+        return splits(rows, blocks)
+    return min(8, max(1, (images.rows_each(rows) or 0) // _LEAST_ROWS))
 
 
 def fused_backward(
@@ -86,7 +93,7 @@ def backward_by(
     rows, hidden = a.shape
     segments = (None, 1, 1) if one_segment else images
     count = segments[2]
-    parts = splits(count, rows, cdiv(hidden, plan.products.columns))
+    parts = image_splits(rows, images, one_segment, cdiv(hidden, plan.products.columns))
     g, t = image_products(a, act, d, w2, *segments, parts, plan.products)
     t = t.sum(1) if parts > 1 else t.view(count, hidden)
     scale, kappa, dgamma = mlp_backward_statistics(None, None, t, norm, gamma, eps, act, *segments)
@@ -112,7 +119,7 @@ def weight_grad_by(tile: plans.Tile) -> Callable[..., Tensor]:
 
     def weight_grad(a, act, d, d_sum, scale, beta, *segments):
         blocks = cdiv(d.shape[1], tile.rows) * cdiv(a.shape[1], tile.columns)
-        parts = weight_product(a, act, d, scale, *segments, splits(1, a.shape[0], blocks), tile)
+        parts = weight_product(a, act, d, scale, *segments, splits(a.shape[0], blocks), tile)
         return torch.addr(parts.sum(0), d_sum, beta)
 
     return weight_grad

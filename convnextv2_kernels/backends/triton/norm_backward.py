@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.rows import statistics_dtype
+from .column_sums import add_pair
 from .gelu import widen
 from .norm_rows import dense_row, row_tile
 from .operators import operator
-from .runtime import accumulator, cdiv, launch, next_power_of_2
+from .runtime import accumulator, cdiv, launch
 
 _MOST_SPLITS = 512
 
@@ -111,28 +112,6 @@ def norm_backward_kernel(
         tl.store(out + tl.cast(splits, tl.int64) * C, tl.sum(dbias, axis=0), mask=held)
 
 
-@triton.jit
-def add_partials_kernel(
-    partials, dweight, dbias, splits, C: tl.constexpr, ACC: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr
-):  # fmt: skip
-    """``[2, splits, C]`` -> dweight ``[C]`` and dbias ``[C]``; which of them is the second program index."""
-    which = tl.program_id(1)
-    columns = tl.program_id(0) * BC + tl.arange(0, BC)
-    held = columns < C
-    split = tl.arange(0, BS)
-    source = partials + which.to(tl.int64) * splits * C
-    total = tl.zeros([BS, BC], ACC)
-    for first in range(0, splits, BS):
-        at = tl.cast(first + split, tl.int64) * C
-        inside = (first + split < splits)[:, None] & held[None, :]
-        total += tl.load(source + (at[:, None] + columns[None, :]), mask=inside, other=0.0)
-    sums = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(dweight + columns, sums, mask=held)
-    else:
-        tl.store(dbias + columns, sums, mask=held)
-
-
 def _backward(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, channels: int,
     half_width: int | None = None, parameters: bool = True,
@@ -158,13 +137,7 @@ def _backward(
         means=means, dx=dx, partials=partials, splits=splits, STAGES=2 if parameters else 1, **common,
     )  # fmt: skip
     if parameters:
-        dweight, dbias = (x.new_empty(channels, dtype=stat) for _ in range(2))
-        block = min(32, next_power_of_2(channels))
-        launch(
-            add_partials_kernel, (cdiv(channels, block), 2), num_warps=8,
-            partials=partials, dweight=dweight, dbias=dbias, splits=splits,
-            C=channels, ACC=accumulator(x.dtype), BS=min(128, next_power_of_2(splits)), BC=block,
-        )  # fmt: skip
+        dweight, dbias = add_pair(partials)
     return dx, dweight, dbias
 
 

@@ -57,19 +57,14 @@ _WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both i
 
 
 class Shape(NamedTuple):
-    """What decides: dtype, widths, rows of the chunk, and rows of an image (on average where they differ)."""
+    """What decides: dtype, widths, and rows of an image (on average where they differ). Not the number of images, as
+    results must not depend on how a batch is cut into chunks."""
 
     dtype: torch.dtype
     width: int
     hidden: int
     out: int
-    rows: int
     rows_each: int
-
-    @property
-    def rows_class(self) -> int:
-        """Logarithm of the rows, rounded down: shapes of a class share a plan."""
-        return max(0, self.rows.bit_length() - 1)
 
 
 def wish() -> str:
@@ -107,6 +102,11 @@ def family(index: int | None = None) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
+def has_tf32() -> bool:
+    """Whether matrix units take float32 by tf32 parts: NVIDIA's."""
+    return (_assumed or family()).startswith("sm_")
+
+
 @functools.lru_cache
 def table() -> dict[str, list[dict]]:
     return json.loads(Path(__file__).with_name("plans.json").read_text())["families"]
@@ -115,6 +115,9 @@ def table() -> dict[str, list[dict]]:
 def plan_of(row: dict, source: str) -> Plan:
     """A row of a table as a plan."""
     tiles = {name: Tile(*row[name]) for name in KERNELS if row.get(name)}
+    for name, tile in tiles.items():
+        if any(side < 1 or side & (side - 1) for side in (*tile[:2], tile.depth or 1, tile.warps)):
+            raise ValueError(f"{name} must have powers of two, got {list(tile)}")
     return Plan(**tiles, source=source)
 
 
@@ -149,6 +152,11 @@ def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
     if max(shape.width, shape.out) > _WIDEST_BACKWARD:
         plan = plan._replace(products=None, hidden=None)
     return plan
+
+
+def forget() -> None:
+    """Plans are looked up again: measured ones have changed."""
+    _choose.cache_clear()
 
 
 def _everything(rows: list[dict], shape: Shape) -> Plan:

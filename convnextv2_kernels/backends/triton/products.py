@@ -19,11 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plans
 from .gelu import activate, widen
 from .plans import Tile
 from .runtime import cdiv, launch
 from .tiles import Tiles, image_sums, tile_rows
 
+# sizes that change from call to call: kernels are not compiled anew for each
+SIZES = ["M", "images", "each"]
 # up to so many images in a tile their rows are summed one image after the other, beyond it by one product
 _FEW_IMAGES = 3
 
@@ -47,12 +50,13 @@ def _store_image_sums(
         else:
             span = tl.arange(0, 16)
             chosen = tl.where(span[:, None] == image[None, :], 1.0, 0.0)
+            # three products of tf32 parts, or float32: one of tf32 would cut off what these sums are kept for
             sums = tl.dot(chosen, squares, input_precision=PRECISION)
             out = base[None, :] + span[:, None] * W
             tl.store(out, sums, mask=inside[None, :] & (span < SPAN)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def first_product_kernel(
     y, w1, b1, out, partials, M, images, each, owner, first, begin,
     C: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, KEEP: tl.constexpr,
@@ -92,7 +96,7 @@ def first_product_kernel(
         _store_image_sums(h * h, row, rows, tile, partials, columns, inside, each, H, SPAN, FEW, BM, SUMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def second_product_kernel(
     a, w2, b2, scale, residual, factors, out, M, images, each, owner, first, begin,
     H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, ONE_SCALE: tl.constexpr,
@@ -151,9 +155,10 @@ def second_product_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """What float32 products may be rounded to, as PyTorch's own setting for them says; other dtypes are exact."""
-    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
+    """What float32 operands may be rounded to, as PyTorch's own setting says; 16-bit operands are taken as they are."""
+    if dtype == torch.float32 and plans.has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
 
 
 def first_product(
@@ -167,7 +172,8 @@ def first_product(
         num_warps=tile.warps, num_stages=tile.stages,
         y=y, w1=w1, b1=b1, out=out, partials=partials, M=rows, images=images, C=width, H=hidden,
         ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=keep_a, FEW=_FEW_IMAGES,
-        PRECISION=precision(y.dtype), SUMS=precision(y.dtype), BN=tile.columns, BK=tile.depth, **tiles.arguments,
+        PRECISION=precision(y.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
+        BN=tile.columns, BK=tile.depth, **tiles.arguments,
     )  # fmt: skip
     return image_sums(partials, tiles, rows, images)
 

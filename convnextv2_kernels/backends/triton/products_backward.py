@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .gelu import activate, activate_with_slope, widen
 from .plans import Tile
-from .products import precision
+from .products import SIZES, precision
 from .runtime import cdiv, launch, next_power_of_2
 from .segments import segment_bounds
 from .tiles import Tiles, tile_rows
@@ -40,21 +40,21 @@ def halves(width: int) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "images", "rows_per_slot", "splits"])
 def image_products_kernel(
-    a, d, w2, g, t, offsets, rows_per_slot, M, images,
-    H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, BH: tl.constexpr, BR: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
+    a, d, w2, g, t, offsets, rows_per_slot, M, images, splits,
+    H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    BH: tl.constexpr, BR: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr,
 ):  # fmt: skip
-    """A block of hidden columns of ``g [images, SPLITS, H, O]`` and ``t [images, SPLITS, H]``."""
+    """A block of hidden columns of ``g [images, splits, H, O]`` and ``t [images, splits, H]``."""
     blocks: tl.constexpr = (H + BH - 1) // BH
     program = tl.program_id(0).to(tl.int64)
     part = program // blocks
     columns = (program % blocks).to(tl.int32) * BH + tl.arange(0, BH)
     inside = columns < H
-    begin, end = segment_bounds(part // SPLITS, offsets, rows_per_slot, M, images)
-    share = tl.cdiv(end - begin, SPLITS)
-    begin = tl.minimum(begin + part % SPLITS * share, end)
+    begin, end = segment_bounds(part // splits, offsets, rows_per_slot, M, images)
+    share = tl.cdiv(end - begin, splits)
+    begin = tl.minimum(begin + part % splits * share, end)
     end = tl.minimum(begin + share, end)
     r = tl.arange(0, BR)
     c0 = tl.arange(0, P0)
@@ -86,7 +86,7 @@ def image_products_kernel(
     tl.store(t + part * H + columns, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def hidden_backward_kernel(
     a, d, w1, w2, scale, kappa, z, rstd, da, dx, partials, M, images, each, owner, first, begin,
     H: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr,
@@ -160,7 +160,7 @@ def hidden_backward_kernel(
         tl.store(dx + place + q1[None, :], dz1.to(dx.dtype.element_ty), mask=mask1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "rows_per_split"])
 def weight_product_kernel(
     a, d, scale, parts, owner_of_slot, M, images, each, rows_per_split,
     H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, ONE_SCALE: tl.constexpr,
@@ -212,7 +212,7 @@ def image_products(
         image_products_kernel, (count * splits * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
         a=a, d=d, w2=w2, g=g, t=t, offsets=offsets, rows_per_slot=rows_per_slot, M=rows, images=count,
-        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, SPLITS=splits, PRECISION=precision(a.dtype),
+        splits=splits, H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, PRECISION=precision(a.dtype),
         BH=tile.columns, BR=tile.rows, P0=p0, P1=p1,
     )  # fmt: skip
     return g, t

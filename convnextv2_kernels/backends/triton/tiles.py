@@ -61,8 +61,8 @@ def cut(rows: int, images: Images, size: int, allow_flat: bool = True) -> Tiles:
     each = images.rows_each(rows)
     if each is None:
         return _table(rows, images, size)
-    if allow_flat and each < 2 * size and each % size and images.count > 1:
-        span = min(images.count, cdiv(size - 1, each) + 1)
+    if allow_flat and each < 2 * size and each % size:
+        span = cdiv(size - 1, each) + 1
         return Tiles("flat", size, cdiv(rows, size), span, each, None, None, None)
     return Tiles("image", size, images.count * cdiv(each, size), 1, each, None, None, None)
 
@@ -100,7 +100,7 @@ def tile_rows(tile, M, images, each, owner, first, begin, KIND: tl.constexpr, BM
         return image, row, tl.where(used, tl.minimum(left, BM), 0).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "images", "each"])
 def image_sums_kernel(
     parts, sums, M, images, each, first, W,
     KIND: tl.constexpr, SPAN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -129,7 +129,7 @@ def image_sums_kernel(
 
 
 def image_sums(parts: Tensor, tiles: Tiles, rows: int, images: int) -> Tensor:
-    """``[tiles, SPAN, W]`` -> ``[images, W]``; in the order of the tiles, whatever the chunking."""
+    """``[tiles, SPAN, W]`` -> ``[images, W]``, in the order of the tiles."""
     width = parts.shape[-1]
     if tiles.kind == "image" and tiles.count == images:
         return parts.view(images, width)

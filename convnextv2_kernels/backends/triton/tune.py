@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from .. import library_products
 from . import INTERPRETED, fused
-from .plans import KERNELS, LIBRARY, Plan, Shape, Tile
+from .plans import KERNELS, Plan, Shape, Tile
 from .products import first_product, second_product
 from .products_backward import hidden_backward, image_products, weight_product
 from .tiles import Images, cut
@@ -42,6 +43,8 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "weight": (Tile(64, 128, 64, 8, 2), Tile(64, 64, 64, 4, 2), Tile(128, 128, 64, 8, 3), Tile(64, 64, 32, 4, 2)),
 }  # fmt: skip
 _EPS = 1e-6
+_CALLS = 5  # in one graph
+_MARGIN = 0.03  # by which a way has to beat the library
 
 
 class Finding(NamedTuple):
@@ -55,11 +58,10 @@ class Finding(NamedTuple):
 class Case:
     """Tensors of a shape, and the calls to time. ``keep_a`` as with the policy "hidden", a GPU's default."""
 
-    def __init__(self, shape: Shape, device: str):
+    def __init__(self, shape: Shape, images: int, device: str):
         self.shape = shape
-        count = max(1, shape.rows // max(1, shape.rows_each))
-        self.images = Images(None, 1, count)
-        rows = count * shape.rows_each
+        self.images = Images(None, 1, images)
+        rows = images * shape.rows_each
         generator = torch.Generator().manual_seed(0)
 
         def draw(*size: int, dtype: torch.dtype = shape.dtype, scale: float = 1.0) -> Tensor:
@@ -72,7 +74,7 @@ class Case:
         self.gamma, self.beta = draw(shape.hidden, dtype=f32), draw(shape.hidden, dtype=f32)
         self.residual, self.rstd = draw(rows, shape.out), draw(rows, dtype=f32).abs()
         self.a = torch.nn.functional.linear(self.y, self.w1, self.b1)
-        self.norm, self.scale = draw(count, shape.hidden, dtype=f32).abs(), draw(count, shape.hidden, dtype=f32)
+        self.norm, self.scale = draw(images, shape.hidden, dtype=f32).abs(), draw(images, shape.hidden, dtype=f32)
         self.d_sum = self.d.sum(0, dtype=f32)
 
     def kernel(self, name: str, tile: Tile) -> Callable[[], object] | None:
@@ -82,11 +84,11 @@ class Case:
         if name in ("products", "hidden") and max(s.width, s.out) > 256:
             return None
         if name == "products":
-            splits = fused.splits(n, rows, -(-s.hidden // tile.columns))
+            splits = fused.image_splits(rows, self.images, False, -(-s.hidden // tile.columns))
             return lambda: image_products(self.a, "gelu", self.d, self.w2, *self.images, splits, tile)
         if name == "weight":
             blocks = -(-s.out // tile.rows) * -(-s.hidden // tile.columns)
-            splits = fused.splits(1, rows, blocks)
+            splits = fused.splits(rows, blocks)
             return lambda: weight_product(self.a, "gelu", self.d, self.scale, *self.images, splits, tile)
         tiles = cut(rows, self.images, tile.rows, allow_flat=name != "hidden")
         if tiles.span > fused.MOST_IMAGES:
@@ -127,74 +129,98 @@ class Case:
 
         return run
 
+    def ways(self, direction: str, k, tiles: Mapping[str, Tile]) -> dict[str, Callable[[], object]]:
+        """The whole forward or backward by the library and by each way that has its tiles."""
+        can = {name for name, tile in tiles.items() if self.kernel(name, tile) is not None}
+        if direction == "forward":
+            found = {"library": self.forward(k, None)}
+            if {"first", "second"} <= can:
+                found["fused"] = self.forward(k, Plan(first=tiles["first"], second=tiles["second"]))
+            return found
+        found = {"library": self.backward(_With(k, lambda *_: None), None)}
+        if {"products", "hidden"} <= can:
+            found["fused"] = self.backward(k, Plan(products=tiles["products"], hidden=tiles["hidden"]))
+        # where the library's way does not get the weight's gradient from products by image
+        if "weight" in can and self.shape.rows_each <= 2 * self.shape.out:
+            found["weight"] = self.backward(_With(k, fused.weight_grad_by(tiles["weight"])), None)
+        return found
+
+
+class _With:
+    """A backend's primitives with another way to the second weight's gradient."""
+
+    def __init__(self, k, weight_grad: Callable):
+        self.Passes = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(weight_grad)})
+        self.normalized_backward, self.linear_input_grad = k.normalized_backward, k.linear_input_grad
+
 
 def _seconds(functions: Mapping, repetitions: int) -> dict:
-    """Median seconds of each call, interleaved; what does not fit the GPU is left out."""
+    """Median seconds of each call, interleaved; what the GPU cannot hold or the compiler refuses is left out."""
     ready = {}
     for key, function in functions.items():
         try:
             function()
-            ready[key] = function
-        except OutOfResources:
+            ready[key] = _repeated(function)
+        except (OutOfResources, CompilationError, torch.OutOfMemoryError):
             continue
     samples = {key: [] for key in ready}
     for _ in range(repetitions):
-        for key, function in ready.items():
-            samples[key].append(_time(function))
+        for key, run in ready.items():
+            samples[key].append(run())
     return {key: statistics.median(times) for key, times in samples.items()}
 
 
-def _time(function: Callable[[], object]) -> float:
+def _repeated(function: Callable[[], object]) -> Callable[[], float]:
+    """Runs a function and returns its seconds. On a GPU several calls in a graph: small kernels would otherwise be
+    measured by how fast they are launched."""
     if INTERPRETED:
-        start = time.perf_counter()
-        function()
-        return time.perf_counter() - start
+
+        def run():
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            function()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    calls = 5  # so that the GPU, not the launch, is measured
-    torch.cuda.synchronize()
-    begin.record()
-    for _ in range(calls):
-        function()
-    end.record()
-    end.synchronize()
-    return 1e-3 * begin.elapsed_time(end) / calls
+
+    def replay():
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return 1e-3 * begin.elapsed_time(end) / _CALLS
+
+    return replay
 
 
-def find(shape: Shape, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES) -> Finding:
-    """The fastest plan for a shape. ``k`` has the primitives of the backend that would serve it otherwise."""
-    case = Case(shape, device)
+def find(
+    shape: Shape, images: int, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES
+) -> Finding:
+    """The fastest plan for a shape and so many images. ``k`` has the primitives of the backend that serves it
+    otherwise."""
+    case = Case(shape, images, device)
     best: dict[str, Tile] = {}
     for name in KERNELS:
         calls = {tile: call for tile in candidates[name] if (call := case.kernel(name, tile)) is not None}
         times = _seconds(calls, repetitions)
         if times:
             best[name] = min(times, key=times.get)
-    source = "measured by tune"
-    chosen = LIBRARY._replace(source=source)
-    ways = {"library": case.forward(k, None)}
-    if "first" in best and "second" in best:
-        ways["fused"] = case.forward(k, Plan(first=best["first"], second=best["second"]))
-    forward = _seconds(ways, repetitions)
-    if min(forward, key=forward.get) == "fused":
-        chosen = chosen._replace(first=best["first"], second=best["second"])
-    ways = {"library": case.backward(k, None)}
-    if "products" in best and "hidden" in best:
-        ways["fused"] = case.backward(k, Plan(products=best["products"], hidden=best["hidden"]))
-    if "weight" in best:
-        passes = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(fused.weight_grad_by(best["weight"]))})
-        ways["weight"] = case.backward(_With(k, passes), None)
-    backward = _seconds(ways, repetitions)
-    fastest = min(backward, key=backward.get)
-    if fastest == "fused":
-        chosen = chosen._replace(products=best["products"], hidden=best["hidden"])
-    elif fastest == "weight":
-        chosen = chosen._replace(weight=best["weight"])
-    return Finding(chosen, forward, backward)
+    forward, backward = (_seconds(case.ways(way, k, best), repetitions) for way in ("forward", "backward"))
+    chosen = {}
+    if _fastest(forward) == "fused":
+        chosen |= {"first": best["first"], "second": best["second"]}
+    if _fastest(backward) == "fused":
+        chosen |= {"products": best["products"], "hidden": best["hidden"]}
+    elif _fastest(backward) == "weight":
+        chosen["weight"] = best["weight"]
+    return Finding(Plan(**chosen, source="measured by tune"), forward, backward)
 
 
-class _With:
-    """A backend's primitives with other row passes."""
-
-    def __init__(self, k, passes):
-        self.Passes = passes
-        self.normalized_backward, self.linear_input_grad = k.normalized_backward, k.linear_input_grad
+def _fastest(times: dict[str, float]) -> str:
+    """The fastest way; the library unless another is clearly faster."""
+    fastest = min(times, key=times.get)
+    return fastest if times[fastest] < (1 - _MARGIN) * times["library"] else "library"
