@@ -1,5 +1,8 @@
-"""The MLP with fused products, where the plan of its shape says so (``plans.py``); contracts in
-``backends/reference/primitives.py``."""
+"""The fused products in their order: the MLP's forward and backward where the plan of its shape says so.
+
+Contracts in ``backends/reference/primitives.py``, kernels in ``products.py`` and ``products_backward.py``, choice in
+``plans.py``. ``forward_by`` and ``backward_by`` take a plan, for ``tune`` and the benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -68,10 +71,10 @@ def splits(rows: int, blocks: int) -> int:
 
 
 def image_splits(rows: int, images: Images, one_segment: bool, blocks: int) -> int:
-    """Parts of each image's rows: of their number alone, not of the images in the chunk."""
+    """Parts of each image's rows: of their number alone, not of the images in the chunk. Few, as each has a G."""
     if one_segment:
         return splits(rows, blocks)
-    return min(8, max(1, (images.rows_each(rows) or 0) // _LEAST_ROWS))
+    return min(4, max(1, (images.rows_each(rows) or 0) // _LEAST_ROWS))
 
 
 def fused_backward(
