@@ -5,11 +5,13 @@ import pytest
 
 import convnextv2_kernels
 from convnextv2_kernels import cli
+from convnextv2_kernels.train import pretrain_arguments, recipes
 
 
 def resolved(*words):
     parser = cli.build_parser()
-    return cli._resolve(parser, parser.parse_args(["pretrain", *words]))
+    values = pretrain_arguments.resolve(parser, parser.parse_args(["pretrain", *words]))
+    return {**values, **values.pop("resolved").values}
 
 
 def test_help_names_the_commands(capsys):
@@ -24,16 +26,17 @@ def test_help_of_pretrain_states_each_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["pretrain", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for name in ("output", "model", "epochs", "batch_size", "blr", "weight_decay", "keep"):
-        assert f"(default: {cli.DATA_DEFAULTS[name]}" in text
-    for name in ("output", "batch_size", "lr", "max_steps", "workers"):
-        assert f"demo: {cli.DEMO_DEFAULTS[name]}" in text
+    recipe = recipes.PRETRAIN["default"].values
+    for name in ("epochs", "batch_size", "blr", "weight_decay", "mask_ratio", "decoder_depth", "decay"):
+        assert f"(default: {recipe[name]})" in text
+    for value in ("pretrain_output; demo: demo_output", "convnextv2_atto", "batch size 8", "0.002, 1400 steps"):
+        assert value in text
 
 
 def test_defaults_are_the_official_recipe():
     values = resolved("--data", "x")
     assert values["epochs"] == 800 and values["warmup_epochs"] == 40
-    assert values["blr"] == 1.5e-4 and values["lr"] is None and values["weight_decay"] == 0.05
+    assert values["blr"] == 1.5e-4 and "lr" not in values and values["weight_decay"] == 0.05
     assert values["mask_ratio"] == 0.6 and values["norm_pix_loss"] is True
 
 

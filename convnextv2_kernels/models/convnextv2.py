@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..nn import LayerNorm
+from ..nn import GRNVariant, LayerNorm
 from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
 from .config import CONFIGS
@@ -29,6 +29,7 @@ class ConvNeXtV2(Backbone):
         head_init_scale: factor on the initial weights of the head.
         feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`; the head sees the
             dtype of the images.
+        grn: GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text; "none" leaves it out.
 
     Raises:
         ValueError: an argument out of range.
@@ -43,8 +44,9 @@ class ConvNeXtV2(Backbone):
         drop_path_rate: float = 0.0,
         head_init_scale: float = 1.0,
         feature_dtype: torch.dtype | None = None,
+        grn: str | GRNVariant = "default",
     ):
-        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype)
+        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn)
         self.num_classes = num_classes if num_classes == 0 else check_positive("num_classes", num_classes)
         self.norm = LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
@@ -87,8 +89,9 @@ class ConvNeXtV2Features(Backbone):
         drop_path_rate: float = 0.0,
         feature_dtype: torch.dtype | None = None,
         out_indices: Sequence[int] = (0, 1, 2, 3),
+        grn: str | GRNVariant = "default",
     ):
-        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype)
+        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn)
         self.out_indices = tuple(out_indices)
         if not self.out_indices or self.out_indices != tuple(sorted(set(self.out_indices) & {0, 1, 2, 3})):
             raise ValueError(f"out_indices must be ascending stages from 0 to 3, got {tuple(out_indices)}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import PatchLayout
-from ..nn import ConvNeXtV2Block, Downsample, PatchEmbed
+from ..nn import ConvNeXtV2Block, Downsample, GRNVariant, PatchEmbed
 from ..nn._checks import check_drop_path, check_positive, check_scope
 from ._checks import check_images, check_layout, check_stages
 
@@ -23,6 +23,8 @@ class Backbone(nn.Module):
     ``feature_dtype`` is the dtype of the feature maps between layers; by default that of the
     images, so float32 under autocast, where matrix products alone are narrow. bfloat16, under
     autocast, halves the bytes of every map, and rounds the residual stream at every block.
+
+    ``grn`` is the GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Backbone(nn.Module):
         drop_path_rate: float = 0.0,
         grn_scope: str = "image",
         feature_dtype: torch.dtype | None = None,
+        grn: str | GRNVariant = "default",
     ):
         super().__init__()
         check_stages(depths, dims)
@@ -41,6 +44,7 @@ class Backbone(nn.Module):
         self.feature_dtype = feature_dtype
         check_drop_path(drop_path_rate, "drop_path_rate")
         check_scope(grn_scope, "grn_scope")
+        self.grn = GRNVariant.of(grn)
         self.in_chans = check_positive("in_chans", in_chans)
         self.depths = tuple(depths)
         self.dims = tuple(dims)
@@ -50,7 +54,7 @@ class Backbone(nn.Module):
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             nn.ModuleList(
-                ConvNeXtV2Block(dim, drop_path=next(rates), scope=grn_scope) for _ in range(depth)
+                ConvNeXtV2Block(dim, drop_path=next(rates), scope=grn_scope, grn=self.grn) for _ in range(depth)
             )
             for depth, dim in zip(depths, dims, strict=True)
         )
@@ -94,7 +98,7 @@ class SparseEncoder(Backbone):
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block.
         grn_scope: see :class:`convnextv2_kernels.nn.GlobalResponseNorm`.
-        feature_dtype: see :class:`Backbone`.
+        feature_dtype, grn: see :class:`Backbone`.
     """
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layout import PatchLayout, random_kept
-from ..nn import ConvNeXtV2Block
+from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
 from . import pixels
@@ -17,8 +17,10 @@ from ._checks import as_bool_mask, as_layout, check_images
 from .config import CONFIGS
 from .encoder import SparseEncoder
 from .loss import reconstruction_loss
+from .masked_encoder import masked_dense_features
 
 _STRIDE = 32
+ENCODINGS = ("sparse", "masked_dense")
 _TINY = CONFIGS["convnextv2_tiny"]
 
 
@@ -41,6 +43,8 @@ class FCMAE(nn.Module):
         grn_scope: GRN of the encoder, ``"image"`` (paper) or ``"batch"`` (official sparse code). In
             the decoder, which works on dense maps, it is per image in both.
         feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`.
+        grn: GRN of every block of encoder and decoder, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
+        encoding: ``"sparse"``, or ``"masked_dense"``: the same numbers on whole maps, by :mod:`.masked_encoder`.
 
     Raises:
         ValueError: an argument out of range.
@@ -59,6 +63,8 @@ class FCMAE(nn.Module):
         norm_pix_loss: bool = True,
         grn_scope: str = "image",
         feature_dtype: torch.dtype | None = None,
+        grn: str | GRNVariant = "default",
+        encoding: str = "sparse",
     ):
         super().__init__()
         if check_positive("patch_size", patch_size) % _STRIDE:
@@ -77,15 +83,19 @@ class FCMAE(nn.Module):
             raise ValueError(f"mask_ratio must lie in [0, 1], got {mask_ratio!r}")
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
+        if encoding not in ENCODINGS:
+            raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        self.encoding = encoding
+        self.grn = GRNVariant.of(grn)
 
         self.encoder = SparseEncoder(
-            in_chans, depths, dims, grn_scope=grn_scope, feature_dtype=feature_dtype
+            in_chans, depths, dims, grn_scope=grn_scope, feature_dtype=feature_dtype, grn=self.grn
         )
         dim = check_positive("decoder_embed_dim", decoder_embed_dim)
         self.proj = nn.Conv2d(dims[-1], dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
         depth = check_positive("decoder_depth", decoder_depth)
-        self.decoder = nn.ModuleList(ConvNeXtV2Block(dim) for _ in range(depth))
+        self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn) for _ in range(depth))
         self.pred = nn.Conv2d(dim, _STRIDE * _STRIDE * in_chans, kernel_size=1)
         init_linear_map(self.proj)
         init_linear_map(self.pred)
@@ -110,10 +120,11 @@ class FCMAE(nn.Module):
 
         Raises:
             TypeError, ValueError: images or mask of another shape, dtype or device.
+            RuntimeError: an encoding or a GRN variant that only the reference has, and another backend is forced.
         """
         visible = self._layout(images, mask)
         hidden = visible.complement()
-        decoded = self._decode(self.encoder(images, visible), visible)
+        decoded = self._decode(self._encode(images, visible), visible)
         # Two products instead of one keep the gradient of the loss out of the visible patches.
         hidden_pred = self._predict(decoded, hidden)
         visible_pred = self._predict(decoded, visible)
@@ -125,7 +136,7 @@ class FCMAE(nn.Module):
         """Features ``[P, patch_size/32, patch_size/32, dims[3]]`` of the visible patches, and their
         layout."""
         layout = self._layout(images, mask)
-        return self.encoder(images, layout), layout
+        return self._encode(images, layout), layout
 
     def encode_dense(self, images: Tensor, mask: Tensor | PatchLayout) -> Tensor:
         """Features as a map ``[N, dims[3], H/32, W/32]``, zero where hidden."""
@@ -169,7 +180,8 @@ class FCMAE(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"img_size={self.img_size}, patch_size={self.patch_size}, "
-            f"mask_ratio={self.mask_ratio}, norm_pix_loss={self.norm_pix_loss}"
+            f"mask_ratio={self.mask_ratio}, norm_pix_loss={self.norm_pix_loss}, grn='{self.grn}', "
+            f"encoding={self.encoding!r}"
         )
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
@@ -182,6 +194,12 @@ class FCMAE(nn.Module):
             return as_layout(mask, n, grid, images.device)
         kept = random_kept(n, grid, self.mask_ratio, device=images.device)
         return PatchLayout.from_kept(kept, grid)
+
+    def _encode(self, images: Tensor, visible: PatchLayout) -> Tensor:
+        """Packed features of the visible patches, in the encoding of the model."""
+        if self.encoding == "sparse":
+            return self.encoder(images, visible)
+        return ops.gather_patches(masked_dense_features(self.encoder, images, visible), visible)
 
     def _decode(self, features: Tensor, visible: PatchLayout) -> Tensor:
         """Packed features -> decoded map ``[N, H/32, W/32, D]``.

@@ -5,12 +5,14 @@ one.
 """
 
 from .block import ConvNeXtV2Block
+from .grn_variant import GRNVariant
 from .layers import GlobalResponseNorm, LayerNorm, PointwiseMLP, SubmanifoldDepthwiseConv2d
 from .resampling import Downsample, PatchEmbed
 
 __all__ = [
     "ConvNeXtV2Block",
     "Downsample",
+    "GRNVariant",
     "GlobalResponseNorm",
     "LayerNorm",
     "PatchEmbed",

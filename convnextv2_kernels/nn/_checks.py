@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .. import backends
+
 SCOPES = ("image", "batch")
 
 
@@ -25,3 +27,9 @@ def check_drop_path(rate: float, name: str = "drop_path") -> float:
     if not 0.0 <= rate < 1.0:
         raise ValueError(f"{name} must lie in [0, 1), got {rate!r}")
     return float(rate)
+
+
+def check_reference(what: str) -> None:
+    """A forced backend other than the reference is an error for what only the reference has."""
+    if backends.forced() not in ("auto", "reference"):
+        raise RuntimeError(f"{what} was asked of backend '{backends.forced()}', but only the reference has it")

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.reference import grn_variants
 from ..layout import PatchLayout
-from ._checks import check_drop_path, check_positive
+from ..ops import _checks as check
+from ..ops.amp import no_autocast, product_dtype
+from ._checks import check_drop_path, check_positive, check_reference
+from .grn_variant import GRNVariant
 from .init import init_linear_map
 from .layers import GlobalResponseNorm, LayerNorm, SubmanifoldDepthwiseConv2d
 
@@ -24,52 +28,103 @@ class ConvNeXtV2Block(nn.Module):
         drop_path: probability with which, in training, an image skips the block's branch; the
             branch of the images that keep it is divided by ``1 - drop_path``.
         scope: see :class:`GlobalResponseNorm`.
+        grn: an ablation of GRN, see :class:`.GRNVariant`, or its text. With one that is neither "default" nor "none"
+            the block is computed in plain PyTorch, and differentiated by it.
+
+    Attributes:
+        given_drop_path: ``[N]`` factors of 0 or ``1 / (1 - drop_path)``, one per image, to be used instead of drawing
+            where drop path is in force; ``None`` to draw. Not part of the state_dict, nor moved with the parameters.
 
     Raises:
         ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0, scope: str = "image"):
+    def __init__(
+        self, dim: int, drop_path: float = 0.0, scope: str = "image", grn: str | GRNVariant = "default"
+    ):
         super().__init__()
+        self.given_drop_path: Tensor | None = None
         check_positive("dim", dim)
         self.drop_path = check_drop_path(drop_path)
         self.dwconv = SubmanifoldDepthwiseConv2d(dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GlobalResponseNorm(4 * dim, scope=scope)
+        self.grn = GlobalResponseNorm(4 * dim, scope=scope, variant=grn)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         init_linear_map(self.pwconv1)
         init_linear_map(self.pwconv2)
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape
-        and dtype."""
+        and dtype.
+
+        Raises:
+            RuntimeError: a GRN variant that only the reference has, and another backend is forced.
+            ValueError: ``given_drop_path`` of another length than the number of images.
+        """
+        if not self.grn.variant.fused:
+            return self.forward_reference(x, layout)
         return ops.convnextv2_block(
             x,
-            self.dwconv.weight,
-            self.dwconv.bias,
-            self.norm.weight,
-            self.norm.bias,
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.grn.gamma,
-            self.grn.beta,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
+            *self._parameters_in_order(),
             layout=layout,
-            drop_path_scale=self._draw_drop_path_scale(x, layout),
+            drop_path_scale=self._drop_path_scale(x, layout),
             scope=self.grn.scope,
             eps=self.norm.eps,
             grn_eps=self.grn.eps,
         )
 
-    def _draw_drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:
+    def forward_reference(
+        self, x: Tensor, layout: PatchLayout | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`forward` in plain PyTorch, with any GRN variant; also on a dense map of which some sites are hidden.
+
+        Args:
+            x, layout: as there.
+            keep: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites, for a dense map that is zero at hidden sites.
+                The result is zero there too.
+        """
+        variant = self.grn.variant
+        check_reference(f"a block with the GRN variant '{variant}' in plain PyTorch")
+        check.check_packed(x, layout)
+        check.check_depthwise_weight(self.dwconv.weight, self.dwconv.bias, x)
+        check.check_grn_eps(self.grn.eps)
+        dtype, scale = product_dtype(x), self._drop_path_scale(x, layout)
+        check.check_drop_path(scale, x.shape[0] if layout is None else layout.num_images, x)
+        with no_autocast(x):
+            return grn_variants.convnextv2_block(
+                x,
+                *self._parameters_in_order(),
+                layout,
+                scale,
+                self.grn.scope,
+                self.norm.eps,
+                self.grn.eps,
+                dtype,
+                *variant.formula,
+                keep,
+            )
+
+    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+        """As the block op takes them."""
+        convolution, norm = (self.dwconv.weight, self.dwconv.bias), (self.norm.weight, self.norm.bias)
+        first, second = (self.pwconv1.weight, self.pwconv1.bias), (self.pwconv2.weight, self.pwconv2.bias)
+        return *convolution, *norm, *first, *self.grn.affine(), *second
+
+    def _drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:
         """``[N]`` of 0 or ``1 / keep``, one draw per image (Huang et al. 2016), or ``None`` where
         all keep."""
         if not self.training or self.drop_path == 0.0:
             return None
         keep = 1.0 - self.drop_path
         images = x.shape[0] if layout is None else layout.num_images
+        given = self.given_drop_path
+        if given is not None:
+            if tuple(given.shape) != (images,):
+                raise ValueError(
+                    f"given_drop_path has shape {list(given.shape)}, expected [{images}], one factor per image"
+                )
+            return given
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         return torch.empty(images, device=x.device, dtype=dtype).bernoulli_(keep).div_(keep)
 

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..backends.reference import grn_variants
 from ..layout import PatchLayout
-from ._checks import check_positive, check_scope
+from ..ops import _checks as check
+from ..ops.amp import no_autocast
+from ._checks import check_positive, check_reference, check_scope
+from .grn_variant import GRNVariant
 from .init import init_linear_map
 
 
@@ -77,38 +81,80 @@ class LayerNorm(nn.Module):
 class GlobalResponseNorm(nn.Module):
     """Global Response Normalization (ConvNeXt V2 paper, section 3, Algorithm 1).
 
-    ``gamma``, ``beta [1, 1, 1, C]`` start at zero, which makes the layer the identity.
+    ``gamma``, ``beta [1, 1, 1, C]`` start at zero, which makes the layer the identity; gamma starts at one in a variant
+    without skip.
 
     Args:
         dim: C.
         eps: added to the mean of the norms.
         scope: ``"image"`` takes the norm over the visible sites of each image (the paper),
             ``"batch"`` over those of all images together (the official sparse code).
+        variant: an ablation, see :class:`.GRNVariant`, or its text. One that is neither "default" nor "none" is
+            computed in plain PyTorch. With "none" the layer is the identity, whatever its parameters hold; they start
+            at zero and need no gradient.
+
+    Raises:
+        ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, scope: str = "image"):
+    def __init__(self, dim: int, eps: float = 1e-6, scope: str = "image", variant: str | GRNVariant = "default"):
         super().__init__()
         self.dim = check_positive("dim", dim)
         self.eps = eps
         self.scope = check_scope(scope)
-        self.gamma = nn.Parameter(torch.empty(1, 1, 1, dim))
-        self.beta = nn.Parameter(torch.empty(1, 1, 1, dim))
+        self.variant = GRNVariant.of(variant)
+        trained = self.variant.enabled
+        self.gamma = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained)
+        self.beta = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both parameters zero."""
-        nn.init.zeros_(self.gamma)
+        """beta zero; gamma zero, or one without skip."""
+        nn.init.constant_(self.gamma, 0.0 if self.variant.skip else 1.0)
         nn.init.zeros_(self.beta)
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """gamma and beta as the formula takes them: zeros without a graph where the variant is "none"."""
+        if self.variant.enabled:
+            return self.gamma, self.beta
+        # two tensors: torch.compile refuses one tensor given twice to an autograd function
+        return torch.zeros_like(self.gamma, requires_grad=False), torch.zeros_like(self.beta, requires_grad=False)
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape
-        and dtype."""
-        return ops.global_response_norm(
-            x, self.gamma, self.beta, layout, scope=self.scope, eps=self.eps
+        and dtype.
+
+        Raises:
+            RuntimeError: a variant that only the reference has, and another backend is forced.
+        """
+        gamma, beta = self.affine()
+        if self.variant.fused:
+            return ops.global_response_norm(x, gamma, beta, layout, scope=self.scope, eps=self.eps)
+        check_reference(f"the GRN variant '{self.variant}'")
+        check.check_packed(x, layout)
+        check.check_param(gamma, "gamma", x.shape[-1], x)
+        check.check_grn_eps(self.eps)
+        with no_autocast(x):
+            return grn_variants.global_response_norm(
+                x, gamma, beta, layout, self.scope, self.eps, *self.variant.formula
+            )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Parameters of a trained GRN are an error where there is none: the model would compute something else."""
+        for name in ("gamma", "beta"):
+            value = state_dict.get(prefix + name)
+            if not self.variant.enabled and value is not None and not value.is_meta and bool(value.any()):
+                error_msgs.append(f"{prefix}{name} must be zero for the GRN variant 'none', got other values")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}, scope={self.scope!r}"
+        variant = "" if self.variant == GRNVariant() else f", variant='{self.variant}'"
+        return f"{self.dim}, eps={self.eps}, scope={self.scope!r}{variant}"
 
 
 class PointwiseMLP(nn.Module):

@@ -1,4 +1,8 @@
-"""Checkpoints: written atomically, read back with a check, pruned to the last few."""
+"""Checkpoints: written atomically, read back with a check, pruned to the last few.
+
+A checkpoint holds whole tensors under the model's own names, however the run was spread, so that any number of
+processes, sharded or not, can go on from it.
+"""
 
 import random
 import re
@@ -7,13 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from ..files import atomic_file
+from .average import Average
 from .data import describe
+from .distributed import World
 from .errors import TrainingError
 
-FORMAT = 1
+FORMAT = 2
 REQUIRED = {"format", "model", "optimizer", "step", "epoch", "position", "rng", "config"}
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
 
@@ -29,42 +42,55 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def save_checkpoint(
-    folder: Path,
-    model: nn.Module,
+def whole_model(network: nn.Module) -> dict[str, Tensor]:
+    """Return the model's whole tensors on the CPU in the first process, nothing in the others; all must call it."""
+    return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def gather_state(network: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Any]:
+    """Return weights, optimiser state and moving average as :func:`whole_model` returns weights."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = {"model": whole_model(network), "optimizer": get_optimizer_state_dict(network, optimizer, options=options)}
+    if average is not None:
+        with average.applied(network):
+            # A copy: without processes the "whole" tensors are the model's own, about to be put back.
+            state["model_ema"] = {name: tensor.clone() for name, tensor in whole_model(network).items()}
+    return state
+
+
+def restore_state(
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    step: int,
-    steps_per_epoch: int,
-    config: dict[str, Any],
-    environment: dict[str, Any],
-) -> Path:
+    average: Average | None,
+    state: dict[str, Any] | None,
+    world: World,
+) -> None:
+    """Put what :func:`gather_state` returned into place. ``state`` is needed in the first process only."""
+    state = state or {"model": {}, "optimizer": {}, "model_ema": {}}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+    if average is not None:
+        set_model_state_dict(network, state["model_ema"], options=options)
+        average.take(network)
+    set_model_state_dict(network, state["model"], options=options)
+    set_optimizer_state_dict(network, optimizer, state["optimizer"], options=options)
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
 
-    Raises TrainingError where a weight is not finite (a run resumed from it could not go on) or the
-    file cannot be written.
+    Raises TrainingError where a weight is not finite (a run resumed from it could not go on) or the file cannot be
+    written.
     """
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, tensor in state["model"].items():
+        if not torch.isfinite(tensor).all():
             raise TrainingError(
                 f"step {step}: parameter {name} is no longer finite; no checkpoint was written. "
                 "The newest one before it is still good: try a lower --lr or a longer warm-up."
             )
-    epoch, position = divmod(step, steps_per_epoch)
-    state = {
-        "format": FORMAT,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "epoch": epoch,
-        "position": position,
-        "rng": rng_state(),
-        "config": config,
-        "environment": environment,
-    }
     path = checkpoint_path(folder, step)
     try:
         with atomic_file(path) as file:
-            torch.save(state, file)
+            torch.save({"format": FORMAT, "step": step, **state}, file)
     except (OSError, RuntimeError) as error:
         raise TrainingError(f"cannot write {path}: {describe(error)}") from error
     return path
@@ -129,14 +155,14 @@ def rng_state() -> dict[str, Any]:
     """Return the global random states of PyTorch and Python in types ``weights_only`` can load."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
+        state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what :func:`rng_state` returned."""
+    """Restore what :func:`rng_state` returned. Training draws from none of them; what a user adds to it may."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"])

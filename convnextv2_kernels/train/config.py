@@ -8,37 +8,39 @@ import torch
 
 from .errors import TrainingError
 
+PRECISIONS = ("float32", "bfloat16", "float64")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides the losses of a run; two runs with equal configs are the same run.
 
-    What only decides how far it goes and how it is stored (workers, checkpoints, a limit of steps)
-    is not in here, and may change on a resume.
+    What only decides how far it goes, how it is stored and on how many processes it runs (workers, checkpoints, a limit
+    of steps, accumulation) is not in here, and may change on a resume.
+
+    ``batch_size`` counts the images of an optimiser step, over all processes. ``lr`` is the peak of the schedule, which
+    ends at ``min_lr``. ``precision``: "bfloat16" is autocast over float32 weights, the others are the dtype of all.
     """
 
     model: str
     img_size: tuple[int, int]
-    patch_size: int
-    mask_ratio: float
-    norm_pix_loss: bool
+    grn: str = "default"
     epochs: int
     batch_size: int
     lr: float
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float
     warmup_epochs: float
+    clip_grad: float | None = None
+    ema_decay: float | None = None
     seed: int
     backend: str
     device: str
-    amp: bool
+    precision: str = "float32"
     data: str
     num_images: int
     images_sha256: str
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches per column and per row."""
-        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -55,9 +57,60 @@ class RunConfig:
         """Steps of linear warm-up."""
         return round(self.warmup_epochs * self.steps_per_epoch)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and images."""
+        return torch.float64 if self.precision == "float64" else torch.float32
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, as stored in checkpoints and in config.json."""
-        return {**asdict(self), "img_size": list(self.img_size)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
+    """Of FCMAE pre-training. ``hflip`` is the share of crops that is mirrored; ``decay`` names the parameters that
+    decay (:data:`.optim.DECAYS`); ``encoding`` and ``grn_scope`` as in :class:`convnextv2_kernels.models.FCMAE`."""
+
+    patch_size: int
+    mask_ratio: float
+    norm_pix_loss: bool
+    decoder_depth: int = 1
+    decoder_embed_dim: int = 512
+    grn_scope: str = "image"
+    encoding: str = "sparse"
+    hflip: float = 0.5
+    decay: str = "standard"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RunConfig):
+    """Of fine-tuning, names as in :mod:`.recipes`. ``init`` says where the first weights are from, by digest of the
+    file; ``micro_batch`` is the number of images that are mixed among each other, None where nothing is mixed."""
+
+    num_classes: int
+    init: str
+    drop_path: float
+    layer_decay: float
+    layer_decay_kind: str
+    smoothing: float
+    mixup: float
+    cutmix: float
+    mix_prob: float
+    switch_prob: float
+    micro_batch: int | None
+    aa: str | None
+    color_jitter: float | None
+    hflip: float
+    crop_scale: float
+    reprob: float
+    head_init_scale: float
+    crop_pct: float | None
 
 
 def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -> None:
@@ -86,10 +139,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_notes(saved: dict[str, Any]) -> list[str]:
+def environment_notes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return a note for each part of the environment that is not what it was."""
     return [
         f"{name} was {saved.get(name)} and is {value} now: losses may differ in their last digits"
-        for name, value in environment().items()
+        for name, value in current.items()
         if name != "python" and saved.get(name) != value
     ]

@@ -99,11 +99,11 @@ def centre_box(size: tuple[int, int], aspect: float) -> Box:
 
 
 def load_crop(
-    source: Source, size: tuple[int, int], rng: np.random.Generator | None
+    source: Source, size: tuple[int, int], rng: np.random.Generator | None, hflip: float = 0.5
 ) -> torch.Tensor:
     """Return one crop of ``source`` as uint8 [H, W, 3], with ``size`` = (H, W).
 
-    With a generator: a random resized crop, flipped half of the time. Without: the largest centred
+    With a generator: a random resized crop, flipped with probability ``hflip``. Without: the largest centred
     crop. ``source`` is a path or a decoded RGB image.
     """
     height, width = size
@@ -112,7 +112,7 @@ def load_crop(
         crop = source.resize((width, height), Image.Resampling.BICUBIC, box=box)
     else:
         crop = _decode_crop(source, size, rng)
-    if rng is not None and rng.random() < 0.5:
+    if rng is not None and rng.random() < hflip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(crop))
 
@@ -179,10 +179,9 @@ class CropDataset(Dataset):
     of a run must not end it.
     """
 
-    def __init__(self, sources: Sequence[Source], size: tuple[int, int], seed: int):
+    def __init__(self, sources: Sequence[Source], size: tuple[int, int], seed: int, hflip: float = 0.5):
         self.sources = list(sources)
-        self.size = size
-        self.seed = seed
+        self.size, self.seed, self.hflip = size, seed, hflip
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -194,7 +193,7 @@ class CropDataset(Dataset):
             source = self.sources[(index + offset) % len(self.sources)]
             rng = numpy_stream(self.seed, AUGMENT, epoch, index)
             try:
-                return Sample(load_crop(source, self.size, rng), failures)
+                return Sample(load_crop(source, self.size, rng, self.hflip), failures)
             except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
                 failures.append((str(source), describe(error)))
         return Sample(None, failures)
@@ -212,15 +211,24 @@ class RepeatedCrops(CropDataset):
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """The (epoch, index) lists of steps ``start`` to ``stop`` of a run.
+    """The (epoch, index) lists of steps ``start`` to ``stop`` of a run, or of one process's part of them.
 
     Each epoch visits the images in its own order, a pure function of (seed, epoch); what does not
-    fill a batch at an epoch's end is left out.
+    fill a batch at an epoch's end is left out. ``part`` (begin, end) are the images of each batch that are wanted.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, start: int, stop: int):
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        part: tuple[int, int] | None = None,
+    ):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.stop = start, stop
+        self.part = (0, batch_size) if part is None else part
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start)
@@ -233,8 +241,9 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             if epoch != order_epoch:
                 order = numpy_stream(self.seed, ORDER, epoch).permutation(self.num_images)
                 order_epoch = epoch
-            begin = position * self.batch_size
-            yield [(epoch, int(i)) for i in order[begin : begin + self.batch_size]]
+            first = position * self.batch_size
+            begin, end = self.part
+            yield [(epoch, int(i)) for i in order[first + begin : first + end]]
 
 
 def collate(samples: list[Sample]) -> Batch:

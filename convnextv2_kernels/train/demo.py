@@ -1,6 +1,7 @@
 """``pretrain --demo``: a short FCMAE run on bundled photographs, a picture and a comparison."""
 
 import dataclasses
+import os
 from importlib.util import find_spec
 
 import torch
@@ -14,24 +15,28 @@ from .config import environment
 from .data import RepeatedCrops, load_crop
 from .errors import TrainingError
 from .export import export_encoder
-from .loop import Storage, draw_mask, train
-from .options import Options
+from .loop import Spread, Storage, train
+from .options import PretrainOptions
 from .photos import load_photos
 from .picture import describe_errors, reconstruct, save_picture
-from .prepare import build_model, make_config, prepare_output
+from .prepare import build_fcmae, prepare_output, pretrain_config, resolve_device
+from .pretrain_task import PretrainTask, draw_mask
 from .progress import format_seconds
 from .stopping import folder_lock
 
 
-def run_demo(options: Options) -> int:
+def run_demo(options: PretrainOptions) -> int:
     """Train on the bundled photographs for ``options.max_steps`` steps; return the exit code.
 
     Deterministic given the options, keeps no checkpoints, and starts over when run again.
     """
     if find_spec("matplotlib") is None:
         raise TrainingError("the demo draws a picture with matplotlib: pip install matplotlib.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("the demo runs in one process: start it without torchrun.")
     names, photos = load_photos()
-    model = build_model(options)
+    device = resolve_device(options.device)
+    model = build_fcmae(options, device)
     prepare_output(options.output)
     if list_checkpoints(options.output):
         raise TrainingError(
@@ -41,7 +46,7 @@ def run_demo(options: Options) -> int:
     steps, batch = options.max_steps, options.batch_size
     # One epoch as long as the demo: each crop of it is drawn anew from one of the photographs.
     config = dataclasses.replace(
-        make_config(options, model.patch_size, "bundled photographs", names),
+        pretrain_config(options, device, model.patch_size, "bundled photographs", names),
         num_images=steps * batch,
     )
     console = Console(soft_wrap=True, highlight=False)
@@ -52,12 +57,11 @@ def run_demo(options: Options) -> int:
     with folder_lock(options.output), use_backend(options.backend):
         settings = {"config": config.to_dict(), "environment": environment()}
         write_json(options.output / "config.json", settings)
+        crops = RepeatedCrops(photos, config.img_size, config.seed, steps * batch)
         outcome = train(
-            model,
-            RepeatedCrops(photos, config.img_size, config.seed, steps * batch),
-            config,
+            PretrainTask(model, crops, config),
             Storage(options.output, checkpoints=False),
-            options.workers,
+            Spread(workers=options.workers),
         )
         if outcome.stop_signal is not None:
             print(f"Stopped after step {outcome.step} of {steps}. The demo keeps no checkpoints.")
@@ -93,7 +97,7 @@ def _show(console, options, config, model, photos) -> None:
     )
 
 
-def _compare(console: Console, options: Options) -> None:
+def _compare(console: Console, options: PretrainOptions) -> None:
     from ..benchmark import compare_fcmae_step
 
     console.print("\nOne training step (forward and backward), measured now on this machine:")

@@ -1,4 +1,4 @@
-"""log.jsonl: one line a step, and only the lines of one run."""
+"""log.jsonl and metrics.jsonl: one line a step or an evaluation, and only the lines of one run."""
 
 import json
 import os
@@ -12,12 +12,13 @@ class StepLog:
     """Append one JSON object a step to a file.
 
     Opened for a run that stands after ``step`` steps, it first drops the lines of later steps (and
-    a last line cut short by a kill): a resumed run writes them again.
+    a last line cut short by a kill): a resumed run writes them again. The file is made by the first line.
     """
 
     def __init__(self, path: Path, step: int):
-        kept = []
+        self._path, self._file = path, None
         if path.exists():
+            kept = []
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     if not line.endswith(b"\n") or json.loads(line)["step"] > step:
@@ -25,19 +26,22 @@ class StepLog:
                 except (ValueError, KeyError, TypeError):
                     break
                 kept.append(line)
-        with atomic_file(path) as file:
-            file.writelines(kept)
-        self._file = open(path, "ab")
+            with atomic_file(path) as file:
+                file.writelines(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a line and hand it to the operating system."""
+        if self._file is None:
+            self._file = open(self._path, "ab")
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> None:
         """Force the lines to disk: before a checkpoint, so that the log never lags behind one."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -1,67 +1,107 @@
 """The steps that every run begins with: device, model, output folder, settings."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..models import create_fcmae
-from .config import RunConfig
+from ..files import write_json
+from ..models import FCMAE, create_fcmae
+from .config import PretrainConfig, RunConfig, environment
+from .distributed import resolve_device
 from .errors import TrainingError
 from .files import fingerprint
-from .optim import scaled_lr
-from .options import Options
+from .loop import Spread, Storage
+from .options import Options, PretrainOptions
+
+MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
+SHARED_VALUES = (
+    "epochs", "batch_size", "min_lr", "betas", "weight_decay", "warmup_epochs", "clip_grad", "ema_decay", "precision",
+)  # fmt: skip
+
+__all__ = [
+    "build_fcmae",
+    "make_config",
+    "pretrain_config",
+    "prepare_output",
+    "resolve_device",
+    "split_of",
+    "storage_of",
+    "write_settings",
+]
 
 
-def build_model(options: Options) -> nn.Module:
+def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
     """Create the FCMAE of a run on its device, initialised from its seed."""
-    device = resolve_device(options.device)
     torch.manual_seed(options.seed)
+    values = options.resolved.values
     try:
         model = create_fcmae(
             options.model,
             img_size=options.img_size,
-            mask_ratio=options.mask_ratio,
-            norm_pix_loss=options.norm_pix_loss,
+            grn=options.grn,
+            encoding=options.encoding,
+            **{name: values[name] for name in MODEL_VALUES},
         )
     except (ValueError, TypeError) as error:
         raise TrainingError(str(error)) from error
-    return model.to(device)
+    return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
 
 
-def resolve_device(name: str) -> str:
-    """Turn ``auto`` into ``cuda`` where there is a GPU, else ``cpu``; check any other name."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise TrainingError(f"--device {name}: cannot be used here ({reason}).") from error
-    return name
-
-
-def make_config(options: Options, patch_size: int, data: str, images: list[str]) -> RunConfig:
-    """Return the settings of a run on ``images``; ``data`` says where they come from."""
-    return RunConfig(
+def make_config(
+    kind: type[RunConfig], options: Options, device: str, data: str, images: list[str], **more: Any
+) -> RunConfig:
+    """Return the settings of a run on ``images``; ``data`` says where they come from, ``more`` is the kind's own."""
+    values = options.resolved.values
+    return kind(
         model=options.model,
         img_size=options.img_size,
-        patch_size=patch_size,
-        mask_ratio=options.mask_ratio,
-        norm_pix_loss=options.norm_pix_loss,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr or scaled_lr(options.blr, options.batch_size),
-        weight_decay=options.weight_decay,
-        warmup_epochs=options.warmup_epochs,
+        grn=options.grn,
+        lr=options.lr,
         seed=options.seed,
         backend=options.backend,
-        device=resolve_device(options.device),
-        amp=options.amp,
+        device=torch.device(device).type,
         data=data,
         num_images=len(images),
         images_sha256=fingerprint(images),
+        **{name: values[name] for name in SHARED_VALUES},
+        **more,
     )
+
+
+def pretrain_config(
+    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str]
+) -> PretrainConfig:
+    """:func:`make_config` of pre-training."""
+    values = options.resolved.values
+    own = (*MODEL_VALUES, "hflip", "decay")
+    return make_config(
+        PretrainConfig, options, device, data, images,
+        patch_size=patch_size, encoding=options.encoding, **{name: values[name] for name in own},
+    )  # fmt: skip
+
+
+def storage_of(options: Options) -> Storage:
+    """Where and how often the run is stored."""
+    return Storage(options.output, options.save_every, options.keep, tensorboard=options.tensorboard)
+
+
+def split_of(options: Options, world: Any) -> Spread:
+    """How the run's steps are split."""
+    return Spread(world, options.parallel, options.accumulate, options.workers)
+
+
+def write_settings(options: Options, config: RunConfig) -> None:
+    """Write config.json: the settings that decide the losses, where each came from, and the rest."""
+    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
+    resolved = {
+        "config": config.to_dict(),
+        "recipe": {"name": options.resolved.recipe, "origins": options.resolved.origins},
+        "environment": environment(),
+        "storage": {name: getattr(options, name) for name in rest},
+    }
+    write_json(options.output / "config.json", resolved)
 
 
 def prepare_output(path: Path) -> None:
@@ -72,3 +112,8 @@ def prepare_output(path: Path) -> None:
         raise TrainingError(
             f"--output {path}: cannot be made a folder ({error.strerror})."
         ) from error
+
+
+def parameters_of(model: nn.Module) -> str:
+    """The number of parameters, in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

@@ -4,17 +4,18 @@ import json
 import shlex
 import signal
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..backends import use_backend
-from ..files import write_json
-from .checkpoint import list_checkpoints
-from .config import RunConfig, environment, require_same_config
+from ..models import FCMAE
+from .checkpoint import list_checkpoints, load_checkpoint
+from .config import PretrainConfig, require_same_config
 from .data import CropDataset, load_crop
+from .distributed import World, processes
 from .errors import TrainingError
 from .export import export_encoder
 from .files import (
@@ -25,50 +26,51 @@ from .files import (
     open_folder,
     reopen_folder,
 )
-from .loop import Outcome, Storage, draw_mask, train
-from .options import Options
+from .loop import Outcome, train
+from .options import Options, PretrainOptions
 from .picture import reconstruct, save_picture
-from .prepare import build_model, make_config, prepare_output
+from .prepare import (
+    build_fcmae,
+    parameters_of,
+    prepare_output,
+    pretrain_config,
+    resolve_device,
+    split_of,
+    storage_of,
+    write_settings,
+)
+from .pretrain_task import PretrainTask, draw_mask
 from .progress import Reporter, count, format_seconds
 from .stopping import folder_lock
 
 NUM_PICTURES = 8
 
 
-def run_folder(options: Options) -> int:
+def run_folder(options: PretrainOptions) -> int:
     """Pre-train on ``options.data``; return the exit code of the process."""
-    model = build_model(options)
-    prepare_output(options.output)
-    with folder_lock(options.output), use_backend(options.backend):
-        found, config = _open(options, model)
-        _describe(options, config, model, found)
-        outcome = train(
-            model,
-            CropDataset(found.paths(), options.img_size, options.seed),
-            config,
-            Storage(options.output, options.save_every, options.keep),
-            options.workers,
-            options.max_steps,
-        )
-        append_skipped(options.output / SKIPPED_NAME, _relative(outcome.failures, found.folder))
-        _summarize(options, config, outcome, found)
-        if outcome.stop_signal is not None:
-            return _stopped(options, outcome)
-        if outcome.step == outcome.total_steps:
-            _finish(options, config, model, found)
-        else:
-            print(f"Stopped at --max-steps {outcome.step} of {outcome.total_steps} steps.")
-            print("To go on, run the same command with more --max-steps, or without.")
-    return 0
+    device = resolve_device(options.device)
+    with processes(device) as world:
+        model = build_fcmae(options, device)
+        world.from_main(lambda: prepare_output(options.output))
+        lock = folder_lock(options.output) if world.is_main else nullcontext()
+        with world.guarded(lock), use_backend(options.backend):
+            found, config = world.from_main(lambda: _open(options, device, model))
+            if world.is_main:
+                _describe(options, config, model, found, world)
+            task = PretrainTask(model, CropDataset(found.paths(), config.img_size, config.seed, config.hflip), config)
+            outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
+            if world.is_main:
+                _conclude(options, config, outcome, found, device)
+    return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _open(options: Options, model: nn.Module) -> tuple[FolderImages, RunConfig]:
+def _open(options: PretrainOptions, device: str, model: FCMAE) -> tuple[FolderImages, PretrainConfig]:
     folder, output = options.data, options.output
     data = str(folder.resolve())
     if not list_checkpoints(output):
         with Reporter("checking images", 1) as reporter:
             found = open_folder(folder, output, options.batch_size, reporter.advance)
-        config = make_config(options, model.patch_size, data, found.images)
+        config = pretrain_config(options, device, model.patch_size, data, found.images)
     else:
         config_path = output / "config.json"
         try:
@@ -79,26 +81,26 @@ def _open(options: Options, model: nn.Module) -> tuple[FolderImages, RunConfig]:
                 f"{output} holds checkpoints, but {IMAGES_NAME} or config.json beside them cannot "
                 f"be read ({error}); give another --output to start afresh."
             ) from error
-        config = make_config(options, model.patch_size, data, images)
+        config = pretrain_config(options, device, model.patch_size, data, images)
         require_same_config(saved, config, str(config_path))
         with Reporter("checking images", len(images)) as reporter:
             found, notes = reopen_folder(folder, output, reporter.advance)
         for note in notes:
             print(f"note: {note}")
-    resolved = {"config": config.to_dict(), "environment": environment()}
-    resolved["storage"] = {
-        name: getattr(options, name) for name in ("workers", "save_every", "keep", "max_steps")
-    }
-    write_json(output / "config.json", resolved)
+    write_settings(options, config)
     return found, config
 
 
-def _describe(options: Options, config: RunConfig, model: nn.Module, found: FolderImages) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
+def _describe(
+    options: PretrainOptions, config: PretrainConfig, model: FCMAE, found: FolderImages, world: World
+) -> None:
+    print(f"settings (recipe {options.resolved.recipe}; all of them are in {options.output / 'config.json'}):")
+    print("\n".join(options.resolved.lines()))
     height, width = config.img_size
     print(
-        f"{config.model}, {parameters / 1e6:.1f} M parameters with decoder, {height}x{width} px, "
+        f"{config.model}, {parameters_of(model)} with decoder, {height}x{width} px, "
         f"{config.mask_ratio:.0%} hidden, backend {config.backend} on {config.device}"
+        + (f", {world.size} processes ({options.parallel})" if world.size > 1 else "")
     )
     print(
         f"{config.num_images} images in {found.folder}"
@@ -115,7 +117,29 @@ def _relative(failures: dict[str, str], folder: Path) -> list[tuple[str, str]]:
     return [(Path(name).relative_to(folder).as_posix(), why) for name, why in failures.items()]
 
 
-def _summarize(options: Options, config: RunConfig, outcome: Outcome, found: FolderImages) -> None:
+def _conclude(
+    options: PretrainOptions, config: PretrainConfig, outcome: Outcome, found: FolderImages, device: str
+) -> None:
+    append_skipped(options.output / SKIPPED_NAME, _relative(outcome.failures, found.folder))
+    print_summary(config, outcome)
+    skipped = len(
+        {name for name, _ in found.skipped} | set(dict(_relative(outcome.failures, found.folder)))
+    )
+    if skipped:
+        listed = options.output / SKIPPED_NAME
+        print(f"{count(skipped, 'unreadable file')} skipped, listed in {listed}")
+    if outcome.checkpoint is not None:
+        print(f"checkpoint: {outcome.checkpoint}")
+    if outcome.stop_signal is not None:
+        print_stopped(options, outcome)
+    elif outcome.step == outcome.total_steps:
+        _finish(options, config, outcome, found, device)
+    else:
+        print_paused(outcome)
+
+
+def print_summary(config: PretrainConfig, outcome: Outcome) -> None:
+    """Say how much was done and how fast."""
     if outcome.losses:
         last = outcome.losses[-min(100, len(outcome.losses)) :]
         rate = len(outcome.losses) * config.batch_size / max(outcome.seconds, 1e-9)
@@ -125,28 +149,36 @@ def _summarize(options: Options, config: RunConfig, outcome: Outcome, found: Fol
         )
     elif outcome.step == outcome.total_steps:
         print(f"This run is complete: all {outcome.total_steps} steps were already done.")
-    skipped = len(
-        {name for name, _ in found.skipped} | set(dict(_relative(outcome.failures, found.folder)))
-    )
-    if skipped:
-        listed = options.output / SKIPPED_NAME
-        print(f"{count(skipped, 'unreadable file')} skipped, listed in {listed}")
-    if outcome.checkpoint is not None:
-        print(f"checkpoint: {outcome.checkpoint}")
 
 
-def _stopped(options: Options, outcome: Outcome) -> int:
+def print_stopped(options: Options, outcome: Outcome) -> None:
+    """Say what a signal left, and how to go on."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)
     print(f"Stopped by {name} after step {outcome.step} of {outcome.total_steps}, which is saved.")
     print(f"To go on from there, run the same command again:\n  {command}")
-    return 128 + outcome.stop_signal
 
 
-def _finish(options: Options, config: RunConfig, model: nn.Module, found: FolderImages) -> None:
+def print_paused(outcome: Outcome) -> None:
+    """Say that ``--max-steps`` ended the run."""
+    print(f"Stopped at --max-steps {outcome.step} of {outcome.total_steps} steps.")
+    print("To go on, run the same command with more --max-steps, or without.")
+
+
+def _finish(
+    options: PretrainOptions, config: PretrainConfig, outcome: Outcome, found: FolderImages, device: str
+) -> None:
+    state = load_checkpoint(outcome.checkpoint)
+    # Made anew: the model that was trained may lie in shards.
+    model = build_fcmae(options, device)
+    model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"
     export_encoder(encoder, model, config.model)
     print(f"encoder: {encoder}")
+    if "model_ema" in state:
+        averaged = options.output / "encoder_ema.safetensors"
+        export_encoder(averaged, model, config.model, state["model_ema"])
+        print(f"encoder of averaged weights: {averaged}")
     if find_spec("matplotlib") is None:
         print("no picture was drawn: that needs matplotlib (pip install matplotlib)")
         return
@@ -163,7 +195,7 @@ def _finish(options: Options, config: RunConfig, model: nn.Module, found: Folder
     print(f"picture: {picture}")
 
 
-def _sample_pixels(found: FolderImages, config: RunConfig) -> torch.Tensor | None:
+def _sample_pixels(found: FolderImages, config: PretrainConfig) -> torch.Tensor | None:
     """Load some images spread over the folder, as centred crops uint8 [N, H, W, 3]."""
     paths = found.paths()
     crops = []

@@ -29,12 +29,15 @@ def count(number: int, noun: str) -> str:
 class Reporter:
     """Show how far a task of ``total`` units is: a bar on a terminal, else a line every 10 s.
 
-    ``update`` takes the units done and a text of the moment; ``note`` prints a line that stays.
+    ``update`` takes the units done and a text of the moment; ``note`` prints a line that stays. With ``quiet`` nothing
+    is shown: only one process of a run reports.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, console: Console | None = None):
+    def __init__(
+        self, title: str, total: int, done: int = 0, console: Console | None = None, quiet: bool = False
+    ):
         self.title, self.total, self.done = title, total, done
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet)
         self.detail = ""
         self._history = deque([(time.monotonic(), done)], maxlen=50)
         self._printed_at = time.monotonic()

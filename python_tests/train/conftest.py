@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from convnextv2_kernels.models import FCMAE
-from convnextv2_kernels.train.config import RunConfig
+from convnextv2_kernels.train.config import PretrainConfig
 from convnextv2_kernels.train.data import CropDataset
 from convnextv2_kernels.train.files import fingerprint
-from convnextv2_kernels.train.loop import Outcome, Storage, train
+from convnextv2_kernels.train.loop import Outcome, Spread, Storage, train
+from convnextv2_kernels.train.pretrain_task import PretrainTask
 
-CONFIG = RunConfig(
+CONFIG = PretrainConfig(
     model="tiny test model",
     img_size=(64, 64),
     patch_size=32,
@@ -29,7 +30,6 @@ CONFIG = RunConfig(
     seed=7,
     backend=os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"),
     device="cpu",
-    amp=False,
     data="test",
     num_images=9,
     images_sha256=fingerprint(["test"]),
@@ -57,17 +57,14 @@ def run_tiny(
     save_every: int = 0,
     keep: int = 3,
     model: torch.nn.Module | None = None,
+    split: Spread | None = None,
     **changes: object,
 ) -> Outcome:
     config = dataclasses.replace(CONFIG, num_images=len(sources), **changes)
-    return train(
-        tiny_model() if model is None else model,
-        CropDataset(sources, config.img_size, config.seed),
-        config,
-        Storage(output, save_every, keep),
-        workers,
-        max_steps,
-    )
+    dataset = CropDataset(sources, config.img_size, config.seed, config.hflip)
+    model = (tiny_model() if model is None else model).to(config.dtype)
+    task = PretrainTask(model, dataset, config)
+    return train(task, Storage(output, save_every, keep), split or Spread(workers=workers), max_steps)
 
 
 @pytest.fixture(autouse=True)

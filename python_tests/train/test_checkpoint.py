@@ -7,15 +7,18 @@ from convnextv2_kernels import files
 from convnextv2_kernels.train import checkpoint
 from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.journal import StepLog
-from convnextv2_kernels.train.optim import make_optimizer
+from convnextv2_kernels.train.optim import make_optimizer, parameter_groups
 
 from .conftest import CONFIG, tiny_model
 
 
 def save(folder, step, model=None):
     model = tiny_model() if model is None else model
-    optimizer = make_optimizer(model, 1e-3, 0.05)
-    return checkpoint.save_checkpoint(folder, model, optimizer, step, 4, CONFIG.to_dict(), {})
+    optimizer = make_optimizer(parameter_groups(model, 0.05), 1e-3, (0.9, 0.95))
+    state = checkpoint.gather_state(model, optimizer, None)
+    epoch, position = divmod(step, 4)
+    more = {"epoch": epoch, "position": position, "rng": checkpoint.rng_state(), "config": CONFIG.to_dict()}
+    return checkpoint.write_checkpoint(folder, step, {**state, **more})
 
 
 def test_round_trip_is_plain_data(tmp_path):

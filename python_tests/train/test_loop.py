@@ -208,6 +208,6 @@ def test_bfloat16_run_resumes_bitwise(tmp_path, sources):
         output = tmp_path / name
         output.mkdir()
         for stop in stops:
-            run_tiny(output, sources, max_steps=stop, epochs=1, amp=True)
+            run_tiny(output, sources, max_steps=stop, epochs=1, precision="bfloat16")
         ends.append(losses(output))
     assert ends[0] == ends[1]

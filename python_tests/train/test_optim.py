@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from convnextv2_kernels.train import recipes
 from convnextv2_kernels.train.optim import (
     lr_at_step,
     make_optimizer,
@@ -27,7 +28,8 @@ def test_only_weights_of_maps_are_decayed():
 
 
 def test_optimizer_is_the_official_one():
-    groups = make_optimizer(tiny_model(), 1e-3, 0.05).param_groups
+    config = recipes.resolve(recipes.PRETRAIN, "default", {}).values
+    groups = make_optimizer(parameter_groups(tiny_model(), 0.05), 1e-3, config["betas"]).param_groups
     assert all(group["betas"] == (0.9, 0.95) for group in groups)
 
 

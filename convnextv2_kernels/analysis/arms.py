@@ -1,0 +1,164 @@
+"""The networks that an analysis compares: a checkpoint of any known format, or an untrained network."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints import load_checkpoint
+from ..checkpoints.state import read_checkpoint, unwrap
+from ..checkpoints.storage import read_file
+from ..models import CONFIGS, FCMAE, ConvNeXtV2Features, get_config
+
+IMG_SIZE = (224, 224)
+MASK_RATIO = 0.6
+_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A network in evaluation mode under the name it has in a plot.
+
+    ``about``: what it is, in plain types for a result file. ``img_size``, ``mask_ratio``: of its training where the
+    checkpoint tells, else the paper's 224 px and 0.6.
+    """
+
+    label: str
+    model: nn.Module
+    about: dict[str, Any]
+    img_size: tuple[int, int] = IMG_SIZE
+    mask_ratio: float = MASK_RATIO
+
+
+def load_arm(
+    path: Path,
+    label: str,
+    model_name: str | None = None,
+    use_ema: bool = False,
+    decoder: bool = False,
+    device: str | torch.device = "cpu",
+) -> Arm:
+    """The network of a checkpoint. Its widths and depths are those of the weights, so nothing need be said about it.
+
+    A checkpoint of this library's training also tells its GRN, sizes and normalisation of the target, in ``config``; an
+    ``encoder.safetensors`` its GRN, in the metadata. What is not told is the paper's default.
+
+    Args:
+        path: a file or folder as :func:`convnextv2_kernels.load_checkpoint` takes it.
+        model_name: ``convnextv2_<size>`` that the weights are expected to be, or None.
+        use_ema: take the averaged weights of a training checkpoint.
+        decoder: build the whole FCMAE; otherwise only the four stages.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, one that is no ConvNeXt V2 or not ``model_name``, or one without what is asked for.
+    """
+    file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
+    content = read_file(file)
+    weights = unwrap(content, use_ema, str(path))
+    state = read_checkpoint(weights, str(path))
+    settings = _settings(file, content)
+    depths, dims = architecture(state.tensors)
+    if model_name is not None and tuple(get_config(model_name)) != (depths, dims):
+        raise ValueError(f"{path} has depths {depths} and widths {dims}, which is not {model_name}")
+    if (in_chans := state.tensors["downsample_layers.0.0.weight"].shape[1]) != 3:
+        raise ValueError(f"{path} is a network for images of {in_chans} channels, expected 3")
+    grn, scope = str(settings.get("grn", "default")), settings.get("grn_scope", "image")
+    size = _pair(settings.get("img_size", IMG_SIZE))
+    ratio = float(settings.get("mask_ratio", MASK_RATIO))
+    if decoder:
+        if "mask_token" not in state.tensors:
+            raise ValueError(f"{path} has no decoder: reconstructions need a checkpoint of FCMAE training")
+        model = FCMAE(
+            depths,
+            dims,
+            img_size=size,
+            patch_size=settings.get("patch_size", 32),
+            mask_ratio=ratio,
+            norm_pix_loss=settings.get("norm_pix_loss", True),
+            decoder_depth=_count(state.tensors, r"decoder\.(\d+)\."),
+            decoder_embed_dim=state.tensors["proj.weight"].shape[0],
+            grn_scope=scope,
+            grn=grn,
+        )
+    else:
+        model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
+        # A backbone of maps has GRN per image only; the scope holds no parameters.
+        for block in (block for stage in model.stages for block in stage):
+            block.grn.scope = scope
+    load_checkpoint(model, weights)
+    about = {
+        "checkpoint": file.name,
+        "sha256": _digest(file),
+        "format": state.format.name,
+        "averaged_weights": use_ema,
+        "model": _name(depths, dims),
+        "depths": list(depths),
+        "dims": list(dims),
+        "grn": grn,
+        "grn_scope": scope,
+        "step": content.get("step"),
+        "norm_pix_loss": model.norm_pix_loss if decoder else None,
+    }
+    return Arm(label, model.eval().to(device), about, size, ratio)
+
+
+def untrained_arm(
+    depths: tuple[int, ...],
+    dims: tuple[int, ...],
+    label: str = "untrained",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Arm:
+    """A network with initial weights drawn from ``seed``; GRN starts as the identity."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ConvNeXtV2Features(depths=depths, dims=dims)
+    about = {"checkpoint": None, "model": _name(depths, dims), "depths": list(depths), "dims": list(dims), "seed": seed}
+    return Arm(label, model.eval().to(device), about)
+
+
+def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """``(depths, dims)`` of a state_dict under canonical names."""
+    depths = tuple(_count(tensors, rf"stages\.{stage}\.(\d+)\.") for stage in range(4))
+    return depths, tuple(tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4))
+
+
+def _count(names: Mapping[str, Any], pattern: str) -> int:
+    return len({found[1] for name in names if (found := re.match(pattern, name))})
+
+
+def _name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
+    return next((name for name, config in CONFIGS.items() if tuple(config) == (depths, dims)), None)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ``config`` of a training checkpoint, or the metadata of a safetensors file."""
+    if isinstance(content.get("config"), Mapping):
+        return content["config"]
+    with open(file, "rb") as start:
+        if start.read(9)[8:] != b"{":  # of torch.save, whatever its name
+            return {}
+    with safetensors.safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    return {name: metadata[name] for name in ("grn", "grn_scope") if name in metadata}
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

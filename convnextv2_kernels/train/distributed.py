@@ -1,0 +1,156 @@
+"""The processes of a run: who they are, how they agree, and how a model is spread over them.
+
+``torchrun`` says through the environment how many processes there are. Control messages (losses, a signal to stop, an
+error) are a few numbers a step and go over a gloo group of their own, so that they never wait for a GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..nn import ConvNeXtV2Block
+from .errors import TrainingError
+
+PARALLEL = ("ddp", "fsdp")
+# The first process may check a folder of millions of images while the others wait.
+_PATIENCE = timedelta(hours=12)
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: ``rank`` of ``size``; ``group`` carries control messages and is None for one process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return self.rank == 0
+
+    def gather(self, values: Sequence[float]) -> torch.Tensor:
+        """Return the numbers of all processes as float64 [size, len(values)], in the order of ranks."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.size == 1:
+            return mine[None]
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self.group)
+        return torch.stack(parts)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return an object of each process, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        parts: list[Any] = [None] * self.size
+        dist.all_gather_object(parts, value, group=self.group)
+        return parts
+
+    def from_main(self, function: Callable[[], Result]) -> Result:
+        """Run ``function`` in the first process and return its result in all; a TrainingError is raised in all."""
+        if self.size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [function(), None]
+            except TrainingError as error:
+                outcome = [None, str(error)]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise TrainingError(outcome[1])
+        return outcome[0]
+
+    @contextmanager
+    def guarded(self, context: AbstractContextManager) -> Iterator[None]:
+        """Enter a context in the first process; where that raises a TrainingError, raise it in all."""
+        with ExitStack() as stack:
+            self.from_main(lambda: stack.enter_context(context) and None)
+            yield
+
+
+@contextmanager
+def processes(device: str) -> Iterator[World]:
+    """Join the processes that ``torchrun`` started, for the time of a block; without it, be the only one.
+
+    ``device`` is that of this process. Raises TrainingError where PyTorch cannot do it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    if not dist.is_available():
+        raise TrainingError("this PyTorch is built without torch.distributed: start one process, without torchrun.")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE, device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        yield World(dist.get_rank(), size, local_rank, group)
+    finally:
+        dist.destroy_process_group()
+
+
+def resolve_device(name: str) -> str:
+    """Turn ``auto`` into a GPU where there is one, else ``cpu``; check any other name.
+
+    Under torchrun, ``cuda`` is the GPU of the process's local rank.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(f"--device {name}: cannot be used here ({reason}).") from error
+    return name
+
+
+def spread(model: nn.Module, world: World, parallel: str, device: torch.device) -> nn.Module:
+    """Return the module to call in training: the model itself, or the same wrapped or sharded.
+
+    "ddp" keeps a copy in each process; "fsdp" (FSDP2) shards parameters, gradients and optimiser state by block, and
+    gathers a block's parameters when it runs. The model of the first process is everyone's.
+    """
+    if world.size == 1:
+        return model
+    if parallel == "ddp":
+        return nn.parallel.DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+    mesh = init_device_mesh(device.type, (world.size,))
+    for module in model.modules():
+        if isinstance(module, ConvNeXtV2Block):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def gradient_sync(network: nn.Module, on: bool) -> Iterator[None]:
+    """Let the backward passes of a block exchange gradients, or keep them for a later one that does."""
+    if hasattr(network, "set_requires_gradient_sync"):
+        network.set_requires_gradient_sync(on)
+        yield
+        return
+    with nullcontext() if on or not hasattr(network, "no_sync") else network.no_sync():
+        yield

@@ -1,0 +1,136 @@
+"""Checkpoints become networks, folders become batches."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_arm, tapped, untrained_arm
+from convnextv2_kernels.analysis.images import Crops, spread_over_folders
+from convnextv2_kernels.analysis.results import file_name, plain
+from convnextv2_kernels.models import create_model
+from convnextv2_kernels.train.data import load_crop
+from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.train.export import export_encoder
+from convnextv2_kernels.train.picture import reconstruct
+
+from .networks import DEPTHS, DIMS, autoencoder, class_folder, images, network
+
+
+def training_checkpoint(path, network, /, **config):
+    torch.save({"format": 1, "model": network.state_dict(), "step": 7, "config": config}, path)
+    return path
+
+
+def same_features(one, other):
+    x = images(2)
+    for a, b in zip(tapped(one, x, taps=("grn", "block")), tapped(other, x, taps=("grn", "block")), strict=True):
+        assert torch.equal(a.features, b.features)
+
+
+def test_training_checkpoint_tells_everything(tmp_path):
+    model = autoencoder(grn="l1,no-skip", grn_scope="batch", decoder_depth=2, patch_size=64, norm_pix_loss=False)
+    config = {"model": "x", "img_size": [64, 128], "patch_size": 64, "mask_ratio": 0.5, "norm_pix_loss": False}
+    path = training_checkpoint(tmp_path / "a.pt", model, **config, grn="l1,no-skip", grn_scope="batch")
+    arm = load_arm(path, "a")
+    same_features(model, arm.model)
+    assert (arm.img_size, arm.mask_ratio, arm.about["step"], arm.about["depths"]) == ((64, 128), 0.5, 7, list(DEPTHS))
+    assert arm.about["checkpoint"] == "a.pt" and len(arm.about["sha256"]) == 64 and not arm.model.training
+    whole = load_arm(path, "a", decoder=True).model
+    assert not whole.norm_pix_loss and whole.patch_size == 64 and whole.img_size == (64, 128)
+    x = images(2, 64, 128)
+    mask = torch.tensor([[[True, False]], [[False, True]]])
+    assert all(torch.equal(a, b) for a, b in zip(whole(x, mask), model.eval()(x, mask), strict=True))
+
+
+def test_older_checkpoint_has_the_papers_defaults(tmp_path):
+    arm = load_arm(training_checkpoint(tmp_path / "a.pt", autoencoder(), model="x"), "a", decoder=True)
+    assert arm.model.norm_pix_loss and arm.model.patch_size == 32 and arm.mask_ratio == 0.6
+    assert arm.img_size == (224, 224) and arm.about["grn"] == "default"
+
+
+def test_encoder_file_tells_its_grn(tmp_path):
+    model = autoencoder(grn="none")
+    export_encoder(tmp_path / "told.safetensors", model, "x")
+    tensors = safetensors.torch.load_file(tmp_path / "told.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "plain.safetensors", {"format": "pt", "model": "x"})
+    arm = load_arm(tmp_path / "told.safetensors", "a")
+    assert arm.about["grn"] == "none" and str(arm.model.grn) == "none"
+    same_features(model, arm.model)
+    assert load_arm(tmp_path / "plain.safetensors", "a").about["grn"] == "default"
+
+
+def test_classifier_and_size(tmp_path):
+    torch.manual_seed(0)
+    model = create_model("convnextv2_atto", num_classes=3)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    arm = load_arm(tmp_path / "a.pth", "a", model_name="convnextv2_atto")
+    assert arm.about["model"] == "convnextv2_atto" and arm.about["format"] == "official"
+    with pytest.raises(ValueError, match="has depths .2, 2, 6, 2. .*not convnextv2_tiny"):
+        load_arm(tmp_path / "a.pth", "a", model_name="convnextv2_tiny")
+    with pytest.raises(ValueError, match="has no decoder"):
+        load_arm(tmp_path / "a.pth", "a", decoder=True)
+    with pytest.raises(ValueError, match="use_ema=True needs averaged weights"):
+        load_arm(tmp_path / "a.pth", "a", use_ema=True)
+
+
+def test_untrained_network_depends_on_the_seed_alone():
+    before = torch.get_rng_state()
+    one, same, other = (untrained_arm(DEPTHS, DIMS, seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    same_features(one.model, same.model)
+    assert not torch.equal(one.model.stages[0][0].pwconv1.weight, other.model.stages[0][0].pwconv1.weight)
+
+
+def test_images_of_other_channels_are_refused(tmp_path):
+    torch.save(network(in_chans=1).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="images of 1 channels, expected 3"):
+        load_arm(tmp_path / "a.pt", "a")
+
+
+def test_folders_take_turns():
+    names = ["a/1.png", "a/2.png", "a/deep/3.png", "b/1.png", "c/1.png", "c/2.png", "top.png"]
+    order = spread_over_folders(names, seed=0)
+    assert sorted(order) == list(range(7)) and order == spread_over_folders(names, seed=0)
+    first = [names[i].partition("/")[0] for i in order]
+    assert first[:4] == ["a", "b", "c", "top.png"] and first[4:6] == ["a", "c"] and first[6] == "a"
+    many = [f"a/{i}" for i in range(50)]
+    assert spread_over_folders(many, 0) != spread_over_folders(many, 1)
+
+
+def test_crops_come_in_order_and_skip_what_is_broken(tmp_path):
+    folder = class_folder(tmp_path, 2, 4)
+    sources = sorted(folder.rglob("*.png"))
+    sources[2].write_bytes(b"no image")
+    crops = Crops(sources, (32, 64), batch_size=3, limit=6, workers=2)
+    for _ in range(2):  # it can be gone through again
+        batches = list(crops)
+        assert [indices for _, indices in batches] == [[0, 1, 3], [4, 5, 6]]
+        assert len(crops.failures) == 1 and crops.failures[0][0].endswith("2.png")
+    assert torch.equal(batches[1][0][0], load_crop(sources[4], (32, 64), None))
+    rest = list(Crops(sources, (32, 32), batch_size=4))
+    assert [len(indices) for _, indices in rest] == [4, 3]
+    with pytest.raises(TrainingError, match="none of the 1 images can be read .the first: .*2.png"):
+        list(Crops(sources[2:3], (32, 32), batch_size=4))
+
+
+def test_masks_depend_on_seed_and_place_alone():
+    masks = draw_masks(5, (4, 6), 0.75, seed=3)
+    assert masks.shape == (5, 4, 6) and (masks.flatten(1).sum(1) == 18).all()
+    assert torch.equal(draw_masks(2, (4, 6), 0.75, seed=3), masks[:2])
+    assert not torch.equal(draw_masks(5, (4, 6), 0.75, seed=4), masks)
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 5
+
+
+def test_errors_of_images_add_up_to_that_of_all():
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    mask = torch.tensor([[[True, False], [True, True]], [[True, False], [False, False]], [[False, False]] * 2])
+    result = reconstruct(autoencoder(), pixels, mask)
+    errors = errors_by_image(result, mask)
+    # the overall error weights each hidden patch alike; float32 sums there
+    assert (3 * errors[0] + errors[1]) / 4 == pytest.approx(result.model_mse, rel=1e-5)
+    assert errors[2] != errors[2]
+
+
+def test_plain_types():
+    assert plain({"a": (1, float("nan")), 2: torch.tensor([0.5])}) == {"a": [1, None], "2": [0.5]}
+    assert file_name("run 1/encoder") == "run-1-encoder" and file_name("..") == "network"
