@@ -48,7 +48,7 @@ def open_classes(
             one without a readable image (both without ``classes`` only); a subfolder that is none of ``classes``.
     """
     folders = _subfolders(folder, flag, exclude)
-    names = _scan(folder, flag, exclude)
+    names = scan_folder(folder, exclude, flag)
     if not folders:
         raise TrainingError(
             f"{flag} {folder}: the images lie directly in the folder; expected one subfolder of images for each class."
@@ -108,13 +108,6 @@ def _subfolders(folder: Path, flag: str, exclude: Path | None) -> list[str]:
     except OSError as error:
         raise TrainingError(f"{flag} {folder}: cannot read the folder ({describe(error)}).") from None
     return sorted(entry.name for entry in entries if entry.resolve() != excluded)
-
-
-def _scan(folder: Path, flag: str, exclude: Path | None) -> list[str]:
-    try:
-        return scan_folder(folder, exclude)
-    except TrainingError as error:
-        raise TrainingError(str(error).replace("--data", flag, 1)) from None
 
 
 def split_train_val(folder: Path) -> tuple[Path, Path | None]:

@@ -69,8 +69,10 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Of FCMAE pre-training. ``hflip`` is the share of crops that is mirrored; ``decay`` names the parameters that
-    decay (:data:`.optim.DECAYS`); ``encoding`` and ``grn_scope`` as in :class:`convnextv2_kernels.models.FCMAE`."""
+    """Of FCMAE pre-training. ``micro_batch`` is the number of images that share one GRN norm, None where each image has
+    its own (``grn_scope`` "image"). ``hflip`` is the share of crops that is mirrored; ``decay`` names the parameters
+    that decay (:data:`.optim.DECAYS`); ``encoding`` and ``grn_scope`` as in
+    :class:`convnextv2_kernels.models.FCMAE`."""
 
     patch_size: int
     mask_ratio: float
@@ -78,6 +80,7 @@ class PretrainConfig(RunConfig):
     decoder_depth: int = 1
     decoder_embed_dim: int = 512
     grn_scope: str = "image"
+    micro_batch: int | None = None
     encoding: str = "sparse"
     hflip: float = 0.5
     decay: str = "standard"
@@ -119,8 +122,10 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
     differences = [
         f"{name}: {saved.get(name, 'not recorded')} in the checkpoint, {value} now"
         for name, value in now.items()
-        if saved.get(name) != value
+        if saved.get(name) != value and name != "images_sha256"
     ]
+    if saved.get("images_sha256") != now["images_sha256"]:
+        differences.append("images: the list of files is not that of the checkpoint")
     if differences:
         raise TrainingError(
             f"{where} was written with other settings, so this run cannot go on from it; "

@@ -35,34 +35,35 @@ class FolderImages:
         return [self.folder / name for name in self.images]
 
 
-def scan_folder(folder: Path, exclude: Path | None = None) -> list[str]:
+def scan_folder(folder: Path, exclude: Path | None = None, flag: str = "--data") -> list[str]:
     """List the image files below ``folder`` by extension: sorted POSIX paths relative to it.
 
-    Links are followed, hidden names are not; ``exclude`` (the run's own output) is left out.
+    Links are followed, hidden names are not; ``exclude`` (the run's own output) is left out;
+    ``flag`` is the option that errors name.
     Raises TrainingError where ``folder`` is no readable folder or holds no image.
     """
     if not folder.exists():
-        raise TrainingError(f"--data {folder}: there is no such folder.")
+        raise TrainingError(f"{flag} {folder}: there is no such folder.")
     if not folder.is_dir():
-        raise TrainingError(f"--data {folder}: expected a folder of images, but this is a file.")
+        raise TrainingError(f"{flag} {folder}: expected a folder of images, but this is a file.")
     excluded = exclude.resolve() if exclude is not None else None
     names = sorted(
         (root / name).relative_to(folder).as_posix()
-        for root, files in _walk(folder, excluded)
+        for root, files in _walk(folder, excluded, flag)
         for name in files
         if Path(name).suffix.lower() in IMAGE_EXTENSIONS and not name.startswith(".")
     )
     if not names:
         kinds = " ".join(sorted(IMAGE_EXTENSIONS))
         raise TrainingError(
-            f"--data {folder}: no image found in it or below it (looked for {kinds})."
+            f"{flag} {folder}: no image found in it or below it (looked for {kinds})."
         )
     return names
 
 
-def _walk(folder: Path, excluded: Path | None) -> Iterator[tuple[Path, list[str]]]:
+def _walk(folder: Path, excluded: Path | None, flag: str) -> Iterator[tuple[Path, list[str]]]:
     def fail(error: OSError) -> None:
-        raise TrainingError(f"--data {folder}: cannot read the folder ({describe(error)}).")
+        raise TrainingError(f"{flag} {folder}: cannot read the folder ({describe(error)}).")
 
     seen = set()
     for root, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
@@ -173,15 +174,7 @@ def reopen_folder(
     The list made at the run's start stays in force, for the order of an epoch depends on it: files
     added since are ignored, files that cannot be read any more are replaced as they come up.
     """
-    try:
-        saved = json.loads((output / IMAGES_NAME).read_text())
-        images = [str(name) for name in saved["images"]]
-        skipped = [(str(name), str(reason)) for name, reason in saved["skipped"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe(error)}), "
-            "without which it cannot be resumed; use another --output to start afresh."
-        ) from None
+    images, skipped = _saved(output)
     names = scan_folder(folder, exclude=output)
     tick = None if advance is None else lambda done: advance(done, len(images))
     verdicts = verify_files(folder, images, output / CACHE_NAME, tick)
@@ -202,6 +195,23 @@ def reopen_folder(
     if added:
         notes.append(f"{count(added, 'image')} added since this run began will not be used")
     return FolderImages(folder, images, skipped + lost), notes
+
+
+def saved_images(output: Path) -> list[str]:
+    """Return the list of images made at a run's start; raise TrainingError where it cannot be read."""
+    return _saved(output)[0]
+
+
+def _saved(output: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    try:
+        saved = json.loads((output / IMAGES_NAME).read_text())
+        images = [str(name) for name in saved["images"]]
+        return images, [(str(name), str(reason)) for name, reason in saved["skipped"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe(error)}), "
+            "without which it cannot be resumed; use another --output to start afresh."
+        ) from None
 
 
 def fingerprint(images: list[str]) -> str:

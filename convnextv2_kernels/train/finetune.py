@@ -83,9 +83,9 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
             f"--data {options.data}: {len(training.images)} images to train on are too few for one batch of "
             f"{config.batch_size}; lower --batch-size to at most {len(training.images)} or add images."
         )
+    world.from_main(lambda: write_settings(options, config))
     if world.is_main:
         _describe(options, config, model, training, held_out, world)
-        write_settings(options, config)
     transform = train_transform(
         options.img_size, aa=config.aa, color_jitter=config.color_jitter, hflip=config.hflip,
         scale=(config.crop_scale, 1.0), reprob=config.reprob,

@@ -1,5 +1,6 @@
 """The steps that every run begins with: device, model, output folder, settings."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ from torch import nn
 
 from ..files import write_json
 from ..models import FCMAE, create_fcmae
-from .config import PretrainConfig, RunConfig, environment
+from ..nn import GRNVariant
+from .checkpoint import list_checkpoints
+from .config import PretrainConfig, RunConfig, environment, require_same_config
 from .distributed import resolve_device
 from .errors import TrainingError
 from .files import fingerprint
@@ -57,7 +60,7 @@ def make_config(
     return kind(
         model=options.model,
         img_size=options.img_size,
-        grn=options.grn,
+        grn=str(GRNVariant.of(options.grn)),
         lr=options.lr,
         seed=options.seed,
         backend=options.backend,
@@ -71,14 +74,16 @@ def make_config(
 
 
 def pretrain_config(
-    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str]
+    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str], processes: int = 1
 ) -> PretrainConfig:
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
+    parts = processes * options.accumulate
+    micro_batch = options.batch_size // parts if values["grn_scope"] == "batch" else None
     own = (*MODEL_VALUES, "hflip", "decay")
     return make_config(
-        PretrainConfig, options, device, data, images,
-        patch_size=patch_size, encoding=options.encoding, **{name: values[name] for name in own},
+        PretrainConfig, options, device, data, images, patch_size=patch_size, encoding=options.encoding,
+        micro_batch=micro_batch, **{name: values[name] for name in own},
     )  # fmt: skip
 
 
@@ -93,7 +98,20 @@ def split_of(options: Options, world: Any) -> Spread:
 
 
 def write_settings(options: Options, config: RunConfig) -> None:
-    """Write config.json: the settings that decide the losses, where each came from, and the rest."""
+    """Write config.json: the settings that decide the losses, where each came from, and the rest.
+
+    Raises TrainingError, and leaves the file as it is, where the folder's checkpoints are of other settings.
+    """
+    path = options.output / "config.json"
+    if list_checkpoints(options.output):
+        try:
+            saved = json.loads(path.read_text())["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{options.output} holds checkpoints, but config.json beside them cannot be read ({error}); give "
+                "another --output to start afresh."
+            ) from error
+        require_same_config(saved, config, str(path))
     rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
     resolved = {
         "config": config.to_dict(),
@@ -101,7 +119,7 @@ def write_settings(options: Options, config: RunConfig) -> None:
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }
-    write_json(options.output / "config.json", resolved)
+    write_json(path, resolved)
 
 
 def prepare_output(path: Path) -> None:

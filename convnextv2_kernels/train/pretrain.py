@@ -1,6 +1,5 @@
 """``pretrain --data FOLDER``: FCMAE on a folder of the user's images, from scan to export."""
 
-import json
 import shlex
 import signal
 import sys
@@ -13,18 +12,17 @@ import torch
 from ..backends import use_backend
 from ..models import FCMAE
 from .checkpoint import list_checkpoints, load_checkpoint
-from .config import PretrainConfig, require_same_config
+from .config import PretrainConfig
 from .data import CropDataset, load_crop
 from .distributed import World, processes
-from .errors import TrainingError
 from .export import export_encoder
 from .files import (
-    IMAGES_NAME,
     SKIPPED_NAME,
     FolderImages,
     append_skipped,
     open_folder,
     reopen_folder,
+    saved_images,
 )
 from .loop import Outcome, train
 from .options import Options, PretrainOptions
@@ -54,7 +52,7 @@ def run_folder(options: PretrainOptions) -> int:
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
-            found, config = world.from_main(lambda: _open(options, device, model))
+            found, config = world.from_main(lambda: _open(options, device, model, world))
             if world.is_main:
                 _describe(options, config, model, found, world)
             task = PretrainTask(model, CropDataset(found.paths(), config.img_size, config.seed, config.hflip), config)
@@ -64,30 +62,24 @@ def run_folder(options: PretrainOptions) -> int:
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _open(options: PretrainOptions, device: str, model: FCMAE) -> tuple[FolderImages, PretrainConfig]:
+def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> tuple[FolderImages, PretrainConfig]:
     folder, output = options.data, options.output
-    data = str(folder.resolve())
+
+    def settle(images: list[str]) -> PretrainConfig:
+        config = pretrain_config(options, device, model.patch_size, str(folder.resolve()), images, world.size)
+        write_settings(options, config)
+        return config
+
     if not list_checkpoints(output):
         with Reporter("checking images", 1) as reporter:
             found = open_folder(folder, output, options.batch_size, reporter.advance)
-        config = pretrain_config(options, device, model.patch_size, data, found.images)
-    else:
-        config_path = output / "config.json"
-        try:
-            images = json.loads((output / IMAGES_NAME).read_text())["images"]
-            saved = json.loads(config_path.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
-                f"{output} holds checkpoints, but {IMAGES_NAME} or config.json beside them cannot "
-                f"be read ({error}); give another --output to start afresh."
-            ) from error
-        config = pretrain_config(options, device, model.patch_size, data, images)
-        require_same_config(saved, config, str(config_path))
-        with Reporter("checking images", len(images)) as reporter:
-            found, notes = reopen_folder(folder, output, reporter.advance)
-        for note in notes:
-            print(f"note: {note}")
-    write_settings(options, config)
+        return found, settle(found.images)
+    # The settings come first: where they differ, nothing of the run is touched.
+    config = settle(saved_images(output))
+    with Reporter("checking images", config.num_images) as reporter:
+        found, notes = reopen_folder(folder, output, reporter.advance)
+    for note in notes:
+        print(f"note: {note}")
     return found, config
 
 

@@ -183,7 +183,7 @@ def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) 
 
 
 def _show(value: Any) -> str:
-    if value is None:
+    if value is None or value == "":
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
