@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from training_tables import training
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "cpu.json"
 BASE = ROOT / "bench" / "results" / "cpu_base.json"  # a larger model, nothing compiled
@@ -18,6 +20,7 @@ FUSED_MALLOC = ROOT / "bench" / "results" / "cpu_fused_malloc.json"  # the same,
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
 CHOICES_INTEL = ROOT / "bench" / "results" / "cpu_choices_intel.json"
 RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
+TRAINING = ROOT / "bench" / "results" / "training_evidence.json"
 TRITON_RESOURCES = ROOT / "bench" / "results" / "triton_resources.json"
 SPARSE = "sparse"
 
@@ -288,6 +291,7 @@ def main(arguments: list[str]) -> int:
         ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
         ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
         ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
+        ("docs/training.md", "evidence", training(json.loads(TRAINING.read_text()))),
         ("docs/kernels.md", "triton", triton_resources(json.loads(TRITON_RESOURCES.read_text()))),
     ]
     for path, section, content in contents:
