@@ -1,0 +1,201 @@
+"""Fine-tuning through the command line: it learns, resumes, starts from other weights, and says what is wrong."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from peers import timm
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from convnextv2_kernels.cli import main
+from convnextv2_kernels.models import create_fcmae, create_model
+from convnextv2_kernels.train.evaluate import evaluate
+from convnextv2_kernels.train.export import export_encoder
+from convnextv2_kernels.train.labelled import EvalDataset
+
+# Everything that draws is on; two mixed parts a step, so that both seeds and parts matter.
+DRAWING = (
+    "--recipe convnextv2_nano --model convnextv2_atto --epochs 4 --batch-size 8 --lr 2e-3 --drop-path 0.3 "
+    "--ema-decay 0.8 --layer-decay 0.95 --mixup 0.5 --cutmix 0.5 --head-init-scale 1 --accumulate 2"
+).split()
+
+
+def stripes(vertical: bool, index: int) -> Image.Image:
+    """A picture of stripes; the two directions are the classes."""
+    period, phase = 5 + index % 4, index
+    wave = 127.5 + 127.5 * np.sin((np.arange(48) + phase) * 2 * np.pi / period)
+    pixels = np.broadcast_to(wave, (48, 48)) if vertical else np.broadcast_to(wave[:, None], (48, 48))
+    return Image.fromarray(pixels.astype(np.uint8)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stripes")
+    for name, vertical in (("across", False), ("upright", True)):
+        for part, count in (("train", 12), ("val", 5)):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                stripes(vertical, index + 100 * (part == "val")).save(folder / part / name / f"{index}.png")
+    (folder / "train" / "upright" / "broken.png").write_text("no picture")
+    return folder
+
+
+def command(folder, output, *more):
+    return [
+        "finetune", "--data", str(folder), "--output", str(output), "--img-size", "32", "--workers", "0",
+        "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_time(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert main(command(folder, output, *DRAWING)) == 0
+    torch.set_num_threads(threads)
+    return output
+
+
+def test_run_leaves_everything_behind(finished, capsys):
+    names = {path.name for path in finished.iterdir()}
+    assert {"best.safetensors", "model.safetensors", "model_ema.safetensors", "config.json", "log.jsonl"} <= names
+    assert json.loads((finished / "classes.json").read_text()) == ["across", "upright"]
+    assert "upright/broken.png" in (finished / "skipped_files.txt").read_text()
+    metrics = lines(finished / "metrics.jsonl")
+    assert [m["epoch"] for m in metrics] == [0, 1, 2, 3] and all(m["images"] == m["ema_images"] == 10 for m in metrics)
+    settings = json.loads((finished / "config.json").read_text())
+    assert settings["recipe"]["origins"]["smoothing"] == "paper Table 9"
+    assert settings["recipe"]["origins"]["mixup"] == "given" and settings["config"]["micro_batch"] == 4
+    model = create_model("convnextv2_atto", num_classes=2)
+    for name in ("best", "model", "model_ema"):
+        model.load_state_dict(load_file(finished / f"{name}.safetensors"))
+
+
+def test_best_weights_give_the_best_result_again(folder, finished, tmp_path):
+    best = max(m["ema_top1"] for m in lines(finished / "metrics.jsonl"))
+    init = str(finished / "best.safetensors")
+    assert main(command(folder, tmp_path, "--init", init, "--eval-only")) == 0
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert again["top1"] == best and again["images"] == 10
+
+
+def test_it_learns(folder, tmp_path):
+    plain = "--recipe default --epochs 12 --batch-size 8 --lr 2e-3 --aa none --reprob 0 --hflip 0 --eval-every 12"
+    assert main(command(folder, tmp_path, *plain.split(), "--head-init-scale", "1")) == 0
+    (metrics,) = lines(tmp_path / "metrics.jsonl")
+    assert metrics["top1"] >= 90, metrics
+
+
+def test_resume_in_mid_epoch_is_bitwise(folder, finished, tmp_path):
+    assert main(command(folder, tmp_path, *DRAWING, "--max-steps", "5")) == 0
+    assert len(lines(tmp_path / "log.jsonl")) == 5
+    torch.rand(3)
+    np.random.rand(3)
+    assert main(command(folder, tmp_path, *DRAWING)) == 0
+    for name in ("log.jsonl", "metrics.jsonl"):
+        assert without_time(lines(tmp_path / name)) == without_time(lines(finished / name))
+    for name in ("best", "model_ema"):
+        ours, theirs = (load_file(f / f"{name}.safetensors") for f in (tmp_path, finished))
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("source", ["encoder", "timm", "checkpoint"])
+def test_starts_from_other_weights(folder, tmp_path, source, capsys):
+    torch.manual_seed(3)
+    path = tmp_path / "weights.safetensors"
+    if source == "timm":
+        network = timm.create_model("convnextv2_atto", num_classes=5)
+        save_file(network.state_dict(), path)
+        expected = network.state_dict()["stages.2.blocks.0.conv_dw.weight"]
+    else:
+        network = create_fcmae("convnextv2_atto")
+        expected = network.state_dict()["encoder.stages.2.0.dwconv.weight"]
+        if source == "encoder":
+            export_encoder(path, network, "convnextv2_atto")
+        else:
+            averaged = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+            path = tmp_path / "checkpoint.pt"
+            torch.save({"model": network.state_dict(), "model_ema": averaged, "config": {"grn": "default"}}, path)
+            expected = expected + 1
+    more = ["--ema"] if source == "checkpoint" else []
+    # a rate of nothing: the weights of the first checkpoint are the first weights
+    rate = ["--recipe", "default", "--epochs", "1", "--batch-size", "24", "--lr", "1e-30", "--min-lr", "0"]
+    output = tmp_path / "run"
+    assert main(command(folder, output, "--init", str(path), *more, *rate, "--max-steps", "1")) == 0
+    assert torch.equal(load_file(output / "model.safetensors")["stages.2.0.dwconv.weight"], expected)
+
+
+def test_held_out_share_of_a_plain_folder(folder, tmp_path):
+    more = ["--val-share", "0.25", "--recipe", "default", "--epochs", "1", "--batch-size", "9"]
+    assert main(command(folder / "train", tmp_path, *more)) == 0
+    assert lines(tmp_path / "metrics.jsonl")[0]["images"] == 6
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["num_images"] == 18
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--batch-size", "6", "--accumulate", "2"], "leaves 3 images to be mixed in pairs"),
+        (["--batch-size", "64"], "lower --batch-size to at most 24"),
+        (["--init", "nothing.pt"], "there is no such file"),
+        (["--grn", "l3"], "l3"),
+        (["--aa", "banana"], "aa must be"),
+        (["--layer-decay", "1.5"], "layer_decay must be greater than 0 and at most 1, got 1.5"),
+        (["--model", "resnet50"], "resnet50"),
+    ],
+)
+def test_bad_settings_end_with_one_sentence(folder, tmp_path, capsys, more, message):
+    assert main(command(folder, tmp_path, *DRAWING, *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_weights_of_another_grn_are_refused(folder, tmp_path, capsys):
+    export_encoder(tmp_path / "e.safetensors", create_fcmae("convnextv2_atto", grn="none"), "convnextv2_atto")
+    assert main(command(folder, tmp_path / "run", "--init", str(tmp_path / "e.safetensors"), *DRAWING)) == 1
+    assert "was trained with --grn none, and --grn is default" in capsys.readouterr().err
+
+
+def test_folder_of_one_class_and_changed_settings(folder, finished, tmp_path, capsys):
+    shutil.copytree(folder / "train" / "across", tmp_path / "data" / "across")
+    assert main(command(tmp_path / "data", tmp_path / "run", *DRAWING)) == 1
+    assert "found one class, 'across'" in capsys.readouterr().err
+    before = (finished / "config.json").read_text()
+    assert main(command(folder, finished, *DRAWING, "--smoothing", "0")) == 1
+    assert "smoothing: 0.2 in the checkpoint, 0.0 now" in capsys.readouterr().err
+    assert (finished / "config.json").read_text() == before
+    with pytest.raises(SystemExit):
+        main(command(folder, tmp_path / "run", "--eval-only"))
+    assert "--init, which is missing" in capsys.readouterr().err
+
+
+def test_evaluation_names_what_it_leaves_out(tmp_path):
+    (tmp_path / "broken.png").write_text("no picture")
+    pictures = [stripes(True, 1), tmp_path / "broken.png", stripes(False, 2)]
+
+    class Sure(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, images):
+            return torch.tensor([[0.0, 1.0, 2.0]]).expand(len(images), 3)
+
+    notes = []
+    transform = lambda image: torch.zeros(3, 8, 8)  # noqa: E731
+    dataset = EvalDataset(pictures, [2, 2, 0], transform)
+    result = evaluate(Sure(), dataset, batch_size=2, note=notes.append)
+    assert result["images"] == 2 and result["top1"] == 50.0 and result["top5"] == 100.0
+    assert len(notes) == 1 and "broken.png" in notes[0]
