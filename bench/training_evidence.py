@@ -97,6 +97,15 @@ def main() -> None:
             results[name]["finetune_top1"].append(last_line(output / "metrics.jsonl")["top1"])
         print(name, results[name], flush=True)
     pictures = args.out
+    for name, init in arms.items():
+        for kind in ("knn", "probe"):
+            output = work / f"{kind}_{len(results[name])}_{list(arms).index(name)}"
+            what = ["--random", "--model", "convnextv2_atto"] if init is None else [init]
+            run(
+                "analyze", kind, *what, "--data", work / "digits" / "all", "--val", work / "digits" / "val",
+                "--img-size", SIZE, "--output", output,
+            )  # fmt: skip
+            results[name][f"{kind}_top1"] = json.loads((output / f"{kind}.json").read_text())["results"][0]["top1"]
     weights = (args.photos_v2 / "encoder.safetensors", args.photos_v1 / "encoder.safetensors")
     labels = ("--label", "V2 (GRN)", "--label", "V1-style (no GRN)")
     run("analyze", "cosine", *weights, *labels, "--photos", "--random", "--output", work / "cosine")

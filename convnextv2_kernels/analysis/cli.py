@@ -12,7 +12,17 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
-from .options import add_dead, add_images, add_networks, add_tap, nonnegative_float, positive_int, share
+from .options import (
+    add_dead,
+    add_images,
+    add_labelled,
+    add_networks,
+    add_tap,
+    nonnegative_float,
+    positive_float,
+    positive_int,
+    share,
+)
 
 PROG = "python -m convnextv2_kernels analyze"
 # Modules an analysis imports that plain use of the kernels does not need, and what installs them.
@@ -131,7 +141,53 @@ def add_reconstruct(commands: Any) -> None:
     parser.set_defaults(run=_run("run_reconstruct", "pictures"))
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_cosine, add_selectivity, add_activations, add_reconstruct)
+def add_knn(commands: Any) -> None:
+    """Nearest neighbours of frozen features."""
+    parser = _add(
+        commands,
+        "knn",
+        "classify by the nearest neighbours of frozen features",
+        "Weighted k-nearest-neighbour classification on cosine similarity (Wu et al. 2018) of the last stage,\n"
+        "averaged over its sites: knn.csv and knn.json. --data holds a subfolder for each class, or train/ and val/.",
+        "run1/encoder.safetensors --random --data flowers",
+    )
+    add_networks(parser, random=True)
+    add_labelled(parser)
+    parser.add_argument("--k", type=positive_int, default=20, metavar="N", help="neighbours (default: %(default)s)")
+    parser.add_argument(
+        "--temperature",
+        type=positive_float,
+        default=0.07,
+        metavar="T",
+        help="a neighbour of similarity s weighs exp(s / T) (default: %(default)s)",
+    )
+    parser.set_defaults(run=_run("run_knn", "probing"))
+
+
+def add_probe(commands: Any) -> None:
+    """Linear probe of frozen features."""
+    parser = _add(
+        commands,
+        "probe",
+        "train a linear classifier on frozen features",
+        "Multinomial logistic regression on the standardised average of the last stage, by scikit-learn: probe.csv\n"
+        "and probe.json. --data as for knn.",
+        "run1/encoder.safetensors --random --data flowers",
+    )
+    add_networks(parser, random=True)
+    add_labelled(parser)
+    parser.add_argument(
+        "--c", type=positive_float, default=1.0, metavar="X", help="inverse of the L2 penalty (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-iter", type=positive_int, default=1000, metavar="N", help="of L-BFGS (default: %(default)s)"
+    )
+    parser.set_defaults(run=_run("run_probe", "probing"))
+
+
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    add_cosine, add_selectivity, add_activations, add_reconstruct, add_knn, add_probe,
+)  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -79,6 +79,39 @@ def add_images(parser: argparse.ArgumentParser, photos: bool, images: int | None
         )
 
 
+def add_labelled(parser: argparse.ArgumentParser) -> None:
+    """Add a folder of classes to learn from, and one to test on."""
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes")
+    parser.add_argument(
+        "--val", type=Path, metavar="FOLDER", help="classes to test on (default: FOLDER/val, or a share of each class)"
+    )
+    parser.add_argument(
+        "--val-share",
+        type=positive_share,
+        default=0.2,
+        metavar="R",
+        help="share of each class to test on where there is no such folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("analysis_output"), metavar="DIR", help="for results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=image_size,
+        metavar="S|HxW",
+        help="pixels (default: those of the first checkpoint's training, else 224)",
+    )
+    parser.add_argument(
+        "--crop-pct", type=positive_float, metavar="R", help="as for finetune (default: 224/256 below 384 px)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=64, metavar="B", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
+    )
+
+
 def add_tap(parser: argparse.ArgumentParser, default: str) -> None:
     """Add ``--tap``."""
     parser.add_argument(
@@ -118,6 +151,8 @@ def _number(kind: type, accept: Callable[[Any], bool], expected: str) -> Callabl
 positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
 nonnegative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
 nonnegative_float = _number(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
+positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
+positive_share = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 share = _number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo give the run of one: DDP and FSDP2, resumed on another number of processes, stopped together."""
+"""Two processes over gloo give the run of one: DDP and FSDP2, resumed on another number of them, stopped together."""
 
 import json
 import os
