@@ -52,9 +52,9 @@ share = number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 probability = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def decay(text: str) -> float | None:
-    """A factor of a moving average, or None for "off"."""
-    return None if text == "off" else share(text)
+def decay(text: str) -> float:
+    """A factor of a moving average, or 0 for "off"."""
+    return 0.0 if text == "off" else share(text)
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -124,6 +124,13 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None
         metavar="X",
         help="AdamW weight decay; biases, norms, GRN and the mask token have none "
         f"(default: {recipe['weight_decay']})",
+    )
+    group.add_argument(
+        "--betas",
+        type=share,
+        nargs=2,
+        metavar="B",
+        help="of AdamW (default: {:g} {:g})".format(*recipe["betas"]),
     )
     group.add_argument(
         "--warmup-epochs",

@@ -13,6 +13,7 @@ from .arguments import (
     output_of,
     places,
     positive_int,
+    probability,
     share,
 )
 
@@ -126,6 +127,12 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
         f"code) (default: {recipe['grn_scope']})",
     )
     group.add_argument(
+        "--hflip",
+        type=probability,
+        metavar="P",
+        help=f"share of the crops that is mirrored (default: {recipe['hflip']})",
+    )
+    group.add_argument(
         "--decay",
         choices=("standard", "official"),
         help="official: weight decay takes GRN and the mask token too, as the official pre-training does "
@@ -136,10 +143,8 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of :class:`.options.PretrainOptions`; ends with a usage error where options clash."""
     given = {k: v for k, v in vars(args).items() if k not in ("command", "demo", "recipe") and v is not None}
-    # None is a value of this one: "off"
-    given["ema_decay"] = getattr(args, "ema_decay", None)
     if args.demo:
-        alien = sorted({k for k, v in given.items() if v is not None} - DEMO_OPTIONS)
+        alien = sorted(set(given) - DEMO_OPTIONS)
         alien += ["recipe"] if args.recipe is not None else []
         if alien:
             flags = ", ".join("--" + name.replace("_", "-") for name in alien)

@@ -171,7 +171,9 @@ def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) 
     origins.update((key, "assumed: stated neither in the paper nor in the official code") for key in recipe.assumed)
     for key, value in given.items():
         if key in values and value is not None:
-            values[key], origins[key] = value, "given"
+            values[key], origins[key] = tuple(value) if isinstance(value, list) else value, "given"
+    if values.get("ema_decay") == 0:
+        values["ema_decay"] = None
     if given.get("lr") is not None:
         del values["blr"], origins["blr"]
         values["lr"], origins["lr"] = given["lr"], "given"
