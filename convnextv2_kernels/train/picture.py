@@ -37,11 +37,12 @@ def reconstruct(model: nn.Module, pixels: Tensor, mask: Tensor) -> Reconstructio
     patches of mean 0 and deviation 1; the mean and deviation put back are then those of the hidden
     patch itself, so that neither picture nor error says anything about its colour.
     """
-    device = next(model.parameters()).device
+    weight = next(model.parameters())
+    device = weight.device
     training = model.training
     model.eval()
     try:
-        images = normalize(pixels.to(device))
+        images = normalize(pixels.to(device)).to(weight.dtype)
         _, pred, _ = model(images, mask.to(device))
         filled = denormalize(model.reconstruct(images, pred, mask.to(device))).clamp(0, 1).cpu()
     finally:
