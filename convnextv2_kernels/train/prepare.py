@@ -57,6 +57,11 @@ def make_config(
 ) -> RunConfig:
     """Return the settings of a run on ``images``; ``data`` says where they come from, ``more`` is the kind's own."""
     values = options.resolved.values
+    if values["min_lr"] > options.lr:
+        raise TrainingError(
+            f"--min-lr {values['min_lr']:g} must be at most the peak learning rate, which is {options.lr:.3g} for "
+            f"{options.batch_size} images a step."
+        )
     return kind(
         model=options.model,
         img_size=options.img_size,

@@ -75,6 +75,8 @@ def test_running_again_reports_completion(folder, finished, capsys):
         (["--mask-ratio", "0.5"], "mask_ratio: 0.6"),
         (["--model", "resnet50"], "resnet50"),
         (["--img-size", "65"], "img_size"),
+        (["--min-lr", "0.1"], "--min-lr 0.1 must be at most the peak learning rate"),
+        (["--grn", "l2,l1"], "grn"),
         (["--img-size", "32x64"], "img_size: [64, 64]"),
     ],
 )
