@@ -93,8 +93,8 @@ class PretrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """Of fine-tuning, names as in :mod:`.recipes`. ``init`` says where the first weights are from, by digest of the
-    file; ``micro_batch`` is the number of images that are mixed among each other, None where nothing is mixed."""
+    """Of fine-tuning, names as in :mod:`.recipes`. ``init`` says which weights a run starts from, by their digest;
+    ``micro_batch`` is the number of images that are mixed among each other, None where nothing is mixed."""
 
     num_classes: int
     init: str

@@ -2,7 +2,6 @@
 
 import hashlib
 from contextlib import nullcontext
-from pathlib import Path
 
 import safetensors
 import torch
@@ -14,7 +13,7 @@ from ..files import write_json
 from ..models import ConvNeXtV2, create_model
 from ..nn import GRNVariant
 from .augment import eval_transform, train_transform
-from .checkpoint import list_checkpoints, load_checkpoint
+from .checkpoint import load_checkpoint
 from .classes import ClassFolder, hold_out, open_classes, split_train_val
 from .config import FinetuneConfig
 from .distributed import World, processes
@@ -69,7 +68,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
     config = make_config(
         FinetuneConfig, options, device, str(options.data.resolve()), training.images,
-        num_classes=len(training.classes), init=_origin(options),
+        num_classes=len(training.classes), init=_origin(options, model),
         micro_batch=options.batch_size // parts if mixing else None, crop_pct=options.crop_pct,
         **{name: values[name] for name in VALUES},
     )  # fmt: skip
@@ -126,7 +125,7 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
         head_init_scale=values["head_init_scale"],
         grn=options.grn,
     )
-    if options.init is not None and (options.eval_only or not list_checkpoints(options.output)):
+    if options.init is not None:
         _require_grn(options)
         try:
             load_weights(model, options.init, skip_head=not options.eval_only, use_ema=options.use_ema)
@@ -150,16 +149,16 @@ def _require_grn(options: FinetuneOptions) -> None:
         raise TrainingError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
 
 
-def _origin(options: FinetuneOptions) -> str:
-    """Where the first weights are from: the digest of the file, for a path may hold others tomorrow."""
+def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
+    """Which weights a run starts from: their digest, for a path may hold others tomorrow, and a file that is written
+    again may hold the same in other bytes."""
     if options.init is None:
         return "random"
-    path = Path(options.init)
-    if not path.is_file():
-        return str(path.resolve())
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    return f"sha256 {digest.hexdigest()}" + (" ema" if options.use_ema else "")
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return f"sha256 {digest.hexdigest()}"
 
 
 def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World) -> int:

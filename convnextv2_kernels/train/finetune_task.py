@@ -13,6 +13,7 @@ from ..models import ConvNeXtV2
 from ..nn import ConvNeXtV2Block
 from .checkpoint import whole_model
 from .config import FinetuneConfig
+from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
 from .labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
@@ -121,8 +122,14 @@ class FinetuneTask:
         else:
             with trainer.average.applied(self.model):
                 weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
-        if trainer.world.is_main:
-            export_weights(self.output / "best.safetensors", weights, metadata_of(self.config, self.best))
+        trainer.world.from_main(lambda: self._write_best(weights))
+
+    def _write_best(self, weights: dict[str, Tensor]) -> None:
+        path = self.output / "best.safetensors"
+        try:
+            export_weights(path, weights, metadata_of(self.config, self.best))
+        except OSError as error:
+            raise TrainingError(f"cannot write {path}: {error.strerror}") from error
 
     def state(self) -> dict[str, Any]:
         """The best result so far."""
