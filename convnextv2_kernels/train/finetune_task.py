@@ -27,7 +27,7 @@ from .task import Span
 class FinetuneTask:
     """Learn the labels of augmented images; evaluate every ``eval_every`` epochs and keep the best weights.
 
-    ``best`` is the best top-1 so far, in percent, of the averaged weights where there are any, and its epoch. An
+    ``best`` is the best top-1 so far, in percent, its epoch, and whether the averaged weights had it. An
     image's drop path is a function of (seed, step, image); Mixup and CutMix are drawn once for the images of a
     micro-batch, as the official code does for those of a GPU.
     """
@@ -100,9 +100,11 @@ class FinetuneTask:
             trainer.metrics.write({"step": step, "epoch": epoch, **values})
             trainer.board.write(step, values)
         trainer.note(f"epoch {epoch + 1}/{self.config.epochs}: " + "; ".join(map(_told, results.items())))
-        leading = values["ema_top1" if trainer.average is not None else "top1"]
+        # Averaged over few steps, the average is little more than the first weights: the better of the two leads.
+        averaged = values.get("ema_top1", -1.0) >= values["top1"]
+        leading = values["ema_top1" if averaged else "top1"]
         if leading > self.best.get("top1", -1.0):
-            self.best = {"top1": leading, "epoch": epoch, "step": step}
+            self.best = {"top1": leading, "epoch": epoch, "step": step, "averaged": averaged}
             self._keep_best(trainer)
 
     def _evaluate(self, trainer: Trainer) -> dict[str, float]:
@@ -117,7 +119,7 @@ class FinetuneTask:
         )
 
     def _keep_best(self, trainer: Trainer) -> None:
-        if trainer.average is None:
+        if not self.best["averaged"]:
             weights = whole_model(self.model)
         else:
             with trainer.average.applied(self.model):
