@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from convnextv2_kernels.checkpoints import load_checkpoint
-from convnextv2_kernels.train.checkpoint import save_checkpoint
+from convnextv2_kernels.train.average import Average
+from convnextv2_kernels.train.checkpoint import gather_state, write_checkpoint
 from convnextv2_kernels.train.export import export_encoder
 
 from .samples import assert_same, autoencoder, classifier, encoder_of, snapshot, without
@@ -67,7 +68,8 @@ def test_what_the_official_scripts_write(tmp_path):
 
 def test_what_this_library_writes(tmp_path):
     fcmae, model = autoencoder(), classifier()
-    path = save_checkpoint(tmp_path, fcmae, torch.optim.AdamW(fcmae.parameters()), 4, 2, {"model": "x"}, {})
+    average = Average(fcmae, 0.9)
+    path = write_checkpoint(tmp_path, 4, gather_state(fcmae, torch.optim.AdamW(fcmae.parameters()), average))
     report = load_checkpoint(model, path)
     assert report.source_format == "fcmae" and len(report.kept_initial) == 4
     first = encoder_of(snapshot(model))
