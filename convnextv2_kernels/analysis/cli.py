@@ -177,8 +177,9 @@ def add_probe(commands: Any) -> None:
     add_networks(parser, random=True)
     add_labelled(parser)
     parser.add_argument(
-        "--c", type=positive_float, default=1.0, metavar="X", help="inverse of the L2 penalty (default: %(default)s)"
-    )
+        "--C", "--c", dest="c", type=positive_float, default=1.0, metavar="X",
+        help="inverse of the L2 penalty (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--max-iter", type=positive_int, default=1000, metavar="N", help="of L-BFGS (default: %(default)s)"
     )

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import use_backend
 from ..train.augment import eval_transform
 from ..train.classes import ClassFolder, hold_out, open_classes, split_train_val
+from ..train.errors import TrainingError
 from ..train.features import extract_features
 from ..train.files import CACHE_NAME, fingerprint
 from ..train.knn import knn_classify
@@ -20,7 +20,7 @@ from ..train.prepare import prepare_output
 from ..train.probe import linear_probe
 from ..train.progress import Reporter, count
 from .arms import Arm
-from .inputs import finish, networks
+from .inputs import backend, finish, networks
 from .results import write_result, write_rows
 
 
@@ -47,28 +47,47 @@ def _run(args: Namespace, name: str, title: str, settings: dict[str, Any], class
     training, held_out = _open(args)
     size = args.img_size or arms[0].img_size or (224, 224)
     rows, failures = [], []
-    for arm in arms:
-        with use_backend(args.backend or "auto"):
+    with backend(args):
+        for arm in arms:
             features = [t for part in (training, held_out) for t in _features(args, arm, part, size, failures)]
-        result = dataclasses.asdict(classify(*features))
-        rows.append({"network": arm.label, **result})
-        more = f" ({result['note']})" if result.get("note") else ""
-        if result.get("converged") is False:
-            more = f" (the solver stopped at --max-iter {args.max_iter} before it converged)"
-        print(f"{arm.label}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {result['images']}{more}")
-    for path, reason in dict(failures).items():
-        print(f"warning: {path} cannot be read ({reason}); it is left out")
-    data = {
-        "folder": args.data.name,
-        "classes": training.classes,
-        "training_images": len(training.images),
-        "images": len(held_out.images),
-        "names_sha256": fingerprint(training.images + held_out.images),
-    }
-    write_rows(args.output / f"{name}.csv", rows)
-    about = {**settings, "pool": "mean", "img_size": list(size), "seed": args.seed, "data": data}
-    write_result(args.output / f"{name}.json", title, about, arms, rows)
+            rows.append({"network": arm.label, **dataclasses.asdict(classify(*features))})
+        unreadable = dict(failures)
+        for path, reason in unreadable.items():
+            print(f"warning: {path} cannot be read ({reason}); it is left out")
+        print("\n".join(table(rows)))
+        data = {
+            "folder": args.data.resolve().name,
+            "tested_on": args.val.resolve().name if args.val else None,
+            "classes": training.classes,
+            "training_images": len(training.images),
+            "images": len(held_out.images),
+            "left_out": len(training.skipped) + len(held_out.skipped) + len(unreadable),
+            "names_sha256": fingerprint(training.images + held_out.images),
+        }
+        write_rows(args.output / f"{name}.csv", rows)
+        about = {**settings, "pool": "mean", "img_size": list(size), "crop_pct": args.crop_pct}
+        about |= {"batch_size": args.batch_size, "val_share": args.val_share, "seed": args.seed, "data": data}
+        write_result(args.output / f"{name}.json", title, about, arms, rows)
     return finish(args, [f"{name}.csv", f"{name}.json"])
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table of results for the terminal, one network each, and below it what needs to be said of them."""
+    last = "k" if "k" in rows[0] else "solver"
+    lines = [["network", "top-1 %", "top-5 %", "images", last]]
+    notes: list[str] = []
+    for row in rows:
+        if last == "k":
+            told = str(row["k"])
+        else:
+            told = f"{'converged' if row['converged'] else 'stopped'} after {count(row['iterations'], 'iteration')}"
+            if not row["converged"]:
+                notes.append("a solver stopped at --max-iter before it converged: give it more")
+        lines.append([row["network"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["images"]), told])
+        notes += [row["note"]] if row.get("note") else []
+    first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
+    shown = ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)]) for line in lines]
+    return shown + [f"note: {note}" for note in dict.fromkeys(notes)]
 
 
 def _open(args: Namespace) -> tuple[ClassFolder, ClassFolder]:
@@ -78,6 +97,11 @@ def _open(args: Namespace) -> tuple[ClassFolder, ClassFolder]:
         training = open_classes(folder, args.output / CACHE_NAME, advance=report.advance, exclude=args.output)
     if val is None:
         training, held_out = hold_out(training, args.val_share, args.seed)
+        if not held_out.images:
+            raise TrainingError(
+                f"--data {args.data}: every class has one readable image alone, so that none is left to test on; add "
+                "images, or give --val."
+            )
     else:
         with Reporter("verified", 0) as report:
             cache = args.output / f"val_{CACHE_NAME}"

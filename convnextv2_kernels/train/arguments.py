@@ -123,7 +123,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None
         type=nonnegative_float,
         metavar="X",
         help="AdamW weight decay; biases, norms, GRN and the mask token have none "
-        f"(default: {recipe['weight_decay']})",
+        f"unless --decay official (default: {recipe['weight_decay']})",
     )
     group.add_argument(
         "--betas",
@@ -173,7 +173,9 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     """Add the options of devices, processes and kernels."""
-    group = parser.add_argument_group("machine (none of these changes a result but by rounding)")
+    group = parser.add_argument_group(
+        "machine (changes results by rounding alone, unless images are mixed or share one GRN norm)"
+    )
     group.add_argument(
         "--backend",
         choices=BACKENDS,

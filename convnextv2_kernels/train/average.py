@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .distributed import reshard
+
 
 class Average:
     """Moving average ``decay * average + (1 - decay) * parameter`` of every parameter, taken once a step.
@@ -41,6 +43,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self, model: nn.Module) -> None:
+        reshard(model)  # an evaluation leaves it gathered, and what is gathered would go on as it was
         for name, parameter in model.named_parameters():
             kept = parameter.detach().clone()
             parameter.copy_(self.tensors[name])

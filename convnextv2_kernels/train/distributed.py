@@ -106,11 +106,19 @@ def processes(device: str) -> Iterator[World]:
 def resolve_device(name: str) -> str:
     """Turn ``auto`` into a GPU where there is one, else ``cpu``; check any other name.
 
-    Under torchrun, ``cuda`` is the GPU of the process's local rank.
+    Under torchrun, ``cuda`` is the GPU of the process's local rank. Raises TrainingError where the device cannot be
+    used or a machine has more processes than GPUs.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        # All say so: the first process has a GPU of its own, and is the only one that is heard.
+        if local > gpus > 0:
+            raise TrainingError(
+                f"--device cuda: {local} processes were started on this machine, which has {gpus} GPU(s); start at "
+                f"most {gpus}."
+            )
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.empty(0, device=name)
@@ -143,6 +151,14 @@ def spread(model: nn.Module, world: World, parallel: str, device: torch.device) 
         if isinstance(module, ConvNeXtV2Block):
             fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP2 gathered, so that ``model.parameters()`` are its shards. A forward pass without a
+    backward one leaves those of the outermost module gathered."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
 
 
 @contextmanager

@@ -82,7 +82,13 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
             f"--data {options.data}: {len(training.images)} images to train on are too few for one batch of "
             f"{config.batch_size}; lower --batch-size to at most {len(training.images)} or add images."
         )
-    world.from_main(lambda: write_settings(options, config))
+
+    def settle() -> None:
+        write_settings(options, config)  # refuses before anything of another run is touched
+        append_skipped(options.output / SKIPPED_NAME, [*training.skipped, *held_out.skipped])
+        write_json(options.output / "classes.json", training.classes)
+
+    world.from_main(settle)
     if world.is_main:
         _describe(options, config, model, training, held_out, world)
     transform = train_transform(
@@ -110,8 +116,11 @@ def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder]:
             cache = output / f"val_{CACHE_NAME}"
             held_out = open_classes(val, cache, found.classes, "--val", reporter.advance, exclude=output)
         training = found
-    append_skipped(output / SKIPPED_NAME, [*found.skipped, *held_out.skipped])
-    write_json(output / "classes.json", found.classes)
+    if not held_out.images:
+        raise TrainingError(
+            f"--data {options.data}: every class has one readable image alone, so none is left to evaluate on; add "
+            "images, or give --val."
+        )
     return training, held_out
 
 

@@ -180,6 +180,11 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         parser.error(str(error))
     if resolved.values["epochs"]:
         require_warmup(parser, resolved)
+    values = resolved.values
+    if values["color_jitter"] and values["aa"]:
+        parser.error(
+            f"--color-jitter {values['color_jitter']:g} has no effect beside --aa {values['aa']}; add --aa none"
+        )
     if args.eval_only and args.init is None:
         parser.error("--eval-only evaluates the weights of --init, which is missing")
     where["output"] = output_of(given, OUTPUT)

@@ -161,12 +161,15 @@ class Trainer:
     def open_logs(self, stack: ExitStack) -> None:
         """Open log.jsonl, metrics.jsonl and the scalars of TensorBoard, in the first process."""
         self.log = self.metrics = self.board = None
-        if self.world.is_main:
-            output, step = self.storage.output, self.outcome.step
+        output, step = self.storage.output, self.outcome.step
+
+        def enter() -> None:
             self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step)))
             self.metrics = stack.enter_context(closing(StepLog(output / "metrics.jsonl", step)))
             folder = output / "tensorboard" if self.storage.tensorboard else None
             self.board = stack.enter_context(closing(Board(folder, step)))
+
+        self.world.from_main(enter)
 
     def advance(self, stop: int, request: StopRequest) -> None:
         """Train up to ``stop`` steps, or until a signal in any process."""
@@ -248,7 +251,8 @@ class Trainer:
         if signum := int(told[:, 0].max()):
             self.outcome.stop_signal = signum
         if config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.task.model.parameters(), config.clip_grad, torch.tensor(norm))
+            total = torch.tensor(norm, dtype=config.dtype)
+            torch.nn.utils.clip_grads_with_norm_(self.task.model.parameters(), config.clip_grad, total)
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.task.model)
@@ -298,11 +302,13 @@ class Trainer:
         )
 
     def _data_is_gone(self, failures: list[tuple[str, str]]) -> None:
-        self.save()
-        failures = [f for part in self.world.gather_objects(failures) for f in part]
+        if self.outcome.step:
+            self.save()
+        reasons = dict(f for part in self.world.gather_objects(failures) for f in part)
+        name, reason = list(reasons.items())[-1]
         raise TrainingError(
-            f"step {self.outcome.step + 1}: {len(failures)} images in a row could not be read ({failures[-1][0]}: "
-            f"{failures[-1][1]}); is the data still there? {self._saved_where()}"
+            f"step {self.outcome.step + 1}: {len(reasons)} images in a row could not be read ({name}: {reason}); "
+            f"is the data still there? {self._saved_where()}"
         )
 
     def _report_failures(self, failures: list[tuple[str, str]]) -> None:

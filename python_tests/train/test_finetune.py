@@ -93,9 +93,10 @@ def test_best_weights_give_the_best_result_again(folder, finished, tmp_path):
 
 def test_it_learns(folder, tmp_path):
     plain = "--recipe default --epochs 12 --batch-size 8 --lr 2e-3 --aa none --reprob 0 --hflip 0 --eval-every 12"
-    assert main(command(folder, tmp_path, *plain.split(), "--head-init-scale", "1")) == 0
+    more = ["--head-init-scale", "1", "--ema-decay", "0.8"]
+    assert main(command(folder, tmp_path, *plain.split(), *more)) == 0
     (metrics,) = lines(tmp_path / "metrics.jsonl")
-    assert metrics["top1"] >= 90, metrics
+    assert metrics["top1"] >= 90 and metrics["ema_top1"] >= 90, metrics
 
 
 def test_resume_in_mid_epoch_is_bitwise(folder, finished, tmp_path):
@@ -176,8 +177,9 @@ def test_folder_of_one_class_and_changed_settings(folder, finished, tmp_path, ca
     assert main(command(folder, finished, *DRAWING, "--smoothing", "0")) == 1
     assert "smoothing: 0.2 in the checkpoint, 0.0 now" in capsys.readouterr().err
     assert (finished / "config.json").read_text() == before
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as usage:
         main(command(folder, tmp_path / "run", "--eval-only"))
+    assert usage.value.code == 2
     assert "--init, which is missing" in capsys.readouterr().err
 
 

@@ -43,6 +43,8 @@ def test_fine_tuning_values_are_the_published_ones(size):
     assert tuple(values[name] for name in COLUMNS) == TABLE[size]
     assert values["aa"] == "rand-m9-mstd0.5-inc1" and values["head_init_scale"] == 0.001 and values["reprob"] == 0.25
     assert values["betas"] == (0.9, 0.999) and values["min_lr"] == 1e-6
+    names = ("crop_scale", "hflip", "mix_prob", "switch_prob", "color_jitter", "clip_grad")
+    assert tuple(values[name] for name in names) == (0.08, 0.5, 1, 0.5, None, None)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,15 @@ def test_pre_training_values_are_the_published_ones(name):
     expected = {"default": (800, 64, 0.5), "paper": (1600, 4096, 0.0), "official": (1600, 4096, 0.5)}
     assert (values["epochs"], values["batch_size"], values["hflip"]) == expected[name]
     assert values["decay"] == ("official" if name == "official" else "standard")
+
+
+def test_assumed_values_are_shown_as_such():
+    expected = {"convnextv2_large": {"blr"}, "convnextv2_huge": {"layer_decay_kind"}, "convnextv2_base": set()}
+    for name, assumed in expected.items():
+        shown = recipes.resolve(recipes.FINETUNE, name, {}).lines()
+        assert {line.split()[0] for line in shown if "assumed: stated neither" in line} == assumed
+    shown = recipes.resolve(recipes.FINETUNE, "convnextv2_large", {"blr": 1e-3}).lines()
+    assert not any("assumed" in line for line in shown)  # what is given is no longer assumed
 
 
 def test_every_recipe_has_every_value():
@@ -116,7 +127,7 @@ def test_fine_tuning_takes_the_recipe_of_its_model():
 
 def test_unknown_recipe_lists_the_known(capsys):
     for words in (["pretrain", "--data", "x"], ["finetune", "--data", "x"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="2"):
             parser = cli.build_parser()
             args = parser.parse_args([*words, "--recipe", "best"])
             (pretrain_arguments if words[0] == "pretrain" else finetune_arguments).resolve(parser, args)
