@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+from ..train.arguments import BACKENDS, nonnegative_float, nonnegative_int, number, positive_float, positive_int
+from ..train.arguments import image_size as any_image_size
+from ..train.arguments import share as positive_share
+
+__all__ = [
+    "add_dead",
+    "add_images",
+    "add_labelled",
+    "add_networks",
+    "add_tap",
+    "nonnegative_float",
+    "positive_float",
+    "positive_int",
+    "share",
+]
+
 TAPS = ("act", "grn", "block")
 
 
@@ -135,31 +147,12 @@ def add_dead(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _number(kind: type, accept: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accept(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-positive_int = _number(int, lambda v: v > 0, "a whole number above 0")
-nonnegative_int = _number(int, lambda v: v >= 0, "a whole number, 0 or more")
-nonnegative_float = _number(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
-positive_float = _number(float, lambda v: 0 < v < math.inf, "a number above 0")
-positive_share = _number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
-share = _number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+share = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
 def image_size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) == 1:
-        sides *= 2
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) >= 32 for side in sides):
+    """``S`` or ``HxW`` in pixels, of at least 32."""
+    size = any_image_size(text)
+    if min(size) < 32:
         raise argparse.ArgumentTypeError(f"expected a side or HxW in pixels, of at least 32, got {text!r}")
-    return int(sides[0]), int(sides[1])
+    return size

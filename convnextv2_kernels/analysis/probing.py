@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ..train.augment import eval_transform
-from ..train.classes import ClassFolder, hold_out, open_classes, split_train_val
-from ..train.errors import TrainingError
+from ..train.classes import ClassFolder, open_split
 from ..train.features import extract_features
-from ..train.files import CACHE_NAME, fingerprint
+from ..train.files import fingerprint
 from ..train.knn import knn_classify
 from ..train.labelled import EvalDataset
 from ..train.prepare import prepare_output
@@ -91,21 +90,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _open(args: Namespace) -> tuple[ClassFolder, ClassFolder]:
-    folder, val = split_train_val(args.data)
-    val = args.val or val
-    with Reporter("verified", 0) as report:
-        training = open_classes(folder, args.output / CACHE_NAME, advance=report.advance, exclude=args.output)
-    if val is None:
-        training, held_out = hold_out(training, args.val_share, args.seed)
-        if not held_out.images:
-            raise TrainingError(
-                f"--data {args.data}: every class has one readable image alone, so that none is left to test on; add "
-                "images, or give --val."
-            )
-    else:
-        with Reporter("verified", 0) as report:
-            cache = args.output / f"val_{CACHE_NAME}"
-            held_out = open_classes(val, cache, training.classes, "--val", report.advance, exclude=args.output)
+    training, held_out = open_split(args.data, args.val, args.val_share, args.seed, args.output)
     skipped = [*training.skipped, *held_out.skipped]
     if skipped:
         print(f"{count(len(skipped), 'image')} left out (the first: {': '.join(skipped[0])})")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from .data import describe
 from .errors import TrainingError
-from .files import fingerprint, scan_folder, verify_files
+from .files import CACHE_NAME, fingerprint, scan_folder, verify_files
+from .progress import Reporter
 from .seeds import SPLIT, numpy_stream
 
 HELD_OUT_NAMES = ("val", "validation", "test")  # in order of preference
@@ -124,6 +125,32 @@ def split_train_val(folder: Path) -> tuple[Path, Path | None]:
         return folder, None
     held_out = [folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()]
     return train, held_out[0] if held_out else None
+
+
+def open_split(
+    data: Path, val: Path | None, share: float, seed: int, output: Path
+) -> tuple[ClassFolder, ClassFolder]:
+    """Open the classes to train and to evaluate on: ``val`` where given, else the validation part of ``data``, else a
+    ``share`` of each class, see :func:`hold_out`. ``output`` is the run's own folder, which keeps what was verified.
+
+    Raises:
+        TrainingError: see :func:`open_classes`; or nothing is left to evaluate on.
+    """
+    folder, part = split_train_val(data)
+    val = val or part
+    with Reporter("checking images", 1) as reporter:
+        found = open_classes(folder, output / CACHE_NAME, advance=reporter.advance, exclude=output)
+    if val is not None:
+        with Reporter("checking images to evaluate on", 1) as reporter:
+            cache = output / f"val_{CACHE_NAME}"
+            return found, open_classes(val, cache, found.classes, "--val", reporter.advance, exclude=output)
+    training, held_out = hold_out(found, share, seed)
+    if not held_out.images:
+        raise TrainingError(
+            f"--data {data}: every class has one readable image alone, so that none is left to test on; add images, or "
+            "give --val."
+        )
+    return training, held_out
 
 
 def hold_out(found: ClassFolder, share: float, seed: int) -> tuple[ClassFolder, ClassFolder]:

@@ -14,13 +14,13 @@ from ..models import ConvNeXtV2, create_model
 from ..nn import GRNVariant
 from .augment import eval_transform, train_transform
 from .checkpoint import load_checkpoint
-from .classes import ClassFolder, hold_out, open_classes, split_train_val
+from .classes import ClassFolder, open_split
 from .config import FinetuneConfig
 from .distributed import World, processes
 from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
-from .files import CACHE_NAME, SKIPPED_NAME, append_skipped
+from .files import SKIPPED_NAME, append_skipped
 from .finetune_task import FinetuneTask, metadata_of
 from .labelled import EvalDataset, LabelledDataset
 from .loop import Outcome, train
@@ -35,7 +35,7 @@ from .prepare import (
     write_settings,
 )
 from .pretrain import print_paused, print_stopped, print_summary
-from .progress import Reporter, count
+from .progress import count
 from .stopping import folder_lock
 
 VALUES = (
@@ -58,7 +58,9 @@ def run_finetune(options: FinetuneOptions) -> int:
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
-    training, held_out = world.from_main(lambda: _open(options))
+    training, held_out = world.from_main(
+        lambda: open_split(options.data, options.val, options.val_share, options.seed, options.output)
+    )
     values = options.resolved.values
     model = _build(options, device, len(training.classes))
     pictures = EvalDataset(held_out.paths(), held_out.labels, eval_transform(options.img_size, options.crop_pct))
@@ -101,27 +103,6 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     if world.is_main:
         _conclude(options, config, outcome, task)
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
-
-
-def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder]:
-    output = options.output
-    folder, val = split_train_val(options.data)
-    val = options.val or val
-    with Reporter("checking images", 1) as reporter:
-        found = open_classes(folder, output / CACHE_NAME, advance=reporter.advance, exclude=output)
-    if val is None:
-        training, held_out = hold_out(found, options.val_share, options.seed)
-    else:
-        with Reporter("checking images to evaluate on", 1) as reporter:
-            cache = output / f"val_{CACHE_NAME}"
-            held_out = open_classes(val, cache, found.classes, "--val", reporter.advance, exclude=output)
-        training = found
-    if not held_out.images:
-        raise TrainingError(
-            f"--data {options.data}: every class has one readable image alone, so none is left to evaluate on; add "
-            "images, or give --val."
-        )
-    return training, held_out
 
 
 def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV2:

@@ -51,7 +51,7 @@ class FinetuneTask:
         self.criterion = criterion(self.mixing)
         self.best: dict[str, Any] = {}
         self._blocks = [m for m in model.modules() if isinstance(m, ConvNeXtV2Block) and m.drop_path > 0]
-        self._factors: tuple[int, list[Tensor]] | None = None
+        self._factors: tuple[int, Tensor] | None = None
 
     def parameter_groups(self) -> list[dict]:
         """With layer-wise decay of the learning rate."""
@@ -81,10 +81,10 @@ class FinetuneTask:
         if self._factors is None or self._factors[0] != span.step:
             generator = torch_stream(self.config.seed, DROP_PATH, span.step)
             draws = torch.rand(len(self._blocks), self.config.batch_size, generator=generator, dtype=torch.float64)
-            keeps = [1 - block.drop_path for block in self._blocks]
-            self._factors = span.step, [(d < keep) / keep for d, keep in zip(draws, keeps, strict=True)]
+            keeps = torch.tensor([[1 - block.drop_path] for block in self._blocks], dtype=torch.float64)
+            self._factors = span.step, ((draws < keeps) / keeps).to(device, self.config.dtype)
         for block, factors in zip(self._blocks, self._factors[1], strict=True):
-            block.given_drop_path = factors[span.begin : span.end].to(device, self.config.dtype)
+            block.given_drop_path = factors[span.begin : span.end]
 
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
         """Evaluate, log, and keep the weights if they are the best so far."""

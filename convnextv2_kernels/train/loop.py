@@ -239,8 +239,8 @@ class Trainer:
             batch = self.task.placeholder(self.share)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self._gradients(batch)
-        norm = self._gradient_norm()
+        # One wait for the device: losses and norm are read back together.
+        *losses, norm = torch.cat([self._gradients(batch), self._gradient_norm()[None]]).tolist()
         told = self.world.gather([request.signum or 0, unreadable, len(failures), *losses])
         if told[:, 2].any():
             self._report_failures(failures)
@@ -258,8 +258,8 @@ class Trainer:
             self.average.update(self.task.model)
         return float(told[:, 3:].flatten().sum()) / told[:, 3:].numel(), norm
 
-    def _gradients(self, batch: Any) -> list[float]:
-        """Forward and backward of each part of this process's images; return the losses."""
+    def _gradients(self, batch: Any) -> torch.Tensor:
+        """Forward and backward of each part of this process's images; return the losses, float64."""
         losses = []
         for number in range(self.split.accumulate):
             last = number == self.split.accumulate - 1
@@ -267,7 +267,7 @@ class Trainer:
                 loss = self._loss(batch, number)
                 (loss / self.split.accumulate).backward()
             losses.append(loss.detach())
-        return torch.stack(losses).double().tolist()
+        return torch.stack(losses).double()
 
     def _loss(self, batch: Any, number: int) -> torch.Tensor:
         size = self.share // self.split.accumulate
@@ -277,10 +277,10 @@ class Trainer:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bfloat16):
             return self.task.loss(self.network, batch, number * size, span)
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> torch.Tensor:
         grads = [p.grad for p in self.task.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).double()
 
     def _not_finite(self, batch: Any, losses: torch.Tensor, lr: float) -> None:
         config, step = self.task.config, self.outcome.step + 1
