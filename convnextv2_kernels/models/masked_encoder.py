@@ -1,6 +1,6 @@
 """The FCMAE encoder on dense maps that are multiplied by the mask, in plain PyTorch (ConvNeXt V2 paper, A.2).
 
-It computes what the sparse encoder computes, hidden sites besides: the opponent of Table 1 and Figure 8, for
+It computes what the sparse encoder computes, hidden sites besides: the opponent of Figure 6, for
 comparisons and as a check. Hidden pixels are zero from the start, so that not even a NaN among them gets through.
 """
 

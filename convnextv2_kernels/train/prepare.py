@@ -120,7 +120,9 @@ def write_settings(options: Options, config: RunConfig) -> None:
     rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
     resolved = {
         "config": config.to_dict(),
-        "recipe": {"name": options.resolved.recipe, "origins": options.resolved.origins},
+        "recipe": {
+            "name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins,
+        },
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }

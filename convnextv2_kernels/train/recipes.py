@@ -15,17 +15,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values by option name, where they are from, and which of them are assumptions."""
+    """Values by option name, where they are from, and which of them are assumptions. ``origins`` names the values that
+    are from elsewhere than ``source``."""
 
     source: str
     values: Mapping[str, Any]
     note: str = ""
     assumed: tuple[str, ...] = field(default=())
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def but(self, source: str, note: str = "", assumed: tuple[str, ...] | None = None, **values: Any) -> "Recipe":
-        """The same recipe with other values."""
+        """Another recipe of ``source``, which differs in ``values``."""
         kept = tuple(name for name in self.assumed if name not in values) if assumed is None else assumed
-        return Recipe(source, {**self.values, **values}, note, kept)
+        origins = {name: origin for name, origin in self.origins.items() if name not in values}
+        return Recipe(source, {**self.values, **values}, note, kept, origins)
 
 
 # ---- pre-training ----
@@ -40,6 +43,10 @@ _SCRIPT = Recipe(
     },
     "64 images is the script's batch of one GPU; GRN, biases, norms and the mask token do not decay, and GRN is per "
     "image, as in the paper's Algorithm 1",
+    origins={
+        "decay": "choice of this program", "grn_scope": "paper Algorithm 1",
+        **dict.fromkeys(("min_lr", "clip_grad", "ema_decay", "precision"), "official main_pretrain.py"),
+    },
 )  # fmt: skip
 
 PRETRAIN: dict[str, Recipe] = {
@@ -64,12 +71,18 @@ _FINETUNE = {
     "layer_decay_kind": "single", "aa": "rand-m9-mstd0.5-inc1", "color_jitter": None, "reprob": 0.25, "hflip": 0.5,
     "crop_scale": 0.08, "mix_prob": 1.0, "switch_prob": 0.5, "head_init_scale": 1e-3, "precision": "float32",
 }  # fmt: skip
+# Of these the tables say nothing.
+_BY_SCRIPT = dict.fromkeys(
+    ("min_lr", "clip_grad", "color_jitter", "reprob", "hflip", "crop_scale", "mix_prob", "switch_prob", "precision"),
+    "official main_finetune.py",
+) | {"layer_decay_kind": "paper A.2"}
 _SMALL = Recipe(
     "paper Table 9",
     {
         **_FINETUNE, "blr": 2e-4, "epochs": 600, "warmup_epochs": 0.0, "layer_decay": 0.9, "weight_decay": 0.3,
         "drop_path": 0.1, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.2,
     },
+    origins=_BY_SCRIPT,
 )  # fmt: skip
 _TINY = Recipe(
     "paper Table 10 and official TRAINING.md",
@@ -77,6 +90,7 @@ _TINY = Recipe(
         **_FINETUNE, "blr": 8e-4, "epochs": 300, "warmup_epochs": 40.0, "layer_decay": 0.9, "weight_decay": 0.05,
         "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
     },
+    origins=_BY_SCRIPT,
 )  # fmt: skip
 _BASE = _TINY.but(
     "official TRAINING.md",
@@ -84,7 +98,7 @@ _BASE = _TINY.but(
     blr=6.25e-4, epochs=100, warmup_epochs=20.0, layer_decay=0.6, layer_decay_kind="group", drop_path=0.1,
 )  # fmt: skip
 _LARGE = _BASE.but(
-    "paper Table 11, learning rate as official TRAINING.md has it for base",
+    "paper Table 11",
     "Table 11 gives base and large one learning rate, ten times the documented one (recipe convnextv2_large-paper)",
     assumed=("blr",), drop_path=0.2, blr=6.25e-4,
 )  # fmt: skip
@@ -150,13 +164,15 @@ class Resolved:
     recipe: str
     values: dict[str, Any]
     origins: dict[str, str]
+    note: str = ""
 
     def lines(self) -> list[str]:
         """A table for the terminal: name, value, origin."""
         width = max(map(len, self.origins))
         shown = {name: _show(self.values[name]) for name in self.origins}
         column = max(map(len, shown.values()))
-        return [f"  {name:<{width}}  {shown[name]:<{column}}  {self.origins[name]}" for name in self.origins]
+        lines = [f"  {name:<{width}}  {shown[name]:<{column}}  {self.origins[name]}" for name in self.origins]
+        return [*lines, f"  ({self.note})"] if self.note else lines
 
 
 def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) -> Resolved:
@@ -171,8 +187,8 @@ def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) 
     if name not in recipes:
         raise ValueError(f"--recipe must be one of {', '.join(recipes)}; got {name!r}")
     recipe = recipes[name]
-    values, origins = dict(recipe.values), {key: recipe.source for key in recipe.values}
-    origins.update((key, "assumed: stated neither in the paper nor in the official code") for key in recipe.assumed)
+    values, origins = dict(recipe.values), {key: recipe.origins.get(key, recipe.source) for key in recipe.values}
+    origins.update((key, "assumed, as for the nearest size") for key in recipe.assumed)
     for key, value in given.items():
         if key in values and value is not None:
             values[key], origins[key] = tuple(value) if isinstance(value, list) else value, "given"
@@ -185,7 +201,7 @@ def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) 
         share = recipe.values["warmup_epochs"] / recipe.values["epochs"]
         values["warmup_epochs"] = share * values["epochs"]
         origins["warmup_epochs"] = f"{share:.1%} of the epochs, as in the recipe"
-    return Resolved(name, values, origins)
+    return Resolved(name, values, origins, recipe.note)
 
 
 def _show(value: Any) -> str:
