@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..backends import use_backend
 from ..layout import random_mask
 from ..models import create_fcmae
 from .masked_dense import PATCH, MaskedDenseFCMAE, Variant
@@ -25,8 +26,8 @@ class Arm:
     variant: Variant | None = None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss and prediction, under CPU autocast where the batch asks for it."""
-        with torch.autocast("cpu", batch.dtype, enabled=batch.autocast):
+        """Loss and prediction, under autocast of the batch's device where the batch asks for it."""
+        with torch.autocast(batch.images.device.type, batch.dtype, enabled=batch.autocast):
             return self.run(batch.images, batch.mask)
 
     def step(self, batch: Batch) -> None:
@@ -57,8 +58,18 @@ class Batch:
         return Batch(self.images.double(), self.mask, torch.float64)
 
 
-def make_batch(size: int, img_size: int, seed: int, dtype: torch.dtype = torch.float32) -> Batch:
-    """Random images and FCMAE masks (19 of 49 patches visible at 224 px), the same for one seed."""
+def make_batch(
+    size: int,
+    img_size: int,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    mask_ratio: float = 0.6,
+) -> Batch:
+    """Random images and FCMAE masks (19 of 49 patches visible at 224 px and ratio 0.6).
+
+    They are drawn on the CPU, so that one seed means the same batch on every device.
+    """
     if size < 1:
         raise ValueError(f"batch size is {size}, expected at least 1")
     if img_size < PATCH or img_size % PATCH:
@@ -66,10 +77,11 @@ def make_batch(size: int, img_size: int, seed: int, dtype: torch.dtype = torch.f
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 3, img_size, img_size, generator=generator)
     side = img_size // PATCH
-    return Batch(images, random_mask(size, (side, side), generator=generator), dtype)
+    mask = random_mask(size, (side, side), mask_ratio, generator=generator)
+    return Batch(images.to(device), mask.to(device), dtype)
 
 
-def make_sparse(model_name: str, seed: int) -> Arm:
+def make_sparse(model_name: str, seed: int, device: str = "cpu") -> Arm:
     """Our FCMAE with random weights.
 
     GRN starts at zero in training, which would hide half of its backward pass from the correctness
@@ -83,7 +95,8 @@ def make_sparse(model_name: str, seed: int) -> Arm:
             if parameter.numel() == max(parameter.shape):
                 parameter.add_(noise, alpha=0.2)
             else:
-                parameter.copy_(noise * 0.02)
+                parameter.copy_(noise.mul_(0.02))
+    model.to(device)
 
     def run(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         loss, pred, _ = model(images, mask)
@@ -92,8 +105,21 @@ def make_sparse(model_name: str, seed: int) -> Arm:
     return Arm(SPARSE, model, run)
 
 
+def served_by(sparse: Arm, backend: str) -> Arm:
+    """The sparse arm computed by one backend; the model is the same object."""
+
+    def run(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        with use_backend(backend):
+            return sparse.run(images, mask)
+
+    return Arm(f"{SPARSE} {backend}", sparse.model, run)
+
+
 def make_dense(sparse: Arm, variants: Sequence[Variant]) -> list[Arm]:
-    """Masked dense arms with the weights of the sparse one; nothing is compiled before it runs."""
+    """Masked dense arms with the weights of the sparse one; nothing is compiled before it runs.
+
+    Weights are the sparse arm's own tensors, but for convolutions whose memory format differs.
+    """
     state = sparse.model.state_dict()
     models: dict[tuple[str, str], MaskedDenseFCMAE] = {}
     arms = []
@@ -109,6 +135,7 @@ def make_dense(sparse: Arm, variants: Sequence[Variant]) -> list[Arm]:
 
 def make_truth(sparse: Arm) -> Arm:
     """The masked dense network in float64."""
-    state = {key: value.double() for key, value in sparse.model.state_dict().items()}
+    # A tensor of its own also where the model is in float64 already: its gradients are dropped.
+    state = {key: value.to(torch.float64, copy=True) for key, value in sparse.model.state_dict().items()}
     model = MaskedDenseFCMAE.from_state_dict(state)
     return Arm("float64", model, model)

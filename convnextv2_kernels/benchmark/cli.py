@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib
 import importlib.util
 import sys
 import time
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 
 from ..models import CONFIGS
-from . import machine, report
+from . import arguments, machine, report
+from .device import DEVICES, default_device
 from .gate import GateError
 from .masked_dense import PATCH
 from .op_bench import measure_ops
@@ -22,8 +24,13 @@ from .options import DTYPES, Budget, Options
 from .step import measure_step
 
 PROG = "python -m convnextv2_kernels bench"
-PREFIX = "convnextv2_"
-QUICK = {"models": (PREFIX + "atto",), "batch_size": 2, "repeats": 3, "compile": False}
+QUICK = {"models": ("convnextv2_atto",), "batch_size": 2, "repeats": 3, "compile": False}
+# Flag, the module whose main() runs the mode, and what it does.
+MODES = {
+    "--figure6": ("figure6_cli", "the paper's Figure 6: every size against masked dense PyTorch"),
+    "--scaling": ("scaling_cli", "time and memory by batch, image size and mask ratio"),
+    "--compare": ("compare", "two result files side by side"),
+}
 # Of the time that is left when a model's turn comes, where ops follow.
 STEP_SHARE = 0.6
 
@@ -36,39 +43,40 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure the FCMAE training step and each op against masked dense PyTorch, "
         "after checking that both compute the same.",
         epilog="Writes one JSON file and one PNG to --output and prints tables. Exit code 1: the "
-        "results disagree, and nothing was timed.",
+        "results disagree, and nothing was timed. Other modes, each with a --help of its own: "
+        + "; ".join(f"{flag}, {what}" for flag, (_, what) in MODES.items()) + ".",
     )
-    sizes = ", ".join(name.removeprefix(PREFIX) for name in CONFIGS)
-    names = " ".join(name.removeprefix(PREFIX) for name in default.models)
+    sizes = ", ".join(arguments.short(name) for name in CONFIGS)
+    names = " ".join(arguments.short(name) for name in default.models)
     parser.add_argument(
         "--models",
         nargs="+",
-        type=_model,
+        type=arguments.model,
         metavar="SIZE",
         help=f"of {sizes} (default: {names})",
     )
     parser.add_argument(
         "--batch-size",
-        type=_positive,
+        type=arguments.positive,
         metavar="N",
         help=f"images per step (default: {default.batch_size})",
     )
     parser.add_argument(
         "--img-size",
-        type=_image_size,
+        type=arguments.image_size,
         metavar="S",
         help=f"side of the images in pixels, a multiple of {PATCH} (default: {default.img_size})",
     )
     parser.add_argument(
         "--repeats",
-        type=_positive,
+        type=arguments.positive,
         metavar="N",
         help=f"timed rounds; each runs every arm once (default: {default.repeats})",
     )
     parser.add_argument(
         "--ops",
         action=argparse.BooleanOptionalAction,
-        help="also measure each op (default: yes)",
+        help="--ops: only each op, beside what the machine could do at most; --no-ops: only the step (default: both)",
     )
     parser.add_argument(
         "--compile",
@@ -78,10 +86,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help=f"bfloat16: CPU autocast on both sides (default: {default.dtype})",
+        help=f"bfloat16: autocast on both sides (default: {default.dtype})",
     )
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="of PyTorch (default: its own choice)"
+        "--device", choices=DEVICES, help="default: cuda where there is a GPU, else cpu"
+    )
+    parser.add_argument(
+        "--threads", type=arguments.positive, metavar="N", help="of PyTorch (default: its own choice)"
     )
     parser.add_argument("--seed", type=int, help=f"of weights and inputs (default: {default.seed})")
     parser.add_argument(
@@ -97,42 +108,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--time-budget",
-        type=_seconds,
+        type=arguments.seconds,
         metavar="SECONDS",
         help="stop starting new measurements after this time; at least three rounds of the step "
         "are always timed, and what was skipped is named (default: none)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _image_size(text: str) -> int:
-    size = _positive(text)
-    if size % PATCH:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of {PATCH}")
-    return size
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
-    return seconds
-
-
-def _model(text: str) -> str:
-    name = text if text.startswith(PREFIX) else PREFIX + text
-    if name not in CONFIGS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(CONFIGS)}")
-    return name
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -142,11 +123,23 @@ def parse_options(argv: Sequence[str]) -> Options:
         given = {**QUICK, **given}
     if "models" in given:
         given["models"] = tuple(dict.fromkeys(given["models"]))
-    return Options(**given)
+    # --ops alone asks for them and nothing else
+    given.setdefault("device", default_device())
+    return Options(**given, step=not given.get("ops", False))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the benchmark; returns the exit code: 0, 1 (correctness gate red) or 2 (bad input)."""
+    """Run the benchmark or another of its modes; returns the exit code.
+
+    0, 1 (correctness gate red) or 2 (bad input); the modes' own may differ.
+    """
+    modes = [argument for argument in argv if argument in MODES]
+    if len(modes) > 1:
+        print(f"{' and '.join(modes)} exclude each other, expected one mode", file=sys.stderr)
+        return 2
+    if modes:
+        module = importlib.import_module(f".{MODES[modes[0]][0]}", __package__)
+        return module.main([argument for argument in argv if argument != modes[0]])
     options = parse_options(argv)
     threads = torch.get_num_threads()
     try:
@@ -176,30 +169,40 @@ def _run(options: Options) -> int:
 
     parameters = {**dataclasses.asdict(options), "output": None}
     parameters = {key: value for key, value in parameters.items() if value is not None}
-    result: dict = {"machine": machine.describe(), "parameters": parameters, "step": [], "ops": {}}
+    result: dict = {"kind": "bench", "machine": machine.describe(options.device), "parameters": parameters}
+    result |= {"step": [], "ops": {}}
     _warn_if_busy(log, result["machine"])
     budget = Budget(options.time_budget)
     for done, model in enumerate(options.models):
         turn = budget.part(1 / (len(options.models) - done))
         step_budget = turn.part(STEP_SHARE) if options.ops else turn
-        step = measure_step(model, options, step_budget, log)
-        ops = measure_ops(model, options, turn, log) if options.ops else None
-        report.print_step(console, step, parameters, result["machine"]["threads"])
-        result["step"].append(step)
-        if ops is not None:
-            report.print_ops(console, model, ops)
-            result["ops"][model] = ops
+        if options.step:
+            step = measure_step(model, options, step_budget, log)
+            result["step"].append(step)
+        if options.ops:
+            result["ops"][model] = measure_ops(model, options, turn, log)
+        if options.step:
+            report.print_step(console, step, parameters, result["machine"]["threads"])
+        if options.ops:
+            report.print_ops(console, model, result["ops"][model])
     result["seconds"] = round(time.perf_counter() - began, 1)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = options.output / f"bench-{stamp}.json"
     report.write_report(path, result)
     console.print(f"Results: {path}", soft_wrap=True)
     if draw:
+        from .ops_plot import save_limits
         from .plot import save_plot
 
-        picture = path.with_suffix(".png")
-        save_plot(picture, result["step"], parameters, result["machine"])
-        console.print(f"Picture: {picture}", soft_wrap=True)
+        pictures = []
+        if options.step:
+            pictures.append(path.with_suffix(".png"))
+            save_plot(pictures[-1], result["step"], parameters, result["machine"])
+        if any(ops["rows"] for ops in result["ops"].values()):
+            pictures.append(path.with_name(f"{path.stem}-ops.png"))
+            save_limits(pictures[-1], result["ops"], parameters, result["machine"])
+        for picture in pictures:
+            console.print(f"Picture: {picture}", soft_wrap=True)
     else:
         console.print("No picture: matplotlib is not installed (pip install matplotlib).")
     return 0

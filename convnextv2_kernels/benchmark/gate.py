@@ -13,7 +13,7 @@ images with one visible patch), while a wrong program is off by orders of magnit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +63,46 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 def compare(
     truth: Mapping[str, Tensor],
-    dense: Sequence[Mapping[str, Tensor]],
+    dense: Iterable[Mapping[str, Tensor]],
     sparse: Mapping[str, Tensor],
     floor: float,
 ) -> list[Comparison]:
-    """Errors and bounds of every named result of ``truth``."""
-    rows = []
-    for name, expected in truth.items():
-        dense_error = max(relative_error(results[name], expected) for results in dense)
-        sparse_error = relative_error(sparse[name], expected)
-        rows.append(Comparison(name, sparse_error, dense_error, FACTOR * dense_error + floor))
-    return rows
+    """Errors and bounds of every named result of ``truth``.
+
+    ``dense`` is gone through once; where it is a generator, one arm's results are alive at a time.
+    """
+    return _judge(truth, _worst_errors(truth, dense), sparse, floor)
+
+
+def _worst_errors(
+    truth: Mapping[str, Tensor], dense: Iterable[Mapping[str, Tensor]]
+) -> dict[str, float]:
+    # Not max(): of a NaN and a number it gives whichever comes first, and a NaN must be seen.
+    worst = dict.fromkeys(truth, 0.0)
+    for results in dense:
+        for name, expected in truth.items():
+            error = relative_error(results[name], expected)
+            if error > worst[name] or math.isnan(error):
+                worst[name] = error
+        del results
+    return worst
+
+
+def _judge(
+    truth: Mapping[str, Tensor],
+    dense_errors: Mapping[str, float],
+    sparse: Mapping[str, Tensor],
+    floor: float,
+) -> list[Comparison]:
+    return [
+        Comparison(
+            name,
+            relative_error(sparse[name], expected),
+            dense_errors[name],
+            FACTOR * dense_errors[name] + floor,
+        )
+        for name, expected in truth.items()
+    ]
 
 
 def require(rows: Sequence[Comparison], subject: str) -> dict:
@@ -104,19 +133,25 @@ def results_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
     for name, parameter in arm.model.named_parameters():
         if parameter.grad is None:
             raise GateError(f"arm {arm.name!r}: parameter {name} has no gradient")
-        results["gradient of " + name] = parameter.grad.clone()
+        results["gradient of " + name] = parameter.grad  # the step below lets go of it
     arm.model.zero_grad(set_to_none=True)
     return results
 
 
 def check_fcmae(sparse: Arm, dense: Sequence[Arm], batch: Batch, images: int = 2) -> dict:
     """Gate of the FCMAE step on the first ``images`` images; raises GateError when red."""
+    return check_arms([sparse], dense, batch, images)[sparse.name]
+
+
+def check_arms(
+    sparse: Sequence[Arm], dense: Sequence[Arm], batch: Batch, images: int = 2
+) -> dict[str, dict]:
+    """:func:`check_fcmae` of several arms that share their weights, by name; the truth is computed once."""
     few = batch.head(images)
-    truth = results_of(make_truth(sparse), few.to_float64())
-    rows = compare(
-        truth,
-        [results_of(arm, few) for arm in dense],
-        results_of(sparse, few),
-        rounding_floor(64 * int((~few.mask).sum()), batch.dtype),
-    )
-    return require(rows, "FCMAE step")
+    truth = results_of(make_truth(sparse[0]), few.to_float64())
+    dense_errors = _worst_errors(truth, (results_of(arm, few) for arm in dense))
+    floor = rounding_floor(64 * int((~few.mask).sum()), batch.dtype)
+    return {
+        arm.name: require(_judge(truth, dense_errors, results_of(arm, few), floor), f"FCMAE step, {arm.name}")
+        for arm in sparse
+    }

@@ -12,6 +12,7 @@ import torch
 
 from .. import backends
 from ..version import __version__
+from .device import gpu_name
 
 _VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_")
 _VARIABLES += ("GLIBC_TUNABLES", "CONVNEXTV2_KERNELS_")
@@ -71,23 +72,25 @@ def git_commit() -> dict | None:
     return {"commit": commit, "modified": bool(changes)}
 
 
-def backend_table() -> dict[str, dict[str, str]]:
-    """For each backend and dtype on a CPU: "yes", or why it cannot serve; and the one in use."""
+def backend_table(device: str = "cpu") -> dict[str, dict[str, str]]:
+    """For each backend and dtype on a device: "yes", or why it cannot serve."""
     table: dict[str, dict[str, str]] = {}
     for name in ("reference", "cpu", "cuda", "triton"):
         table[name] = {}
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            reason = backends.why_not(name, "cpu", dtype)
+            reason = backends.why_not(name, device, dtype)
             table[name][str(dtype).removeprefix("torch.")] = reason or "yes"
     return table
 
 
-def describe() -> dict:
-    """JSON-ready description of the machine and the software."""
+def describe(device: str = "cpu") -> dict:
+    """JSON-ready description of the machine, the device in use and the software."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "cpu": cpu_model(),
         "architecture": platform.machine(),
+        "device": device,
+        "gpu": gpu_name(device),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_bytes": ram_bytes(),
@@ -99,7 +102,7 @@ def describe() -> dict:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "package": __version__,
         "backend": backends.forced(),
-        "backends": backend_table(),
+        "backends": backend_table(device),
         "git": git_commit(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
     }

@@ -218,18 +218,21 @@ class MaskedDenseFCMAE(nn.Module):
         norm_pix_loss: bool = True,
         variant: Variant | None = None,
     ) -> MaskedDenseFCMAE:
-        """The network with the sizes, weights (copied) and dtype of an FCMAE state_dict."""
+        """The network with the sizes, weights (the same memory where the format allows) and dtype of
+        an FCMAE state_dict."""
         depths, dims = encoder_sizes(state)
-        model = cls(
-            depths,
-            dims,
-            in_chans=state["encoder.downsample_layers.0.0.weight"].shape[1],
-            decoder_embed_dim=state["mask_token"].shape[1],
-            decoder_depth=len({key.split(".")[1] for key in state if key.startswith("decoder.")}),
-            norm_pix_loss=norm_pix_loss,
-            variant=variant,
-        ).to(state["mask_token"].dtype)
-        model.load_state_dict(state)
+        # Without memory of its own: several variants of a large model are alive at once.
+        with torch.device("meta"):
+            model = cls(
+                depths,
+                dims,
+                in_chans=state["encoder.downsample_layers.0.0.weight"].shape[1],
+                decoder_embed_dim=state["mask_token"].shape[1],
+                decoder_depth=len({key.split(".")[1] for key in state if key.startswith("decoder.")}),
+                norm_pix_loss=norm_pix_loss,
+                variant=variant,
+            )
+        model.load_state_dict(state, assign=True)
         return model.to(memory_format=model.memory_format)
 
     def encode(self, images: Tensor, mask: Tensor) -> Tensor:

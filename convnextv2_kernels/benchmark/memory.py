@@ -32,7 +32,8 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -
     node keeps without ``save_for_backward`` is invisible here; the tests hold this count against
     that of PyTorch's allocator.
     """
-    excluded = {t.untyped_storage().data_ptr() for t in exclude}
+    # By storage object, not by address: tensors on the meta device have none.
+    excluded = {t.untyped_storage()._cdata for t in exclude}
     # Weak: what a dropped part of the graph saved is gone by the time backward starts.
     packed: weakref.WeakSet[_Packed] = weakref.WeakSet()
 
@@ -46,8 +47,8 @@ def saved_bytes(forward: Callable[[], Tensor], exclude: Iterable[Tensor] = ()) -
     sizes = {}
     for item in list(packed):
         storage = item.tensor.untyped_storage()
-        if storage.data_ptr() not in excluded:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in excluded:
+            sizes[storage._cdata] = storage.nbytes()
     loss.backward()
     return sum(sizes.values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..layout import PatchLayout, random_mask
 from ..models import get_config
-from . import counts
+from . import ceilings, counts
 from .arms import SPARSE
+from .device import synchronized
 from .gate import compare, require, rounding_floor
 from .masked_dense import MEMORY_FORMATS, PATCH, keep_map
 from .op_specs import SPECS, OpSpec, parameter_shapes
@@ -34,10 +35,11 @@ class OpArm:
     leaves: dict[str, Tensor]
     cotangent: Tensor
     autocast: bool
+    device: str = "cpu"
 
     def forward_backward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output and gradients of all leaves."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             output = self.run()
         return output, torch.autograd.grad(output, list(self.leaves.values()), self.cotangent)
 
@@ -67,7 +69,7 @@ class OpCase:
         spec: the op.
         width: channels of the stage.
         side: sites along one side of a patch in the stage.
-        mask: [N, Gh, Gw] bool, True = hidden.
+        mask: [N, Gh, Gw] bool, True = hidden; the case lives on its device.
         dtype: float32, or bfloat16 for autocast with bfloat16 activations and float32 parameters.
         seed: of inputs and parameters.
     """
@@ -79,21 +81,22 @@ class OpCase:
         generator = torch.Generator().manual_seed(seed)
         n, gh, gw = mask.shape
         shape = (n, gh * side, gw * side, spec.factor * width)
+        device = mask.device
         keep = keep_map(mask, side, torch.float32)
         # Rounded to the dtype of the activations once, so that float64 starts from the same values.
-        x = torch.randn(shape, generator=generator) * keep
+        x = torch.randn(shape, generator=generator).to(device) * keep
         self.x = x.to(dtype).to(torch.float32)
         self.keep = keep_map(mask, side // spec.stride, torch.float32)
         self.parameters = {}
         for name in spec.parameters:
             size = parameter_shapes(width)[name]
-            value = torch.randn(size, generator=generator)
+            value = torch.randn(size, generator=generator).to(device)
             fan_in = value[0].numel() if len(size) > 1 else 1
             scale = 0.2 if len(size) == 1 else fan_in**-0.5
             self.parameters[name] = scale * value + (1.0 if name == "ln_weight" else 0.0)
         with torch.no_grad():
             output = self._dense_output(next(iter(spec.dense)))
-            cotangent = torch.randn(output.shape, generator=generator) * self.keep
+            cotangent = torch.randn(output.shape, generator=generator).to(device) * self.keep
             self.cotangent = cotangent.to(dtype).to(torch.float32)
         self.layout = PatchLayout.from_mask(mask)
 
@@ -114,7 +117,7 @@ class OpCase:
         def run() -> Tensor:
             return self.spec.sparse(leaves["x"], leaves, self.layout)
 
-        return OpArm(run, leaves, cotangent, self._autocast)
+        return OpArm(run, leaves, cotangent, self._autocast, self.mask.device.type)
 
     def dense_arm(self, name: str, dtype: torch.dtype | None = None) -> OpArm:
         """The plain PyTorch peer called ``name``; with ``dtype`` float64 it is the gate's truth."""
@@ -128,8 +131,9 @@ class OpCase:
         def run() -> Tensor:
             return function(leaves["x"], leaves, keep)
 
-        arm = OpArm(run, leaves, self.cotangent, self._autocast and not exact)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=arm.autocast):
+        autocast, device = self._autocast and not exact, self.mask.device.type
+        arm = OpArm(run, leaves, self.cotangent, autocast, device)
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
             # In the strides of the output, as the gradient of a next layer would come.
             arm.cotangent = torch.empty_like(run()).copy_(self.cotangent)
         return arm
@@ -177,11 +181,17 @@ class OpCase:
 
 
 def stage_cases(
-    model_name: str, batch_size: int, img_size: int, dtype: torch.dtype, seed: int
-) -> Sequence[OpCase]:
+    model_name: str,
+    batch_size: int,
+    img_size: int,
+    dtype: torch.dtype,
+    seed: int,
+    device: str = "cpu",
+) -> Iterator[OpCase]:
     """Every op on every stage of a model, built one at a time (their inputs are large)."""
     side = img_size // PATCH
     mask = random_mask(batch_size, (side, side), generator=torch.Generator().manual_seed(seed))
+    mask = mask.to(device)
     for stage, width in enumerate(get_config(model_name).dims):
         for spec in SPECS:
             if (8 >> stage) >= spec.stride:
@@ -191,11 +201,18 @@ def stage_cases(
 def measure_ops(
     model_name: str, options: Options, budget: Budget, log: Callable[[str], None]
 ) -> dict:
-    """Check, then time every op of a model. Raises GateError before timing when one disagrees."""
+    """Check, then time every op of a model beside its limits, measured before and after.
+
+    Raises GateError before timing when one disagrees.
+    """
+    from .peers import peer_arms  # here, because it imports this module
+
     few = min(GATE_IMAGES, options.batch_size)
-    shape = (options.img_size, options.torch_dtype, options.seed)
+    shape = (options.img_size, options.torch_dtype, options.seed, options.device)
     log(f"{model_name}: comparing every op with float64")
     gates = [case.check() for case in stage_cases(model_name, few, *shape)]
+    log(f"{model_name}: what this machine can do at most")
+    limits = ceilings.measure(options.device, options.torch_dtype)
     rows, skipped = [], []
     for case in stage_cases(model_name, options.batch_size, *shape):
         if budget.spent:
@@ -203,24 +220,53 @@ def measure_ops(
             continue
         log(f"{model_name}: {case.spec.name} {case.label}")
         floor = 0.0 if options.quick else MIN_SECONDS
-        rows.append(measure_case(case, options.repeats, budget, floor))
-    return {"gate_cases": len(gates), "rows": rows, "skipped": skipped}
+        engines, left_out = peer_arms(case)
+        row = measure_case(case, options.repeats, budget, floor, engines)
+        rows.append({**row, "engines_left_out": left_out} if left_out else row)
+    if not options.quick:
+        limits = limits.best(ceilings.measure(options.device, options.torch_dtype))
+    for row in rows:
+        _hold_against(row, limits)
+    return {"gate_cases": len(gates), "ceilings": limits.to_json(), "rows": rows, "skipped": skipped}
+
+
+def _hold_against(row: dict, limits: ceilings.Ceilings) -> None:
+    """Add to each arm of a row the least time of its counted work, and the share of its time that this is."""
+    for name, arm in row["arms"].items():
+        if "comparable" in arm:
+            continue  # another engine, whose own limits nobody here counts
+        work = counts.Work(**row["work"][SPARSE if name == SPARSE else "dense"])
+        least = limits.limit_ms(work)
+        arm |= {"limit_ms": least, "share": least / arm["median_ms"], "bound": limits.bound(work)}
 
 
 def measure_case(
-    case: OpCase, repeats: int, budget: Budget, min_seconds: float = MIN_SECONDS
+    case: OpCase,
+    repeats: int,
+    budget: Budget,
+    min_seconds: float = MIN_SECONDS,
+    engines: Mapping[str, OpArm] | None = None,
 ) -> dict:
-    """Time the arms of one case, interleaved; JSON-ready, with rates by counted work."""
-    arms = case.arms()
+    """Time the arms of one case, interleaved; JSON-ready, with rates by counted work.
+
+    ``engines`` are arms of other sparse engines (:mod:`.peers`), timed beside ours and the dense ones and flagged
+    ``comparable`` or not; the ratio is against dense PyTorch all the same.
+    """
+    engines = engines or {}
+    arms = {**case.arms(), **engines}
     # Two warm rounds; the second, without one-time set-up, tells how many calls make a sample and
     # how many rounds are affordable.
     calls = {}
     for _ in range(2):
         for name, arm in arms.items():
             start = budget.clock()
-            arm.forward_backward()
+            synchronized(arm.forward_backward, case.mask.device.type)()
             calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(budget.clock() - start, 1e-9)))
-    steps = {name: repeated(arm.forward_backward, calls[name]) for name, arm in arms.items()}
+    device = case.mask.device.type
+    steps = {
+        name: synchronized(repeated(arm.forward_backward, calls[name]), device)
+        for name, arm in arms.items()
+    }
     start = budget.clock()
     for step in steps.values():
         step()
@@ -230,10 +276,12 @@ def measure_case(
         name: {**summarize([t / calls[name] for t in times]), "calls_per_sample": calls[name]}
         for name, times in samples.items()
     }
+    dense = [name for name in results if name != SPARSE and name not in engines]
     for name, result in results.items():
-        work = case.work(dense=name != SPARSE)
-        result["rates"] = work.rates(result["median_ms"])
-    dense = [name for name in results if name != SPARSE]
+        if name in engines:
+            result["comparable"] = engines[name].comparable
+        if result.get("comparable", True):  # another operation has other work
+            result["rates"] = case.work(dense=name in dense).rates(result["median_ms"])
     fastest = min(dense, key=lambda name: results[name]["median_ms"])
     return {
         "op": case.spec.name,

@@ -20,9 +20,11 @@ class Options:
     batch_size: int = 8
     img_size: int = 224
     repeats: int = 10
+    step: bool = True
     ops: bool = True
     compile: bool = True
     dtype: str = "float32"
+    device: str = "cpu"
     threads: int | None = None
     output: Path = Path("bench_output")
     time_budget: float | None = None

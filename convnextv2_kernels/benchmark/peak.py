@@ -7,21 +7,33 @@ import json
 
 import torch
 
-from .arms import SPARSE, make_batch, make_dense, make_sparse
+from .. import backends
+from .arms import SPARSE, make_batch, make_dense, make_sparse, served_by
+from .device import DEVICES, cuda_peak_bytes
 from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .memory import PeakUnavailable, step_peak_bytes
 
 
 def arguments_for(
-    variant: Variant | None, model_name: str, batch: int, img_size: int, dtype: str, threads: int
+    variant: Variant | None,
+    model_name: str,
+    batch: int,
+    img_size: int,
+    dtype: str,
+    threads: int,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+    mask_ratio: float = 0.6,
 ) -> list[str]:
-    """Command line of this module for an arm; None is the sparse one."""
+    """Command line of this module for an arm; variant None is the sparse one, by ``backend``."""
     arguments = ["--model", model_name, "--batch-size", str(batch), "--img-size", str(img_size)]
-    arguments += ["--dtype", dtype, "--threads", str(threads)]
-    if variant is not None:
-        arguments += ["--layout", variant.layout, "--pointwise", variant.pointwise]
-        arguments += ["--compiled"] if variant.compiled else []
-    return arguments
+    arguments += ["--dtype", dtype, "--threads", str(threads), "--device", device]
+    arguments += ["--mask-ratio", str(mask_ratio)]
+    if variant is None:
+        return [*arguments, "--backend", backend]
+    arguments += ["--layout", variant.layout, "--pointwise", variant.pointwise]
+    return arguments + (["--compiled"] if variant.compiled else [])
 
 
 def main() -> None:
@@ -31,18 +43,25 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=DEVICES, required=True)
+    parser.add_argument("--mask-ratio", type=float, required=True)
+    parser.add_argument("--backend", choices=backends.NAMES, default="auto")
     parser.add_argument("--layout", choices=list(MEMORY_FORMATS), help=f"absent: {SPARSE}")
     parser.add_argument("--pointwise", choices=POINTWISE)
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    batch = make_batch(args.batch_size, args.img_size, seed=0, dtype=getattr(torch, args.dtype))
-    arm = make_sparse(args.model, seed=0)
+    dtype = getattr(torch, args.dtype)
+    batch = make_batch(args.batch_size, args.img_size, 0, dtype, args.device, args.mask_ratio)
+    arm = make_sparse(args.model, seed=0, device=args.device)
     if args.layout is not None:
         arm = make_dense(arm, [Variant(args.layout, args.pointwise, args.compiled)])[0]
+    else:
+        arm = served_by(arm, args.backend)
     try:
-        result = {"bytes": step_peak_bytes(lambda: arm.step(batch))}
-    except PeakUnavailable as error:
+        measure = cuda_peak_bytes if args.device == "cuda" else step_peak_bytes
+        result = {"bytes": measure(lambda: arm.step(batch))}
+    except (PeakUnavailable, torch.OutOfMemoryError) as error:
         result = {"bytes": None, "reason": str(error)}
     print(json.dumps(result))
 

@@ -78,13 +78,20 @@ def _step_title(step: dict, parameters: dict, threads: int) -> str:
 
 
 def print_ops(console: Console, model: str, ops: dict) -> None:
-    """Table of one model's ops; rates are counted minimum work over measured time."""
+    """Table of one model's ops; rates are counted minimum work over measured time.
+
+    The limit is the least time of the counted work at the rates measured in the same run.
+    """
+    limits = ops["ceilings"]
+    rates = ", ".join(f"{c['gbytes']:.0f} ({mebibytes(c['traffic_bytes'])})" for c in limits["copies"])
     console.print(
         f"{model}: ops, forward and backward, of width C on patches of s x s sites\n"
-        "Dense is the fastest variant, named; rates are sparse | dense"
+        "Dense is the fastest variant, named; rates are sparse | dense; limit: share of the sparse time that its "
+        "counted work must take, m of memory, c of computing\n"
+        f"This machine at most: {limits['gflops']:.0f} GFLOP/s ({limits['product']}); GB/s by bytes moved: {rates}"
     )
     table = Table(padding=(0, 0, 0, 1))
-    for name in ("op", "C", "s", "sparse ms", "dense ms", "variant", "ratio", "GFLOP/s", "GB/s"):
+    for name in ("op", "C", "s", "sparse ms", "limit", "dense ms", "variant", "ratio", "GFLOP/s", "GB/s"):
         text = name in ("op", "variant")
         table.add_column(name, justify="left" if text else "right", no_wrap=True)
     for row in ops["rows"]:
@@ -95,6 +102,7 @@ def print_ops(console: Console, model: str, ops: dict) -> None:
             str(row["width"]),
             str(row["side"]),
             f"{sparse['median_ms']:.2f}",
+            f"{100 * sparse['share']:.0f}% {sparse['bound'][0]}",
             f"{dense['median_ms']:.2f}",
             row["fastest_dense"],
             f"{row['time_ratio']:.2f}",
@@ -102,6 +110,15 @@ def print_ops(console: Console, model: str, ops: dict) -> None:
             " | ".join(f"{rate['gbytes']:.1f}" for rate in rates),
         )
     console.print(table)
+    for row in ops["rows"]:
+        for name, arm in row["arms"].items():
+            if "comparable" in arm:
+                times = arm["median_ms"] / row["arms"][SPARSE]["median_ms"]
+                ratio = f", {times:.1f} times ours" if arm["comparable"] else ""
+                shape = f"C={row['width']} s={row['side']}"
+                console.print(f"{row['op']} {shape} by {name}: {arm['median_ms']:.2f} ms{ratio}")
+    for engine, reason in {k: v for row in ops["rows"] for k, v in row.get("engines_left_out", {}).items()}.items():
+        console.print(f"{engine} is left out: {reason}")
     if ops["skipped"]:
         console.print(f"Skipped for the time budget: {', '.join(ops['skipped'])}")
     console.print()

@@ -9,8 +9,9 @@ import torch
 
 from . import counts, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
+from .device import synchronized
 from .gate import GateError, check_fcmae, relative_error, rounding_floor
-from .masked_dense import eager_variants, encoder_sizes
+from .masked_dense import Variant, eager_variants, encoder_sizes
 from .options import Budget, Options
 from .peak import arguments_for
 from .timing import summarize, time_interleaved
@@ -23,15 +24,16 @@ def _loss(arm: Arm, batch: Batch) -> torch.Tensor:
     return arm.forward(batch)[0]
 
 
-def _saved_bytes(arm: Arm, batch: Batch) -> int:
+def step_saved_bytes(arm: Arm, batch: Batch) -> int:
+    """Bytes saved for backward by an arm's step."""
     alive = [*arm.model.parameters(), *arm.model.buffers(), batch.images, batch.mask]
     total = memory.saved_bytes(lambda: _loss(arm, batch), alive)
     arm.model.zero_grad(set_to_none=True)
     return total
 
 
-def _check_losses(arms: Sequence[Arm], batch: Batch, sparse_loss: torch.Tensor) -> None:
-    """The losses of the timed batch agree, compiled variants included."""
+def check_losses(arms: Sequence[Arm], batch: Batch, sparse_loss: torch.Tensor) -> None:
+    """The losses of the timed batch agree, compiled variants included; raises GateError otherwise."""
     floor = rounding_floor(64 * int((~batch.mask).sum()), batch.dtype)
     for arm in arms:
         error = relative_error(_loss(arm, batch).detach(), sparse_loss)
@@ -42,8 +44,12 @@ def _check_losses(arms: Sequence[Arm], batch: Batch, sparse_loss: torch.Tensor) 
             )
 
 
-def _compiled_arms(
-    sparse: Arm, batch: Batch, budget: Budget, log: Callable[[str], None]
+def compiled_arms(
+    sparse: Arm,
+    variants: Sequence[Variant],
+    batch: Batch,
+    budget: Budget,
+    log: Callable[[str], None],
 ) -> tuple[list[Arm], dict[str, str]]:
     """Compiled and warm variants, and those skipped because half of the budget was spent."""
     # The variants are instances of one class, each a recompilation to the compiler; a fresh start
@@ -51,7 +57,7 @@ def _compiled_arms(
     torch._dynamo.reset()
     arms, skipped = [], {}
     compiling = budget.part(0.5)
-    for variant in (replace(v, compiled=True) for v in eager_variants()):
+    for variant in variants:
         if compiling.spent:
             skipped[variant.name] = "time budget"
             continue
@@ -69,21 +75,23 @@ def measure_step(
 
     Returns JSON-ready results. Raises GateError, before anything is timed, when the arms disagree.
     """
-    batch = make_batch(options.batch_size, options.img_size, options.seed, options.torch_dtype)
-    sparse = make_sparse(model_name, options.seed)
+    shape = (options.batch_size, options.img_size, options.seed, options.torch_dtype)
+    batch = make_batch(*shape, options.device)
+    sparse = make_sparse(model_name, options.seed, options.device)
     eager = make_dense(sparse, eager_variants())
     log(f"{model_name}: comparing losses and gradients with float64")
     gate = check_fcmae(sparse, eager, batch)
     compiled, skipped = [], {}
     if options.compile:
-        compiled, skipped = _compiled_arms(sparse, batch, budget, log)
+        tuned = [replace(variant, compiled=True) for variant in eager_variants()]
+        compiled, skipped = compiled_arms(sparse, tuned, batch, budget, log)
     arms = [sparse, *eager, *compiled]
-    _check_losses(arms[1:], batch, _loss(sparse, batch).detach().double())
+    check_losses(arms[1:], batch, _loss(sparse, batch).detach().double())
 
     log(f"{model_name}: bytes saved for backward")
-    saved = {arm.name: _saved_bytes(arm, batch) for arm in arms}
+    saved = {arm.name: step_saved_bytes(arm, batch) for arm in arms}
     log(f"{model_name}: timing {len(arms)} arms, interleaved")
-    samples = _time(arms, batch, options.repeats, budget)
+    samples = time_arms(arms, batch, options.repeats, budget)
     results = {
         arm.name: {**summarize(samples[arm.name]), "saved_bytes": saved[arm.name], "peak": None}
         for arm in arms
@@ -98,19 +106,26 @@ def measure_step(
         "gate": gate,
         "arms": results,
         "skipped": skipped,
-        "flops": _flops(sparse, batch),
+        "flops": flops_of(sparse, batch),
         **ratios(results),
     }
 
 
-def _time(
-    arms: Sequence[Arm], batch: Batch, repeats: int, budget: Budget
+def time_arms(
+    arms: Sequence[Arm],
+    batch: Batch,
+    repeats: int,
+    budget: Budget,
+    warmup: int = WARMUP_STEPS,
+    after_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
+    """Seconds of each step by arm, warm, in interleaved rounds."""
     for arm in arms:
-        for _ in range(WARMUP_STEPS):
+        for _ in range(warmup):
             arm.step(batch)
-    steps = {arm.name: (lambda arm=arm: arm.step(batch)) for arm in arms}
-    return time_interleaved(steps, repeats, budget.deadline, budget.clock)
+    device = batch.images.device.type
+    steps = {arm.name: synchronized(lambda arm=arm: arm.step(batch), device) for arm in arms}
+    return time_interleaved(steps, repeats, budget.deadline, budget.clock, after_round)
 
 
 def _peak(arm: Arm, model_name: str, options: Options) -> dict:
@@ -121,11 +136,12 @@ def _peak(arm: Arm, model_name: str, options: Options) -> dict:
         options.img_size,
         options.dtype,
         torch.get_num_threads(),
+        device=options.device,
     )
     return memory.peak_in_subprocess(arguments, PEAK_TIMEOUT)
 
 
-def _flops(sparse: Arm, batch: Batch) -> dict[str, float]:
+def flops_of(sparse: Arm, batch: Batch) -> dict[str, float]:
     """Counted minimum of a step over visible sites, and over all sites."""
     depths, dims = encoder_sizes(sparse.model.state_dict())
     return {
@@ -172,10 +188,10 @@ def compare_fcmae_step(
     tuned = [variant for variant in eager_variants() if variant.pointwise != "plain"]
     arms = [sparse, *make_dense(sparse, tuned)]
     check_fcmae(sparse, arms[1:], batch, images=1)
-    samples = _time(arms, batch, repeats, Budget(None))
+    samples = time_arms(arms, batch, repeats, Budget(None))
     medians = {name: summarize(seconds)["median_ms"] for name, seconds in samples.items()}
     best = min(arms[1:], key=lambda arm: medians[arm.name])
-    sparse_bytes, dense_bytes = _saved_bytes(sparse, batch), _saved_bytes(best, batch)
+    sparse_bytes, dense_bytes = step_saved_bytes(sparse, batch), step_saved_bytes(best, batch)
     return {
         "sparse_ms": medians[SPARSE],
         "dense_ms": medians[best.name],

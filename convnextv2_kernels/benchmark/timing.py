@@ -14,6 +14,7 @@ def time_interleaved(
     rounds: int,
     deadline: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    after_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, by arm: every round runs each arm once.
 
@@ -21,6 +22,7 @@ def time_interleaved(
         steps: what to time, already warm.
         rounds: how many rounds.
         deadline: value of ``clock`` after which no further round starts, once three are done.
+        after_round: called when a round is over, to show progress.
     """
     if rounds < 1:
         raise ValueError(f"rounds is {rounds}, expected at least 1")
@@ -35,6 +37,8 @@ def time_interleaved(
             start = clock()
             steps[name]()
             samples[name].append(clock() - start)
+        if after_round is not None:
+            after_round()
     return samples
 
 
