@@ -6,9 +6,11 @@ import time
 
 import torch
 
+from convnextv2_kernels.benchmark.device import free_memory
+
 from .results import Recorder
 from .setting import Setting
-from .timing import Timer, free_memory, median
+from .timing import Timer, median
 
 GIB = 1 << 30
 

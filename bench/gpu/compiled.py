@@ -6,13 +6,13 @@ import time
 
 import torch
 
+from convnextv2_kernels.benchmark.device import free_memory
 from convnextv2_kernels.benchmark.masked_dense import Variant
 
 from .results import Recorder, context_lost
 from .setting import Setting, Skip, first_line
 from .step_arms import Contest, DeviceArm, Step
 from .step_timing import ratios, time_steps
-from .timing import free_memory
 
 ROUNDS = 7
 # (size, images, seconds one compilation takes about), in order of value

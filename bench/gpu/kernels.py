@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from convnextv2_kernels.benchmark.device import free_memory
+
 from .cases import DRY_STAGES, SHARE_FROM_US, Case, stage_shapes
 from .ceilings import GIB, copy_rate
 from .conv_cases import dense_cases, packed_cases
@@ -12,7 +14,7 @@ from .parameter_cases import parameter_cases
 from .results import Recorder
 from .row_cases import copy_cases, mlp_cases, norm_cases
 from .setting import Setting
-from .timing import Timer, cold_sets, free_memory, median, trim_memory, warm_calls
+from .timing import Timer, cold_sets, median, trim_memory, warm_calls
 
 PLAN = (("tiny", 256), ("tiny", 64), ("atto", 256), ("atto", 64))
 

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 
 from convnextv2_kernels import backends
+from convnextv2_kernels.benchmark.device import free_memory
 from convnextv2_kernels.benchmark.gate import results_of
 from convnextv2_kernels.benchmark.masked_dense import MEMORY_FORMATS, eager_variants
 
@@ -13,7 +14,6 @@ from .results import Recorder, context_lost
 from .setting import Setting, Skip, first_line
 from .step_arms import AMP, GATE_IMAGES, Contest, Step
 from .step_timing import fastest, ratios, time_steps
-from .timing import free_memory
 from .triton_setup import compile_ahead
 
 # (size, images, seconds it takes about), in order of value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.benchmark.arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, make_truth
+from convnextv2_kernels.benchmark.arms import SPARSE, Arm, make_batch, make_dense, make_sparse, make_truth
 from convnextv2_kernels.benchmark.gate import GateError, compare, relative_error, require, results_of, rounding_floor
 from convnextv2_kernels.benchmark.masked_dense import Variant
 
@@ -33,10 +33,6 @@ class DeviceArm(Arm):
     def native(self) -> DeviceArm:
         """The same arm with PyTorch's own convolutions."""
         return DeviceArm(f"{self.name} native", self.model, self.run, self.variant, cudnn=False)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.autocast(batch.images.device.type, batch.dtype, enabled=batch.autocast):
-            return self.run(batch.images, batch.mask)
 
 
 @dataclass
@@ -67,10 +63,9 @@ class Contest:
         torch.backends.cudnn.benchmark = True  # the dense network at its best
         img_size = 64 if setting.dry_run else 224
         self.grid = (img_size // 32, img_size // 32)
-        batch = make_batch(images, img_size, 0, AMP)
-        self.batch = Batch(batch.images.to(setting.device), batch.mask.to(setting.device), AMP)
+        self.batch = make_batch(images, img_size, 0, AMP, setting.device)
         self.kept = (~self.batch.mask).flatten(1).nonzero()[:, 1].view(images, -1)
-        self.model = make_sparse(f"convnextv2_{size}", 0).model.to(setting.device)
+        self.model = make_sparse(f"convnextv2_{size}", 0, setting.device).model
         self.sparse = DeviceArm(SPARSE, self.model, self._run_sparse)
 
     def _run_sparse(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +79,7 @@ class Contest:
 
     def dense(self, variant: Variant) -> DeviceArm:
         """A masked dense arm; under ``torch.compile`` if the variant says so (nothing is compiled before it runs)."""
-        with torch.device(self.setting.device):
-            (arm,) = make_dense(self.sparse, [variant])
+        (arm,) = make_dense(self.sparse, [variant])
         return DeviceArm(arm.name, arm.model, arm.run, variant)
 
     def eager(self, arm: DeviceArm | None = None, maps: torch.dtype | None = None) -> Step:

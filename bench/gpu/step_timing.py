@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
+from convnextv2_kernels.benchmark.device import free_memory
 from convnextv2_kernels.benchmark.gate import GateError
 from convnextv2_kernels.benchmark.timing import time_interleaved
 
 from .setting import Setting, first_line
 from .step_arms import Contest, Step
-from .timing import Timer, free_memory, spread
+from .timing import Timer, spread
 
 WARM_UP = 2
 SAMPLE_SECONDS = 0.03  # a sample is as many steps in a row as fill this, so that the wait at its end costs nothing

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -112,13 +111,5 @@ def warm_calls(seconds: float, dry_run: bool = False) -> int:
 def trim_memory(device: str, most: int = 20 << 30) -> None:
     """Gives unused memory back where there is a lot of it: memory of one CUDA graph serves no other."""
     if device == "cuda" and torch.cuda.memory_reserved() > most:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
-def free_memory(device: str) -> None:
-    """Gives unused memory back, so that one case does not starve the next."""
-    gc.collect()
-    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

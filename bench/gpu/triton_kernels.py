@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import torch
 
+from convnextv2_kernels.benchmark.device import free_memory
+
 from .cases import DRY_STAGES, Case, StageShape, stage_shapes
 from .ceilings import GIB, copy_rate, matmul_rate
 from .conv_cases import dense_cases, packed_cases
@@ -16,7 +18,7 @@ from .parameter_cases import parameter_cases
 from .results import Recorder
 from .row_cases import copy_cases, mlp_cases, norm_cases
 from .setting import Setting
-from .timing import Timer, free_memory, trim_memory
+from .timing import Timer, trim_memory
 from .triton_products import Tiles, measure_kernel, measure_whole
 from .triton_setup import compile_ahead, feature_dtype, require
 

@@ -37,12 +37,11 @@ class Ceilings:
     def bandwidth(self, traffic: float) -> float:
         """GB/s for a call that moves ``traffic`` bytes: small maps stay in a cache, and the limit is that cache's.
 
-        Between two measured sizes the faster rate counts, so that the limit is never too kind.
+        Between two measured sizes the rate of the smaller one counts, and a larger size's where that is faster (the
+        smallest copies are slowed by the cost of a call), so that the limit is never too kind.
         """
-        sizes = sorted(self.gbytes)
-        at_least = [size for size in sizes if size >= traffic] or sizes[-1:]
-        at_most = [size for size in sizes if size <= traffic] or sizes[:1]
-        return max(self.gbytes[at_least[0]], self.gbytes[at_most[-1]])
+        smaller = max((size for size in self.gbytes if size <= traffic), default=0)
+        return max(rate for size, rate in self.gbytes.items() if size >= smaller)
 
     def limit_ms(self, work: Work) -> float:
         """Least time of a call that does this work: of moving its bytes, or of its flops, whichever is longer."""

@@ -14,6 +14,7 @@ from .arguments import short
 from .figure6 import peak_of
 from .figure6_report import title
 
+_COMMON = "#e2e8f0"
 _DENSE = {
     ("nchw", False): "#cbd5e1",
     ("channels_last", False): "#94a3b8",
@@ -29,6 +30,8 @@ def kind_of(name: str, arm: dict) -> tuple[str, str]:
     if variant is None:
         backend = name.rpartition(" ")[2]
         return f"sparse, {backend}", _OURS[backend]
+    if variant["pointwise"] == "plain":
+        return "masked dense, as commonly written", _COMMON
     label = f"masked dense, {variant['layout']}{', compiled' if variant['compiled'] else ''}"
     return label, _DENSE[variant["layout"], variant["compiled"]]
 
@@ -42,16 +45,16 @@ def save_plot(path: Path, result: dict) -> None:
     left, right = figure.subplots(1, 2)
     labels = _draw(left, sizes, lambda arm: arm["images_per_s"], "throughput", _relative_spread)
     left.set_ylabel("images / s (median, quartiles), log scale")
-    left.set_title("Throughput, and ours over the fastest dense arm", fontsize=10, loc="left")
+    left.set_title("Throughput; in bold: ours / fastest dense", fontsize=10, loc="left")
     weighed = all(peak_of(arm) for size in sizes for arm in size["arms"].values())
     if weighed:
-        _draw(right, sizes, lambda arm: peak_of(arm) / 2**20, "peak")
         _mark_saved(right, sizes)
+        _draw(right, sizes, lambda arm: peak_of(arm) / 2**20, "peak")
     else:
         _draw(right, sizes, lambda arm: arm["saved_bytes"] / 2**20, "saved")
     what = "Peak memory of a step" if weighed else "Bytes saved for backward"
     right.set_ylabel("MiB, log scale")
-    right.set_title(f"{what}, and the least dense arm over ours", fontsize=10, loc="left")
+    right.set_title(f"{what}; in bold: least dense / ours", fontsize=10, loc="left")
     handles = [Line2D([], [], color=color, marker="s", linestyle="") for color in labels.values()]
     names = list(labels)
     if weighed:
@@ -83,7 +86,7 @@ def _draw(axis: Axes, sizes: list[dict], value, ratio: str, spread=None) -> dict
             if name == size["ours"] and ratio in size["ratios"]:
                 axis.annotate(
                     f"{size['ratios'][ratio]:.1f}x",
-                    (x, value(arm)),
+                    (x, value(arm) + (error[1][0] if error else 0.0)),
                     xytext=(0, 4),
                     textcoords="offset points",
                     ha="center",
@@ -91,6 +94,7 @@ def _draw(axis: Axes, sizes: list[dict], value, ratio: str, spread=None) -> dict
                     fontweight="bold",
                 )
     axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:g}")
     low, high = axis.get_ylim()
     axis.set_ylim(low, high * 1.3)
     axis.set_xticks(range(len(sizes)), [short(size["model"]) for size in sizes])
@@ -105,4 +109,5 @@ def _mark_saved(axis: Axes, sizes: list[dict]) -> None:
         for place, arm in enumerate(size["arms"].values()):
             x = _place(index, place, len(size["arms"]))
             half = 0.36 / len(size["arms"])
-            axis.plot([x - half, x + half], [arm["saved_bytes"] / 2**20] * 2, color="black", linewidth=1.0)
+            height = arm["saved_bytes"] / 2**20
+            axis.plot([x - half, x + half], [height, height], color="black", linewidth=1.0, zorder=3)

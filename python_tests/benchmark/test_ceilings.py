@@ -13,6 +13,11 @@ from convnextv2_kernels.benchmark.counts import Work
 MADE_UP = Ceilings(gflops=100.0, product="matmul 512", gbytes={1000: 50.0, 10_000: 20.0, 100_000: 10.0})
 
 
+def test_bandwidth_is_never_less_for_less():
+    slow_calls = Ceilings(1.0, "matmul 512", {1000: 5.0, 10_000: 40.0, 100_000: 10.0})
+    assert [slow_calls.bandwidth(size) for size in (10, 1000, 50_000, 10**6)] == [40.0, 40.0, 40.0, 10.0]
+
+
 @pytest.mark.parametrize(
     ("traffic", "rate"), [(1, 50.0), (1000, 50.0), (1001, 50.0), (10_000, 20.0), (99_999, 20.0), (10**9, 10.0)]
 )

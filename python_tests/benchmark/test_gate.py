@@ -83,7 +83,7 @@ def test_nan_is_the_worst_result():
 
 
 def test_red_gate_times_nothing_and_exits_with_1(monkeypatch, capsys, tmp_path):
-    def wrong(model_name, seed):
+    def wrong(model_name, seed, device):
         return broken(make_sparse(model_name, seed), lambda loss, pred: (2 * loss, pred))
 
     def no_timing(*args):
