@@ -30,6 +30,14 @@ def rounding_floor(rows: int, dtype: torch.dtype) -> float:
     return floor if dtype == torch.float32 else floor + torch.finfo(dtype).eps
 
 
+def step_floor(batch: Batch) -> float:
+    """:func:`rounding_floor` of an FCMAE step: of the rows of its widest map.
+
+    At least the pixels of one patch, which the loss sums even where nothing is visible.
+    """
+    return rounding_floor(max(64 * int((~batch.mask).sum()), 1024), batch.dtype)
+
+
 class GateError(RuntimeError):
     """Sparse and dense results disagree, so their times mean nothing."""
 
@@ -150,7 +158,7 @@ def check_arms(
     few = batch.head(images)
     truth = results_of(make_truth(sparse[0]), few.to_float64())
     dense_errors = _worst_errors(truth, (results_of(arm, few) for arm in dense))
-    floor = rounding_floor(64 * int((~few.mask).sum()), batch.dtype)
+    floor = step_floor(few)
     return {
         arm.name: require(_judge(truth, dense_errors, results_of(arm, few), floor), f"FCMAE step, {arm.name}")
         for arm in sparse

@@ -10,7 +10,7 @@ import torch
 from . import counts, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
 from .device import synchronized
-from .gate import GateError, check_fcmae, relative_error, rounding_floor
+from .gate import GateError, check_fcmae, relative_error, step_floor
 from .masked_dense import Variant, eager_variants, encoder_sizes
 from .options import Budget, Options
 from .peak import arguments_for
@@ -34,7 +34,7 @@ def step_saved_bytes(arm: Arm, batch: Batch) -> int:
 
 def check_losses(arms: Sequence[Arm], batch: Batch, sparse_loss: torch.Tensor) -> None:
     """The losses of the timed batch agree, compiled variants included; raises GateError otherwise."""
-    floor = rounding_floor(64 * int((~batch.mask).sum()), batch.dtype)
+    floor = step_floor(batch)
     for arm in arms:
         error = relative_error(_loss(arm, batch).detach(), sparse_loss)
         if not error <= floor:

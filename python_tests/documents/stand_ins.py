@@ -1,0 +1,158 @@
+"""How each command of the documents is tested. To add one, add a line, with the command as the document has it:
+
+* to ``RUN`` if it can be run: ``"the command": Run("options that make it small")``. It runs in a copy of the
+  repository's files, as it stands and with these options after its own, of which the last one counts, so an option that
+  was renamed fails. Only the options of ``SMALLER`` may be appended. ``put={"FORMAT": "timm"}`` puts words in the place
+  of others. Files that it reads are either made by an earlier command of the same document, whose ``--output`` the path
+  begins with, or get a line in ``files.FILES``, such as ``"A.json": committed("cpu.json")``.
+* to ``CHECKED`` if it cannot: ``"the command": Checked("why", check)`` with a check of ``checks``: ``make_target``,
+  ``pip_requirements``, ``options`` (the program's ``--help`` has them), ``parsed_by``, ``refused``.
+
+A command of a document's shell variable is written as there, ``$A knn ...``. Comments are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .checks import (
+    Check,
+    build_requirements,
+    make_target,
+    options,
+    options_and_those_of,
+    parsed_by,
+    pip_requirements,
+    refused,
+)
+from .running import Run
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A command that is not run, why not, and what is checked of it."""
+
+    reason: str
+    check: Check
+
+
+# What may be appended, and what for.
+SMALLER = {
+    "--max-steps": "stops early",
+    "--epochs": "stops early",
+    "--steps": "stops early",
+    "--repeats": "rounds of a benchmark",
+    "--benchmark-max-time": "rounds of a benchmark",
+    "--benchmark-min-rounds": "rounds of a benchmark",
+    "-k": "ops of a benchmark: which",
+    "--batch-size": "fewer images",
+    "--accumulate": "fewer parts, as there are fewer images",
+    "--img-size": "smaller images",
+    "--model": "a smaller model",
+    "--models": "a smaller model",
+    "--no-compile": "no compilation, which takes a minute",
+    "--no-ops": "no ops, which `pytest bench` measures",
+    "--workers": "no processes that load images",
+    "--device": "no GPU",
+    "--output": "another folder, where the document gives two different runs the same",
+}
+PRETRAIN = "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu"
+FINETUNE = "--epochs 1 --batch-size 5 --img-size 32 --workers 0 --device cpu"
+PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
+ANALYZE = "--img-size 64 --device cpu"
+BENCH = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-ops --device cpu"
+FUSED = "--models convnextv2_atto --batch-size 2 --img-size 32 --repeats 1 --no-compile --device cpu"
+DEMO = "--max-steps 1 --batch-size 2 --workers 0 --device cpu"
+
+RUN = {
+    "python -m convnextv2_kernels info": Run(process=True),
+    "python -m convnextv2_kernels convert convnextv2_tiny_1k_224_ema.pt tiny.safetensors --to timm": Run(),
+    "python -m convnextv2_kernels convert SOURCE TARGET --to FORMAT": Run(
+        put={"TARGET": "target.safetensors", "FORMAT": "transformers"}
+    ),
+    # training
+    "python -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_atto --epochs 100 --batch-size 64 "
+    "--output runs/atto": Run(PRETRAIN),
+    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/atto":
+        Run(f"{PROCESSES} --output runs/processes"),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/atto/encoder.safetensors --recipe default "
+    "--output runs/classes": Run(FINETUNE),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/classes/best.safetensors --eval-only":
+        Run(FINETUNE),
+    "python -m convnextv2_kernels pretrain --data FOLDER --output runs/pre": Run(PRETRAIN),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine":
+        Run(FINETUNE),
+    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/pre":
+        Run(f"{PROCESSES} --output runs/processes"),
+    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_huge --recipe paper "
+    "--parallel fsdp --accumulate 8 --amp --output runs/huge":
+        Run(f"--model convnextv2_atto --accumulate 2 {PROCESSES}"),
+    "python -m convnextv2_kernels pretrain --demo --output v2": Run(DEMO),
+    "python -m convnextv2_kernels pretrain --demo --grn none --output v1": Run(DEMO),
+    # analyses
+    "python -m convnextv2_kernels analyze probe runs/atto/encoder.safetensors --random --data CLASSES": Run(ANALYZE),
+    "python -m convnextv2_kernels analyze cosine runs/atto/encoder.safetensors --random --photos --output figure4":
+        Run(ANALYZE),
+    '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val':
+        Run(ANALYZE),
+    "$A selectivity finetuned.safetensors --random --data val --shuffled": Run(ANALYZE),
+    "$A activations encoder.safetensors --photos --image coffee --layer stages.2.5 --tap act": Run(ANALYZE),
+    "$A reconstruct runs/v2/checkpoint-1000.pt --photos --mask-ratio 0.75": Run(ANALYZE),
+    "$A knn runs/v2/encoder.safetensors --random --data classes": Run(ANALYZE),
+    "$A probe runs/v2/checkpoint-1000.pt --ema --label averaged --data classes --val others --C 0.1": Run(ANALYZE),
+    # benchmarks
+    "python -m convnextv2_kernels bench": Run(BENCH),
+    "python -m convnextv2_kernels bench --models atto tiny --output bench/results": Run(BENCH),
+    "python -m convnextv2_kernels bench --quick": Run(BENCH),
+    "python bench/run.py --help": Run(),
+    "pytest bench --benchmark-enable --benchmark-only": Run(
+        "-k layer_norm-C320 --benchmark-max-time 0.01 --benchmark-min-rounds 1"
+    ),
+    "python bench/fused_models.py --output bench/results/cpu_fused.json": Run(FUSED),
+    "python bench/fused_models.py --libraries official --device cuda --dtype bfloat16 --batch-size 128 "
+    "--output gpu_fused.json": Run(FUSED),
+    "python bench/readme_tables.py": Run(),
+    # examples
+    "python -m convnextv2_kernels pretrain --data FOLDER --output run1": Run(PRETRAIN),
+    "python examples/fcmae_to_timm.py --checkpoint run1/encoder.safetensors --model convnextv2_atto --classes 10":
+        Run(),
+    "python examples/fuse_timm.py": Run("--batch-size 2 --img-size 64 --steps 2"),
+    "python examples/fuse_timm.py --model convnextv2_tiny --batch-size 16 --compare": Run(
+        "--model convnextv2_atto --batch-size 2 --img-size 64 --steps 2"
+    ),
+    "python examples/masked_features.py --image photo.jpg --model convnextv2_tiny --checkpoint tiny_fcmae.pt": Run(
+        "--model convnextv2_atto"
+    ),
+}  # fmt: skip
+
+BY_PIP = "changes the environment and needs a network"
+BY_GPU = "needs a GPU and minutes"
+MENTION = "a name of the program, which needs more arguments; documented with them elsewhere"
+
+CHECKED = {
+    'pip install torch pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
+    "pip install --no-build-isolation .": Checked(BY_PIP, pip_requirements),
+    'pip install ".[timm]"': Checked(BY_PIP, pip_requirements),
+    'pip install "torch==2.13.0" ".[timm]"': Checked(BY_PIP, pip_requirements),
+    'pip install "torch==2.13.0" ".[train]"': Checked(BY_PIP, pip_requirements),
+    "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
+    "make test": Checked("would run this test", make_target),
+    "make test-emulated": Checked("would run half of the tests again", make_target),
+    "make test-triton": Checked("would run half of the tests again", make_target),
+    "make sanitize": Checked("compiles for minutes", make_target),
+    "make format": Checked("changes the sources", make_target),
+    "make gpu-check": Checked(BY_GPU, make_target),
+    "python setup.py build_emulation": Checked("compiles for minutes", options),
+    "python -m convnextv2_kernels analyze": Checked(MENTION, options),
+    "python -m convnextv2_kernels tune": Checked(BY_GPU, refused("tune needs a GPU")),
+    "python -m convnextv2_kernels tune --model convnextv2_tiny --batch-size 256": Checked(
+        BY_GPU, refused("tune needs a GPU")
+    ),
+    "python bench/gpu_check.py": Checked(MENTION, options),
+    "python bench/gpu_check.py --out DIR": Checked(BY_GPU, parsed_by("parse")),
+    "python bench/gpu_check.py --out DIR --only step,compile": Checked(BY_GPU, parsed_by("parse")),
+    "python bench/training_evidence.py --photos-v2 v2 --photos-v1 v1 --work runs --out bench/results": Checked(
+        "trains for an hour", options_and_those_of(PRETRAIN="pretrain", FINETUNE="finetune")
+    ),
+    "python examples/graphed_pretraining.py --steps 100": Checked(BY_GPU, refused("a CUDA graph needs a CUDA device")),
+}
