@@ -16,17 +16,22 @@ EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
 FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: demo test test-emulated test-triton gpu-check venv lint ctest sanitize format bench clean
+.PHONY: demo test gate test-emulated test-triton gpu-check venv lint ctest sanitize format bench clean
 
 demo: venv
 	$(BIN)/python -m convnextv2_kernels pretrain --demo
 
 test: venv lint ctest
 	$(BIN)/python -m pytest -n $(WORKERS)
+	$(MAKE) gate
 	$(MAKE) test-triton
 ifneq ($(CUDA_HOME),)
 	$(MAKE) test-emulated
 endif
+
+# Bytes saved, calls and instructions against the committed baseline; no times. GATE=--require-instructions: with valgrind.
+gate: venv ctest
+	$(BIN)/python bench/regression_gate.py $(GATE)
 
 # The CUDA kernels, compiled for the CPU, through the conformance suite.
 test-emulated: $(EMULATED)

@@ -10,11 +10,14 @@ import json
 import sys
 from pathlib import Path
 
+from benchmark_tables import engines, figure6_details, figure6_summary, ops, scaling
 from training_tables import training
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "bench" / "results" / "cpu.json"
-BASE = ROOT / "bench" / "results" / "cpu_base.json"  # a larger model, nothing compiled
+FIGURE6 = ROOT / "bench" / "results" / "cpu_figure6.json"
+OPS = ROOT / "bench" / "results" / "cpu_ops.json"
+ENGINES = ROOT / "bench" / "results" / "cpu_engines.json"
+SCALING = ROOT / "bench" / "results" / "cpu_scaling.json"
 FUSED = ROOT / "bench" / "results" / "cpu_fused.json"
 FUSED_MALLOC = ROOT / "bench" / "results" / "cpu_fused_malloc.json"  # the same, pages kept by the allocator
 CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
@@ -22,114 +25,10 @@ CHOICES_INTEL = ROOT / "bench" / "results" / "cpu_choices_intel.json"
 RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
 TRAINING = ROOT / "bench" / "results" / "training_evidence.json"
 TRITON_RESOURCES = ROOT / "bench" / "results" / "triton_resources.json"
-SPARSE = "sparse"
 
 
 def _mib(count: float) -> str:
     return f"{count / 2**20:.1f}"
-
-
-def _best(arms: dict, keep) -> tuple[str, dict] | None:
-    chosen = {name: arm for name, arm in arms.items() if name != SPARSE and keep(name)}
-    return min(chosen.items(), key=lambda item: item[1]["median_ms"]) if chosen else None
-
-
-def machine_line(report: dict) -> str:
-    """What the numbers were measured on."""
-    machine, parameters = report["machine"], report["parameters"]
-    return (
-        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32, batch "
-        f"{parameters['batch_size']}, {parameters['img_size']} px, mask ratio 0.6; forward and backward, medians of "
-        f"interleaved runs; raw samples in `bench/results/`. Base: no compiled variants."
-    )
-
-
-def summary(report: dict) -> str:
-    """The README's table: per model the fastest dense arm of each kind against sparse."""
-    lines = [
-        "| FCMAE training step on a CPU | masked dense, as commonly written | masked dense, best of all variants | "
-        "sparse (this library) | faster than best / common | saved for backward, dense best / sparse |",
-        "|---|---|---|---|---|---|",
-    ]
-    for step in report["step"]:
-        arms = step["arms"]
-        sparse = arms[SPARSE]
-        plain = _best(arms, lambda name: " plain " in name)
-        best = _best(arms, lambda name: True)
-        frugal = arms[step["frugal_dense"]]["saved_bytes"]
-        lines.append(
-            f"| {step['model'].removeprefix('convnextv2_')} | {plain[1]['median_ms']:.0f} ms | "
-            f"{best[1]['median_ms']:.0f} ms ({best[0].removeprefix('dense ')}) | **{sparse['median_ms']:.0f} ms** | "
-            f"**{best[1]['median_ms'] / sparse['median_ms']:.1f}x** / "
-            f"{plain[1]['median_ms'] / sparse['median_ms']:.1f}x | {_mib(frugal)} / {_mib(sparse['saved_bytes'])} MiB "
-            f"(**{frugal / sparse['saved_bytes']:.1f}x**) |"
-        )
-    return "\n".join([*lines, "", machine_line(report)])
-
-
-def details(report: dict) -> str:
-    """Every arm of every model, then the ops."""
-    blocks = [machine_line(report)]
-    for step in report["step"]:
-        arms = step["arms"]
-        sparse = arms[SPARSE]["median_ms"]
-        rows = [
-            f"**{step['model']}**, counted work {step['flops']['sparse'] * 1e-9:.1f} GFLOP sparse, "
-            f"{step['flops']['dense'] * 1e-9:.1f} dense",
-            "",
-            "| arm | median ms | quartiles ms | time / sparse | saved MiB | peak MiB |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, arm in arms.items():
-            peak = arm["peak"]["bytes"] if arm["peak"] else None
-            rows.append(
-                f"| {name} | {arm['median_ms']:.1f} | {arm['q1_ms']:.1f} - {arm['q3_ms']:.1f} | "
-                f"{arm['median_ms'] / sparse:.2f} | {_mib(arm['saved_bytes'])} | {_mib(peak) if peak else ''} |"
-            )
-        rows += [f"| {name} | skipped: {why} | | | | |" for name, why in step["skipped"].items()]
-        blocks += ["\n".join(rows), _limit(step)]
-    for model, ops in report.get("ops", {}).items():
-        rows = [
-            f"**Ops of {model}**, forward and backward, sparse against the faster dense layout:",
-            "",
-            "| op | shape | sparse ms | dense ms (layout) | dense / sparse | sparse GFLOP/s | sparse GB/s |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        rows += [_op_row(row) for row in ops["rows"]]
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks)
-
-
-TARGETS = {"convnextv2_atto": 5, "convnextv2_tiny": 4, "convnextv2_base": 4}
-
-
-def _limit(step: dict) -> str:
-    """How far the step is from its target, in counted work per second."""
-    best = _best(step["arms"], lambda name: True)[1]["median_ms"]
-    sparse = step["arms"][SPARSE]["median_ms"]
-    flops, dense = step["flops"]["sparse"] * 1e-6, step["flops"]["dense"] * 1e-6
-    text = (
-        f"The counted work shrinks {dense / flops:.2f} times, the time {best / sparse:.2f} times. The sparse step runs "
-        f"its counted work at {flops / sparse:.0f} GFLOP/s, the best dense one at {dense / best:.0f}."
-    )
-    target = TARGETS.get(step["model"])
-    if target and best / sparse < target:
-        text += (
-            f" The target of {target}x against the best variant is missed: it would take {flops * target / best:.0f} "
-            "GFLOP/s over the whole step, element-wise passes included."
-        )
-    return text
-
-
-def _op_row(row: dict) -> str:
-    arms = row["arms"]
-    sparse = arms[SPARSE]
-    name, dense = _best(arms, lambda n: True)
-    return (
-        f"| {row['op']} | C={row['width']} s={row['side']} | {sparse['median_ms']:.3f} | {dense['median_ms']:.3f} "
-        f"({name.removeprefix('dense ')}) | {dense['median_ms'] / sparse['median_ms']:.1f} | "
-        f"{sparse['rates']['gflops']:.0f} | {sparse['rates']['gbytes']:.1f} |"
-    )
 
 
 def choices(report: dict) -> str:
@@ -270,23 +169,16 @@ def fill(text: str, content: str, section: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
-def load() -> dict:
-    """The run of the small models with the steps of the larger one added."""
-    report = json.loads(RESULT.read_text())
-    base = json.loads(BASE.read_text())
-    if any(base["machine"][key] != report["machine"][key] for key in ("cpu", "threads", "torch")):
-        raise SystemExit(f"{BASE.name} and {RESULT.name} were not measured on the same machine")
-    report["step"] += base["step"]
-    return report
-
-
 def main(arguments: list[str]) -> int:
-    report = load()
+    figure6 = json.loads(FIGURE6.read_text())
     stale = []
     contents = [
-        ("README.md", "results", summary(report)),
+        ("README.md", "figure6", figure6_summary(figure6)),
         ("README.md", "fused", fused(json.loads(FUSED.read_text()))),
-        ("docs/benchmarks.md", "results", details(report)),
+        ("docs/benchmarks.md", "figure6", figure6_details(figure6)),
+        ("docs/benchmarks.md", "ops", ops(json.loads(OPS.read_text()))),
+        ("docs/benchmarks.md", "engines", engines(json.loads(ENGINES.read_text()))),
+        ("docs/benchmarks.md", "scaling", scaling(json.loads(SCALING.read_text()))),
         ("docs/benchmarks.md", "fused_malloc", fused_malloc(json.loads(FUSED_MALLOC.read_text()))),
         ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
         ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
