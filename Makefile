@@ -30,7 +30,7 @@ ifneq ($(CUDA_HOME),)
 endif
 
 # Bytes saved, calls and instructions against the committed baseline; no times. GATE=--require-instructions: with valgrind.
-gate: venv ctest
+gate: venv
 	$(BIN)/python bench/regression_gate.py $(GATE)
 
 # The CUDA kernels, compiled for the CPU, through the conformance suite.

@@ -48,18 +48,25 @@ def figure6_summary(report: dict) -> str:
         arms, found, plain = size["arms"], size["ratios"], _plain(size)
         ours, best = arms[size["ours"]], arms[found["fastest_dense"]]
         common = plain["median_ms"] / ours["median_ms"]
-        least, frugal = arms[found["least_peak_dense"]], arms[found["frugal_dense"]]
+        frugal = arms[found["frugal_dense"]]
         lines.append(
             f"| {_short(size['model'])} | {_rate(plain['images_per_s'])} images/s | {_rate(best['images_per_s'])} "
             f"({_arm(found['fastest_dense'])}) | **{_rate(ours['images_per_s'])}** | **{found['throughput']:.1f}x** / "
-            f"{common:.1f}x | {_mib(least['peak']['bytes'])} / {_mib(ours['peak']['bytes'])} MiB "
-            f"(**{found['peak']:.1f}x**) | {_mib(frugal['saved_bytes'])} / {_mib(ours['saved_bytes'])} MiB "
+            f"{common:.1f}x | {_peaks(size)} | {_mib(frugal['saved_bytes'])} / {_mib(ours['saved_bytes'])} MiB "
             f"(**{found['saved']:.1f}x**) |"
         )
     left_out = [f"{_short(model)}: {reason}" for model, reason in report["left_out"].items()]
     end = f"; left out: {'; '.join(left_out)}" if left_out else ""
     lines += ["", f"{machine_line(report)}; forward and backward, medians of interleaved rounds{end}."]
     return "\n".join(lines)
+
+
+def _peaks(size: dict) -> str:
+    if "peak" not in size["ratios"]:
+        return "not measured"
+    arms, found = size["arms"], size["ratios"]
+    least, ours = arms[found["least_peak_dense"]]["peak"]["bytes"], arms[size["ours"]]["peak"]["bytes"]
+    return f"{_mib(least)} / {_mib(ours)} MiB (**{found['peak']:.1f}x**)"
 
 
 def figure6_details(report: dict) -> str:
@@ -79,7 +86,7 @@ def figure6_details(report: dict) -> str:
                 f"{arm['median_ms']:.0f} | {arm['q1_ms']:.0f} - {arm['q3_ms']:.0f} | {_mib(arm['saved_bytes'])} | "
                 f"{_mib(peak) if peak else ''} |"
             )
-        lines += [f"| | {name} | skipped: {why} | | | | |" for name, why in size["skipped"].items()]
+        lines += [f"| | {name} | {why} | | | | |" for name, why in size["skipped"].items()]
     lines += [
         "",
         "| size | counted GFLOP, dense / ours | time, best dense / ours | GFLOP/s of the counted work, best dense / "
@@ -145,3 +152,59 @@ def engines(report: dict) -> str:
 def _engine_rows(report: dict) -> list[dict]:
     rows = [row for table in report["ops"].values() for row in table["rows"]]
     return [row for row in rows if any("comparable" in arm for arm in row["arms"].values())]
+
+
+_AXES = {
+    "batch_size": ("batch size", "{:g}"),
+    "img_size": ("image size", "{:g} px"),
+    "mask_ratio": ("mask ratio", "{:g}"),
+}
+_VERDICT = {True: "yes", False: "no", None: "noise hides it"}
+
+
+def scaling(report: dict) -> str:
+    """The line through the points of each axis, every point, and the chunk of hidden activations."""
+    p = report["parameters"]
+    lines = [
+        f"{_short(p['model'])}, {machine_line(report)}; of these one varies at a time.",
+        "",
+        "| by | quantity | fixed + per million visible pixels | exponent (ideal) | R2 | most over the ideal | linear |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for series in report["series"]:
+        for name, what, unit, scale in (("median_ms", "time", "ms", 1.0), ("saved_bytes", "saved", "MiB", 2.0**20)):
+            fit = series["fit"].get(name)
+            if fit is None:
+                continue  # too few points for a line
+            lines.append(
+                f"| {_AXES[series['axis']][0]} | {what} | {round(fit['intercept'] / scale, 1) or 0.0:.1f} + "
+                f"{1e6 * fit['slope'] / scale:.0f} {unit} | {fit['exponent']:.2f} ({fit['ideal_exponent']:.2f}) | "
+                f"{fit['r2']:.4f} | {fit['most_over_ideal']:.2f} | {_VERDICT[fit['linear']]}, within "
+                f"{fit['tolerance']:.0%} |"
+            )
+    for series in report["series"]:
+        lines += ["", *_points(series)]
+        if "hidden_chunk" in series:
+            verdict = series["hidden_chunk"]
+            bounded = "bounded" if verdict["bounded"] else "not shown to be bounded"
+            lines += ["", f"Hidden chunk: {bounded}; {verdict['reason']}."]
+    return "\n".join(lines)
+
+
+def _points(series: dict) -> list[str]:
+    name, form = _AXES[series["axis"]]
+    lines = [
+        f"| {name} | visible pixels | ours ms (ideal) | masked dense ms | saved MiB (dense) | working MiB | "
+        "hidden chunk MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for point in series["points"]:
+        ours, dense = point["arms"][SPARSE], point["arms"].get("dense")
+        chunk = max((stage["chunk_bytes"] for stage in ours["hidden"].values()), default=0)
+        lines.append(
+            f"| {form.format(point[series['axis']])} | {point['visible_pixels']:,} | {ours['median_ms']:.0f} "
+            f"({point['ideal']['median_ms']:.0f}) | {'' if dense is None else format(dense['median_ms'], '.0f')} | "
+            f"{_mib(ours['saved_bytes'])} ({'' if dense is None else _mib(dense['saved_bytes'])}) | "
+            f"{_mib(ours['working_bytes'])} | {_mib(chunk)} |"
+        )
+    return lines

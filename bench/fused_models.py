@@ -169,7 +169,8 @@ def main() -> None:
     steps = [measure(library, size, options) for size in options.models for library in options.libraries]
     parameters = {name: value for name, value in vars(options).items() if name != "output"}
     versions = {name: importlib.metadata.version(name) for name in sorted(set(options.libraries) - {"official"})}
-    write_report(options.output, {"machine": describe() | versions, "parameters": parameters, "step": steps})
+    machine = describe(options.device.partition(":")[0]) | versions
+    write_report(options.output, {"machine": machine, "parameters": parameters, "step": steps})
 
 
 if __name__ == "__main__":

@@ -140,6 +140,8 @@ def _run(args: argparse.Namespace, log) -> int:
         print(f"regression gate: {len(flat(found))} quantities written to {args.baseline.name}")
         return 0
     verdict = judge(baseline, found, left_out)
+    if args.require_instructions and not verdict.compared_in("instructions"):
+        verdict.worse.append(f"no instruction count could be compared; run {UPDATE} with this compiler and commit it")
     for note in verdict.notes:
         print(note)
     for sentence in verdict.better:

@@ -110,10 +110,13 @@ def test_documented_numbers_come_from_the_committed_results():
 
 
 def test_committed_results_are_whole():
-    report = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
-    for step in report["step"]:
-        assert step["arms"]["sparse"]["median_ms"] > 0 and step["gate"]
-        assert any(" plain " in name for name in step["arms"])
+    report = json.loads((ROOT / "bench" / "results" / "cpu_figure6.json").read_text())
+    assert len(report["sizes"]) + len(report["left_out"]) >= 8
+    for size in report["sizes"]:
+        assert size["arms"][size["ours"]]["median_ms"] > 0 and size["gate"]
+        layouts = {(arm["variant"] or {}).get("layout") for arm in size["arms"].values()}
+        assert layouts == {None, "nchw", "channels_last"}
+        assert any(" plain " in name for name in size["arms"])
 
 
 def test_every_environment_variable_is_documented():

@@ -37,6 +37,11 @@ class Verdict:
     better: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     compared: int = 0
+    sections: Counter = field(default_factory=Counter)
+
+    def compared_in(self, section: str) -> int:
+        """How many quantities of a section were compared."""
+        return self.sections[section]
 
 
 def flat(result: dict) -> dict[str, int]:
@@ -89,6 +94,7 @@ def judge(baseline: dict, found: dict, left_out: dict[str, str]) -> Verdict:
             verdict.worse.append(f"{key}: measured ({now[key]:,}), but not in the baseline")
         else:
             verdict.compared += 1
+            verdict.sections[section] += 1
             _compare(key, rule, before[key], now[key], verdict)
     verdict.notes += [f"not compared: {count} x {reason}" for reason, count in sorted(excused.items())]
     return verdict

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from .counts import Work
 from .device import synchronize, synchronized
 
-# Bytes moved (read and written) by one copy: from what the first cache holds to what none does.
-TRAFFIC = tuple(1 << power for power in range(16, 29, 2))
-PRODUCTS = (512, 1024, 2048)
+# Bytes moved (read and written) by one copy: from what the first cache holds to what hardly any does.
+TRAFFIC = tuple(1 << power for power in range(16, 31, 2))
+PRODUCTS = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 SAMPLE_SECONDS = 0.02
 SAMPLES = 3
 
@@ -105,7 +105,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceilings
     """Measure all rates once, in a few seconds."""
     products: dict[str, float] = {}
     with torch.no_grad():
-        for side in PRODUCTS:
+        for side in PRODUCTS[device]:
             products |= product_rates(side, dtype, device)
         gbytes = {traffic: copy_rate(traffic, dtype, device) for traffic in TRAFFIC}
     fastest = max(products, key=products.__getitem__)

@@ -16,7 +16,7 @@ import torch
 
 from ..models import CONFIGS
 from . import arguments, machine, report
-from .device import DEVICES, default_device
+from .device import DEVICES, default_device, dense_at_its_best, no_gpu
 from .gate import GateError
 from .masked_dense import PATCH
 from .op_bench import measure_ops
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog=PROG,
         description="Measure the FCMAE training step and each op against masked dense PyTorch, "
         "after checking that both compute the same.",
-        epilog="Writes one JSON file and one PNG to --output and prints tables. Exit code 1: the "
+        epilog="Writes one JSON file and its pictures to --output and prints tables. Exit code 1: the "
         "results disagree, and nothing was timed. Other modes, each with a --help of its own: "
         + "; ".join(f"{flag}, {what}" for flag, (_, what) in MODES.items()) + ".",
     )
@@ -141,11 +141,16 @@ def main(argv: Sequence[str]) -> int:
         module = importlib.import_module(f".{MODES[modes[0]][0]}", __package__)
         return module.main([argument for argument in argv if argument != modes[0]])
     options = parse_options(argv)
+    reason = no_gpu(options.device)
+    if reason:
+        print(reason, file=sys.stderr)
+        return 2
     threads = torch.get_num_threads()
     try:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        return _run(options)
+        with dense_at_its_best():
+            return _run(options)
     except GateError as error:
         print(f"correctness gate: {error}", file=sys.stderr)
         return 1
@@ -171,7 +176,9 @@ def _run(options: Options) -> int:
     parameters = {key: value for key, value in parameters.items() if value is not None}
     result: dict = {"kind": "bench", "machine": machine.describe(options.device), "parameters": parameters}
     result |= {"step": [], "ops": {}}
-    _warn_if_busy(log, result["machine"])
+    busy = machine.why_busy(result["machine"])
+    if busy:
+        log(busy)
     budget = Budget(options.time_budget)
     for done, model in enumerate(options.models):
         turn = budget.part(1 / (len(options.models) - done))
@@ -206,10 +213,3 @@ def _run(options: Options) -> int:
     else:
         console.print("No picture: matplotlib is not installed (pip install matplotlib).")
     return 0
-
-
-def _warn_if_busy(log, description: dict) -> None:
-    load = description["load_average"]
-    cores = description["cores"]
-    if load is not None and cores and load[0] > 0.5 * cores:
-        log(f"load average is {load[0]:.1f} on {cores} cores: other programs will disturb timing")

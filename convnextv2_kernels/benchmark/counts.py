@@ -57,7 +57,7 @@ def visible_taps(mask: Tensor, side: int, kernel_size: int = 7) -> int:
         side: sites along one side of a patch.
     """
     pairs = torch.tensor(axis_pairs(side, kernel_size), dtype=torch.float64)
-    visible = (~mask).to(torch.float64)[:, None]
+    visible = (~mask).cpu().to(torch.float64)[:, None]
     weight = torch.outer(pairs, pairs)[None, None]
     # In float64 the counts are whole numbers far below 2^53, hence exact.
     neighbours = F.conv2d(visible, weight, padding=len(pairs) // 2)

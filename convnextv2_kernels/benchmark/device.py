@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -30,6 +31,18 @@ def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
         synchronize(device)
 
     return run
+
+
+def dense_at_its_best() -> AbstractContextManager:
+    """Context in which cuDNN chooses convolutions by trial, and float32 is float32 on both sides."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
+
+
+def no_gpu(device: str) -> str | None:
+    """Why a device that was asked for cannot be used, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "--device is cuda, but PyTorch sees no GPU"
+    return None
 
 
 def free_memory(device: str) -> None:

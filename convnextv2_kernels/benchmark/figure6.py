@@ -8,7 +8,7 @@ eager and compiled, with whichever pointwise layers are faster on this machine; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,9 +16,9 @@ from .. import backends
 from ..models import CONFIGS
 from . import fits, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
-from .device import available_bytes, free_memory, synchronized
+from .device import available_bytes, dense_at_its_best, free_memory, synchronized
 from .gate import check_arms
-from .masked_dense import MEMORY_FORMATS, Variant
+from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .options import DTYPES, Budget
 from .peak import arguments_for
 from .step import check_losses, compiled_arms, flops_of, step_saved_bytes, time_arms
@@ -27,6 +27,8 @@ from .timing import summarize, time_interleaved
 TUNED = ("linear", "conv1x1")
 COMMON = Variant("channels_last", "plain")  # slower than the tuned ones, and what a port usually does
 PEAK_TIMEOUT = 1800.0
+# Why something of a size was not measured; it is when the same size is asked for with more effort.
+NOT_ASKED, OUT_OF_TIME = "not asked for", "time budget"
 # Shares of a size's work, for the progress bar; rough.
 SHARES = {"gate": 0.1, "probe": 0.1, "compile": 0.15, "bytes": 0.1, "time": 0.3, "peak": 0.25}
 
@@ -87,9 +89,9 @@ def measure_size(
         GateError: before anything is timed, when two arms disagree.
         torch.OutOfMemoryError: on a GPU.
     """
-    # cuDNN chooses its convolutions by trial, which favours the dense side.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with dense_at_its_best():
         result = _measure_in_process(model, settings, budget, log, advance)
+    torch._dynamo.reset()  # compiled functions keep their networks alive
     free_memory(settings.device)
     arms = result["arms"]
     for name, arm in arms.items():
@@ -97,7 +99,7 @@ def measure_size(
             log(f"{model}: peak memory of {name}")
             arm["peak"] = memory.peak_in_subprocess(_peak_arguments(name, result, model, settings), PEAK_TIMEOUT)
         else:
-            arm["peak"] = {"bytes": None, "reason": "time budget" if settings.peak else "not asked for"}
+            arm["peak"] = {"bytes": None, "reason": OUT_OF_TIME if settings.peak else NOT_ASKED}
         advance(SHARES["peak"] / len(arms))
     return {**result, "ratios": ratios(arms, result["ours"])}
 
@@ -116,10 +118,15 @@ def _measure_in_process(model: str, settings: Settings, budget: Budget, log, adv
     probe = _probe(candidates, batch)
     dense = [_faster(candidates, layout, probe) for layout in MEMORY_FORMATS]
     advance(SHARES["probe"])
-    compiled, skipped = [], {}
+    # The compiler is given every kind, in the layout that is faster eager; it chooses layouts inside itself.
+    layout = min(dense, key=lambda arm: probe[arm.name]).variant.layout
+    variants = [Variant(layout, kind, compiled=True) for kind in POINTWISE]
+    compiled, skipped = [], {variant.name: NOT_ASKED for variant in variants}
     if settings.compile:
-        variants = [replace(arm.variant, compiled=True) for arm in dense]
         compiled, skipped = compiled_arms(base, variants, batch, budget, log)
+        found = _probe(compiled, batch) if compiled else {}
+        probe |= found
+        compiled = [_faster(compiled, layout, found)] if compiled else []
     advance(SHARES["compile"])
     arms = [*make_dense(base, [COMMON]), *dense, *compiled, *ours]
     expected = ours[-1].forward(batch)[0].detach().double()
@@ -130,7 +137,8 @@ def _measure_in_process(model: str, settings: Settings, budget: Budget, log, adv
     advance(SHARES["bytes"])
     log(f"{model}: timing {len(arms)} arms, interleaved")
     part = SHARES["time"] / settings.repeats
-    samples = time_arms(arms, batch, settings.repeats, budget, warmup=1, after_round=lambda: advance(part))
+    timing = budget.part(0.5) if settings.peak else budget
+    samples = time_arms(arms, batch, settings.repeats, timing, warmup=1, after_round=lambda: advance(part))
     rounds = len(samples[arms[0].name])
     advance(part * (settings.repeats - rounds))
     return {
@@ -187,6 +195,15 @@ def _peak_arguments(name: str, result: dict, model: str, settings: Settings) -> 
     )
 
 
+def complete(size: dict, settings: Settings) -> bool:
+    """Whether a size was measured with at least the effort that is asked for now."""
+    reasons = set(size["skipped"].values()) if settings.compile else set()
+    if settings.peak:
+        reasons |= {arm["peak"].get("reason") for arm in size["arms"].values()}
+    rounds = min(len(arm["samples_ms"]) for arm in size["arms"].values())
+    return rounds >= settings.repeats and not reasons & {NOT_ASKED, OUT_OF_TIME}
+
+
 def peak_of(arm: dict) -> int | None:
     """Peak bytes of a step, None where they were not measured."""
     return (arm["peak"] or {}).get("bytes")
@@ -207,8 +224,7 @@ def ratios(arms: dict[str, dict], ours: str) -> dict:
         "frugal_dense": frugal,
         "saved": dense[frugal]["saved_bytes"] / mine["saved_bytes"],
     }
-    weighed = [name for name in dense if peak_of(dense[name])]
-    if weighed and peak_of(mine):
-        least = min(weighed, key=lambda name: peak_of(dense[name]))
+    if peak_of(mine) and all(peak_of(arm) for arm in dense.values()):
+        least = min(dense, key=lambda name: peak_of(dense[name]))
         found |= {"least_peak_dense": least, "peak": peak_of(dense[least]) / peak_of(mine)}
     return found

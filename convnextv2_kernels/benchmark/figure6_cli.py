@@ -13,8 +13,8 @@ import torch
 
 from ..models import CONFIGS
 from . import arguments, fits, machine, report
-from .device import DEVICES, default_device
-from .figure6 import Settings, left_out, measure_size
+from .device import DEVICES, default_device, free_memory, no_gpu
+from .figure6 import Settings, complete, left_out, measure_size
 from .figure6_report import print_sizes, write_csv
 from .gate import GateError
 from .options import DTYPES, Budget
@@ -25,6 +25,8 @@ PROG = "python -m convnextv2_kernels bench --figure6"
 # On a CPU an image takes a tenth of a second and more; the ratios are those of larger batches within a few percent.
 BATCH = {"cpu": 8, "cuda": 64}
 REPEATS = {"cpu": 5, "cuda": 20}
+# Seconds of a size grow with its parameters, beside a part that every size takes, as much as these many parameters.
+FIXED_COST = 100e6
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 
 
@@ -37,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
         "dense PyTorch, eager and compiled, against every backend of this library; the comparison of the paper's "
         "Figure 6 (Appendix C). Results are checked against float64 before anything is timed.",
         epilog="Writes figure6.json, figure6.csv and figure6.png to --output, after every size. The same command goes "
-        "on where it was stopped. Exit code 1: results disagree, and that size was not timed.",
+        "on where it was stopped, and measures a size again that was measured with less effort. Exit code 1: results "
+        "disagree; that size and those after it were not timed.",
     )
     parser.add_argument(
         "--models", nargs="+", type=arguments.model, metavar="SIZE", help=f"of {', '.join(sizes)} (default: all)"
@@ -68,9 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--time-budget",
         type=arguments.seconds,
         metavar="SECONDS",
-        help="start no further size after this time, and fewer rounds of one (default: none)",
+        help="start no further size after this time; of one, fewer rounds (three at least), no compiled arms or peaks "
+        "(default: none)",
     )
-    parser.add_argument("--restart", action="store_true", help="measure again what --output already holds")
+    parser.add_argument("--restart", action="store_true", help="begin a new file, dropping the one in --output")
     parser.add_argument(
         "--output", type=Path, default=Path("bench_output"), metavar="DIR", help="folder (default: bench_output)"
     )
@@ -98,8 +102,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the mode; returns the exit code: 0, 1 (correctness gate red), 2 (bad input) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
     settings = settings_of(args)
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        print("--device is cuda, but PyTorch sees no GPU", file=sys.stderr)
+    reason = no_gpu(settings.device)
+    if reason:
+        print(reason, file=sys.stderr)
         return 2
     threads = torch.get_num_threads()
     try:
@@ -110,44 +115,63 @@ def main(argv: Sequence[str]) -> int:
         print(error if isinstance(error, ResumeError) else f"correctness gate: {error}", file=sys.stderr)
         return 2 if isinstance(error, ResumeError) else 1
     except KeyboardInterrupt:
-        print(f"stopped; finished sizes are in {args.output}, the same command measures the others", file=sys.stderr)
+        print(f"stopped; finished sizes are in {args.output}, {_go_on(args)} measures the others", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(threads)
 
 
+def _go_on(args: argparse.Namespace) -> str:
+    return "the same command without --restart" if args.restart else "the same command"
+
+
 def _run(settings: Settings, args: argparse.Namespace) -> int:
     parameters = dataclasses.asdict(settings)
     models = parameters.pop("models")
+    # These may differ from size to size: a large one may do with fewer rounds and without an hour of compiling.
+    effort = {name: parameters.pop(name) for name in ("repeats", "compile", "peak")}
     path = args.output / "figure6.json"
-    result = resume(path, "figure6", parameters, machine.describe(settings.device), args.restart)
+    description, code = machine.describe(settings.device), machine.git_commit()
+    result = resume(path, "figure6", parameters, description, args.restart)
     sizes = {size["model"]: size for size in result.get("sizes", [])}
-    result["left_out"] = {model: left_out(model, settings) for model in models if model not in sizes}
-    result["left_out"] = {model: reason for model, reason in result["left_out"].items() if reason}
-    waiting = [model for model in models if model not in sizes and model not in result["left_out"]]
+    done = [model for model in models if model in sizes and complete(sizes[model], settings)]
+    reasons = {model: left_out(model, settings) for model in models if model not in done}
+    waiting = [model for model, reason in reasons.items() if reason is None]
+    # What was left out before and is not asked for now stays left out.
+    before = {model: reason for model, reason in result.get("left_out", {}).items() if model not in models}
+    result["left_out"] = before | {model: reason for model, reason in reasons.items() if reason}
     budget = Budget(args.time_budget)
-    costs = {model: float(fits.parameter_count(model)) for model in waiting}
+    costs = {model: fits.parameter_count(model) + FIXED_COST for model in waiting}
     console, stderr = report.make_console(), report.make_console(stderr=True)
     with Progress(stderr, "Figure 6", sum(costs.values())) as progress:
-        for model in sizes:
-            progress.log(f"{model}: measured before")
+        busy = machine.why_busy(description)
+        if busy:
+            progress.log(busy)
+        for model in done:
+            other = "" if sizes[model]["git"] == code else ", by other code"
+            progress.log(f"{model}: measured before{other}")
         for model, reason in result["left_out"].items():
             progress.log(f"{model}: left out, {reason}")
-        for done, model in enumerate(waiting):
+        for place, model in enumerate(waiting):
             if budget.spent:
                 result["left_out"][model] = "time budget"
                 continue
-            turn = budget.part(costs[model] / sum(costs[name] for name in waiting[done:]))
+            turn = budget.part(costs[model] / sum(costs[name] for name in waiting[place:]))
 
             def advance(share: float, cost: float = costs[model]) -> None:
                 progress.advance(share * cost)
 
             try:
                 measured = measure_size(model, settings, turn, progress.log, advance)
-            except torch.OutOfMemoryError:
+            except GateError as error:
+                raise GateError(f"{arguments.short(model)}: {error}") from error
+            except RuntimeError as error:
+                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                    raise  # the CPU's allocator has no class of its own for it
                 result["left_out"][model] = "out of memory"
+                free_memory(settings.device)
                 continue
-            sizes[model] = {**measured, "git": machine.git_commit()}
+            sizes[model] = {**measured, "effort": effort, "git": code}
             result["sizes"] = [sizes[name] for name in CONFIGS if name in sizes]
             _write(path, result)
     result["sizes"] = [sizes[name] for name in CONFIGS if name in sizes]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..files import atomic_file
 from .arguments import short
-from .figure6 import peak_of
+from .figure6 import NOT_ASKED, peak_of
 from .report import mebibytes
 
 COLUMNS = (
@@ -83,8 +83,10 @@ def print_sizes(console: Console, result: dict) -> None:
     console.print(table)
     for size in result["sizes"]:
         console.print(sentence(size))
-        for name, reason in size["skipped"].items():
-            console.print(f"{short(size['model'])}: {name} skipped: {reason}")
+        unweighed = {f"peak of {name}": arm["peak"].get("reason") for name, arm in size["arms"].items()}
+        for name, reason in {**size["skipped"], **unweighed}.items():
+            if reason and reason != NOT_ASKED:
+                console.print(f"{short(size['model'])}: {name} skipped: {reason}")
     for name, reason in result["left_out"].items():
         console.print(f"{short(name)} left out: {reason}")
 

@@ -83,6 +83,14 @@ def backend_table(device: str = "cpu") -> dict[str, dict[str, str]]:
     return table
 
 
+def why_busy(description: dict) -> str | None:
+    """That other programs will disturb the times, where the load average says so."""
+    load, cores = description["load_average"], description["cores"]
+    if load is None or not cores or load[0] <= 0.5 * cores:
+        return None
+    return f"load average is {load[0]:.1f} on {cores} cores: other programs will disturb timing"
+
+
 def describe(device: str = "cpu") -> dict:
     """JSON-ready description of the machine, the device in use and the software."""
     return {

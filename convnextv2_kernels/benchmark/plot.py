@@ -22,7 +22,7 @@ def save_plot(path: Path, steps: Sequence[dict], parameters: dict, machine: dict
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"FCMAE training step, batch {parameters['batch_size']}, {parameters['img_size']} px, "
-        f"{parameters['dtype']}, {machine['threads']} threads of {machine['cpu']}",
+        f"{parameters['dtype']}, {machine['gpu'] or '{threads} threads of {cpu}'.format(**machine)}",
         fontsize=12,
     )
     axes = figure.subplots(len(steps), 2, squeeze=False)

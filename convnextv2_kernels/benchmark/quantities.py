@@ -11,7 +11,7 @@ from typing import Any
 
 # Descriptions of the run, counted work, checks of correctness, fits: no measurements.
 _SKIPPED = {"machine", "parameters", "software", "gate", "work", "flops", "rates", "ratios", "skipped", "variant"}
-_SKIPPED |= {"ideal", "fit", "left_out", "ceilings"}
+_SKIPPED |= {"ideal", "fit", "left_out", "ceilings", "limit_ms", "probe_ms", "effort", "git", "parameters_bytes"}
 # Levels that say nothing about a number.
 _SILENT = {"arms", "points", "rows", "series", "sizes"}
 # Names of an entry of a list, in the order in which they are read.
@@ -129,9 +129,10 @@ def _quantity(key: str, siblings: dict, path: tuple[str, ...]) -> Quantity | Non
     if key.endswith("_per_s"):
         return _rate(key, value, siblings)
     if key == "bytes" or key.endswith("_bytes"):
-        # what the system says is resident, unlike what is counted
+        # what the system says is resident, and oneDNN's scratch in a point of --scaling, unlike what is counted
         resident = key == "bytes" and bool(path) and path[-1] == "peak"
-        return Quantity(value, "bytes", value, value, resident)
+        scratch = key in ("peak_bytes", "working_bytes") and "hidden" in siblings
+        return Quantity(value, "bytes", value, value, resident or scratch)
     for unit in ("instructions", "calls"):
         if key == unit or key.endswith(f"_{unit}"):
             return Quantity(value, unit, value, value, False)

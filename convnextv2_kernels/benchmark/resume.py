@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 # What figures of one file must have in common.
-SAME = ("cpu", "gpu", "threads", "torch", "package", "environment")
+SAME = ("cpu", "gpu", "threads", "torch", "package", "environment", "backends")
 
 
 class ResumeError(RuntimeError):
@@ -27,7 +27,7 @@ def resume(path: Path, kind: str, parameters: dict, machine: dict, restart: bool
         raise ResumeError(f"--output {path.parent} cannot be used: {error}") from error
     if text is None:
         return new
-    way_out = "; give another --output, or --restart to measure all again"
+    way_out = "; give another --output, or --restart to begin a new file"
     try:
         old = json.loads(text)
         if old["kind"] != kind:

@@ -18,7 +18,7 @@ from ..layout import num_kept
 from ..models import get_config
 from . import fits, memory, scaling_fit
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
-from .device import available_bytes, free_memory, synchronized
+from .device import available_bytes, dense_at_its_best, free_memory, synchronized
 from .gate import check_fcmae
 from .machine import git_commit
 from .masked_dense import PATCH, Variant
@@ -134,8 +134,7 @@ def measure_axis(
     results: dict[Point, dict] = {}
     steps: dict[tuple[Point, str], Callable[[], None]] = {}
     preparing = budget.part(0.5)
-    # cuDNN chooses its convolutions by trial, which favours the dense side.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+    with dense_at_its_best():
         for point in points:
             advance(0.4 / len(points))
             reason = "no patch is visible" if not point.visible else "time budget" if preparing.spent else None
@@ -149,6 +148,9 @@ def measure_axis(
                 results[point] = {**_weigh(point, chosen, batch, settings), **session}
             except torch.OutOfMemoryError:
                 left_out[str(point)] = "out of memory"
+                for arm in chosen.values():
+                    arm.model.zero_grad(set_to_none=True)
+                free_memory(settings.device)
                 continue
             for name, arm in chosen.items():
                 step = lambda arm=arm, batch=batch: arm.step(batch)  # noqa: E731
@@ -161,9 +163,14 @@ def measure_axis(
             )
             for (point, name), seconds in samples.items():
                 results[point]["arms"][name] |= summarize(seconds)
+    # The processes whose peak is measured need the memory.
+    steps.clear()
+    arms = batch = chosen = None
+    free_memory(settings.device)
     for point, result in results.items():
         for name, arm in result["arms"].items():
-            arm["peak"] = _peak(point, name, settings, log)
+            spent = settings.peak and budget.spent
+            arm["peak"] = {"bytes": None, "reason": "time budget"} if spent else _peak(point, name, settings, log)
     advance(0.2)
     return list(results.values()), left_out
 

@@ -13,7 +13,7 @@ import torch
 
 from .. import backends, schedule
 from . import arguments, machine, report, scaling
-from .device import DEVICES, default_device
+from .device import DEVICES, default_device, no_gpu
 from .gate import GateError
 from .masked_dense import PATCH
 from .options import DTYPES, Budget
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=arguments.positive, default=default.repeats, metavar="N", help="timed rounds (default: 10)")
     add("--dtype", choices=list(DTYPES), default=default.dtype, help="bfloat16: autocast (default: float32)")
     add("--device", choices=DEVICES, help="default: cuda where there is a GPU, else cpu")
-    add("--backend", choices=backends.NAMES, default=default.backend, help="that serves our step (default: auto)")
+    add("--backend", choices=backends.NAMES, default=backends.forced(), help="that serves our step (default: auto)")
     add(
         "--dense",
         action=argparse.BooleanOptionalAction,
@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="start no further point after this time, and fewer rounds of an axis; what was left out is named",
     )
-    add("--restart", action="store_true", help="measure again what --output already holds")
+    add("--restart", action="store_true", help="begin a new file, dropping the one in --output")
     add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help="folder (default: bench_output)")
     return parser
 
@@ -94,8 +94,9 @@ def settings_of(args: argparse.Namespace) -> scaling.Settings:
 
 def why_not(settings: scaling.Settings) -> str | None:
     """Why the settings cannot be measured here, None if they can."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        return "--device is cuda, but PyTorch sees no GPU"
+    reason = no_gpu(settings.device)
+    if reason:
+        return reason
     if settings.backend != "auto":
         for dtype in (torch.float32, settings.torch_dtype):
             reason = backends.why_not(settings.backend, settings.device, dtype)
@@ -138,8 +139,11 @@ def _run(settings: scaling.Settings, args: argparse.Namespace) -> int:
     costs = {axis: sum(point.patches + point.visible for point in points) for axis, points in missing.items()}
     console, stderr = report.make_console(), report.make_console(stderr=True)
     budget = Budget(args.time_budget)
-    left_out: dict[str, dict[str, str]] = {}
+    left_out = {series["axis"]: dict(series["left_out"]) for series in result.get("series", [])}
     with Progress(stderr, "Scaling", sum(costs.values())) as progress:
+        busy = machine.why_busy(result["machine"])
+        if busy:
+            progress.log(busy)
         if any(missing.values()):
             progress.log("comparing losses and gradients with float64")
             result["gate"] = scaling.check(settings)
@@ -150,7 +154,10 @@ def _run(settings: scaling.Settings, args: argparse.Namespace) -> int:
                 def advance(share: float, cost: float = costs[axis]) -> None:
                     progress.advance(share * cost)
 
-                measured, left_out[axis] = scaling.measure_axis(points, settings, turn, progress.log, advance)
+                measured, reasons = scaling.measure_axis(points, settings, turn, progress.log, advance)
+                again = {str(point) for point in points}
+                kept = {what: why for what, why in left_out.get(axis, {}).items() if what not in again}
+                left_out[axis] = kept | reasons
                 known[axis] = [*known.get(axis, []), *measured]
             result["series"] = [
                 series_of(

@@ -29,8 +29,8 @@ from .. import schedule
 from .device import synchronize
 
 _RANGE = "hidden chunk of pass "
-# The CUDA allocator rounds sizes up to this; the CPU's does not round.
-ROUNDING = {"cpu": 0, "cuda": 512}
+# The CUDA allocator hands out blocks larger than asked for by up to this; the CPU's does not.
+ROUNDING = {"cpu": 0, "cuda": 1 << 20}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from .. import backends
 from . import counts, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
 from .device import synchronized
@@ -51,7 +52,7 @@ def compiled_arms(
     budget: Budget,
     log: Callable[[str], None],
 ) -> tuple[list[Arm], dict[str, str]]:
-    """Compiled and warm variants, and those skipped because half of the budget was spent."""
+    """Compiled and warm variants, and why others were skipped: half of the budget spent, or the compiler failed."""
     # The variants are instances of one class, each a recompilation to the compiler; a fresh start
     # for each model keeps their number within its limit.
     torch._dynamo.reset()
@@ -63,7 +64,15 @@ def compiled_arms(
             continue
         log(f"compiling {variant.name}")
         arm = make_dense(sparse, [variant])[0]
-        arm.step(batch)
+        try:
+            arm.step(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of the compiler, in classes that differ between versions of PyTorch
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            skipped[variant.name] = f"cannot be compiled: {first}"
+            arm.model.zero_grad(set_to_none=True)
+            continue
         arms.append(arm)
     return arms, skipped
 
@@ -97,7 +106,7 @@ def measure_step(
         for arm in arms
     }
     for group in ([sparse], eager, compiled):
-        if group:
+        if group and not budget.spent:
             fastest = min(group, key=lambda arm: results[arm.name]["median_ms"])
             log(f"{model_name}: peak memory of {fastest.name}")
             results[fastest.name]["peak"] = _peak(fastest, model_name, options)
@@ -137,6 +146,7 @@ def _peak(arm: Arm, model_name: str, options: Options) -> dict:
         options.dtype,
         torch.get_num_threads(),
         device=options.device,
+        backend=backends.forced(),
     )
     return memory.peak_in_subprocess(arguments, PEAK_TIMEOUT)
 

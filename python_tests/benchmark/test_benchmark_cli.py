@@ -12,8 +12,9 @@ TINY_RUN = ["--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "2"
 
 def test_run_leaves_one_json_and_one_picture(tmp_path, capsys):
     assert main([*TINY_RUN, "--output", str(tmp_path)]) == 0
-    report, picture = sorted(tmp_path.iterdir())
-    assert report.suffix == ".json" and picture.read_bytes().startswith(b"\x89PNG")
+    chart, report, picture = sorted(tmp_path.iterdir())
+    assert report.suffix == ".json" and chart.stem == f"{report.stem}-ops"
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (chart, picture))
     result = json.loads(report.read_text())
     assert result["parameters"]["img_size"] == 64
     assert str(tmp_path) not in report.read_text()

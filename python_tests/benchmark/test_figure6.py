@@ -48,14 +48,48 @@ def test_every_arm_is_measured_and_held_against_ours(tmp_path, capsys):
     assert "times the throughput of the fastest dense arm" in capsys.readouterr().out
 
 
-def test_both_layouts_are_compiled(tmp_path, monkeypatch):
+def pretend_to_compile(monkeypatch):
+    """The compiler takes a minute here; returns what it was asked for."""
     compiled = []
-    # The compiler takes a minute here; bench/ runs it.
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
+
+    def compile_(model, **options):
+        if model.encoder.stages[0][0].kind == "conv1x1":
+
+            def fails(*args):
+                raise RuntimeError("no C++ compiler\nand a long trace")
+
+            return fails
+        compiled.append(options)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    return compiled
+
+
+def test_the_fastest_compiled_kind_is_an_arm(tmp_path, monkeypatch):
+    compiled = pretend_to_compile(monkeypatch)
     _, result = run(tmp_path, "--models", "atto", "--no-peak", quick=False)
-    variants = [arm["variant"] for arm in result["sizes"][0]["arms"].values()]
-    assert sorted(v["layout"] for v in variants if v and v["compiled"]) == ["channels_last", "nchw"]
-    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2
+    (size,) = result["sizes"]
+    tried = {name: ms for name, ms in size["probe_ms"].items() if name.endswith(" compile")}
+    assert compiled == [{"fullgraph": True, "dynamic": False}] * 2 == [compiled[0]] * len(tried)
+    assert [n for n, arm in size["arms"].items() if arm["variant"] and arm["variant"]["compiled"]] == [
+        min(tried, key=tried.get)
+    ]
+    # what cannot be compiled is named, and does not end the run
+    assert list(size["skipped"].values()) == ["cannot be compiled: no C++ compiler"]
+
+
+def test_more_effort_measures_a_size_again(tmp_path, monkeypatch, capsys):
+    pretend_to_compile(monkeypatch)
+    less = run(tmp_path, "--models", "atto")[1]["sizes"][0]
+    assert set(less["skipped"].values()) == {"not asked for"}
+    more = run(tmp_path, "--models", "atto", "--no-peak", quick=False)[1]["sizes"][0]
+    assert any(arm["variant"] and arm["variant"]["compiled"] for arm in more["arms"].values())
+    capsys.readouterr()
+    assert run(tmp_path, "--models", "atto")[1]["sizes"][0] == more
+    assert "measured before" in capsys.readouterr().err
+    again = run(tmp_path, "--models", "atto", "--repeats", "4")[1]["sizes"][0]
+    assert all(len(arm["samples_ms"]) == 4 for arm in again["arms"].values())
 
 
 def test_the_same_command_goes_on(tmp_path, capsys):
@@ -71,7 +105,7 @@ def test_a_file_of_another_run_is_not_mixed_in(tmp_path, capsys):
     run(tmp_path, "--models", "atto")
     before = (tmp_path / "figure6.json").read_bytes()
     assert run(tmp_path, "--models", "femto", "--seed", "3")[0] == 2
-    assert "was measured with seed 0, this run has 3; give another --output, or --restart" in capsys.readouterr().err
+    assert "was measured with seed 0, this run has 3; give another --output, or --restart to" in capsys.readouterr().err
     assert (tmp_path / "figure6.json").read_bytes() == before
     code, result = run(tmp_path, "--models", "atto", "--seed", "3", "--restart")
     assert code == 0 and result["parameters"]["seed"] == 3
@@ -115,7 +149,7 @@ def test_a_spent_budget_is_named(tmp_path, monkeypatch):
     settings = figure6.Settings(batch_size=1, img_size=64)
     size = figure6.measure_size("convnextv2_atto", settings, Budget(1e-9), lambda message: None, lambda share: None)
     assert len(size["arms"]["sparse reference"]["samples_ms"]) == 3
-    assert set(size["skipped"].values()) == {"time budget"} and len(size["skipped"]) == 2
+    assert set(size["skipped"].values()) == {"time budget"} and len(size["skipped"]) == 3
     assert size["arms"]["sparse reference"]["peak"] == {"bytes": None, "reason": "time budget"}
 
 
@@ -131,7 +165,7 @@ def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figure6, "served_by", wrong)
     code, result = run(tmp_path, "--models", "atto")
     assert code == 1 and result is None
-    assert "correctness gate: FCMAE step, sparse reference" in capsys.readouterr().err
+    assert "correctness gate: atto: FCMAE step, sparse reference" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

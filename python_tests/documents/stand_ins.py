@@ -4,7 +4,7 @@
   repository's files, as it stands and with these options after its own, of which the last one counts, so an option that
   was renamed fails. Only the options of ``SMALLER`` may be appended. ``put={"FORMAT": "timm"}`` puts words in the place
   of others. Files that it reads are either made by an earlier command of the same document, whose ``--output`` the path
-  begins with, or get a line in ``files.FILES``, such as ``"A.json": committed("cpu.json")``.
+  begins with, or get a line in ``files.FILES``, such as ``"A.json": committed("cpu_figure6.json")``.
 * to ``CHECKED`` if it cannot: ``"the command": Checked("why", check)`` with a check of ``checks``: ``make_target``,
   ``pip_requirements``, ``options`` (the program's ``--help`` has them), ``parsed_by``, ``refused``.
 
@@ -54,13 +54,19 @@ SMALLER = {
     "--no-ops": "no ops, which `pytest bench` measures",
     "--workers": "no processes that load images",
     "--device": "no GPU",
-    "--output": "another folder, where the document gives two different runs the same",
+    "--no-peak": "no processes that measure peak memory",
+    "--batch-sizes": "fewer points",
+    "--img-sizes": "fewer points",
+    "--mask-ratios": "fewer points",
 }
 PRETRAIN = "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu"
 FINETUNE = "--epochs 1 --batch-size 5 --img-size 32 --workers 0 --device cpu"
 PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
 ANALYZE = "--img-size 64 --device cpu"
 BENCH = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-ops --device cpu"
+FIGURE6 = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-peak --device cpu"
+OPS = "--models atto --batch-size 1 --img-size 64 --repeats 1 --device cpu"
+SCALING = "--batch-sizes 1 2 --img-sizes --mask-ratios --img-size 64 --repeats 1 --device cpu"
 FUSED = "--models convnextv2_atto --batch-size 2 --img-size 32 --repeats 1 --no-compile --device cpu"
 DEMO = "--max-steps 1 --batch-size 2 --workers 0 --device cpu"
 
@@ -73,8 +79,6 @@ RUN = {
     # training
     "python -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_atto --epochs 100 --batch-size 64 "
     "--output runs/atto": Run(PRETRAIN),
-    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/atto":
-        Run(f"{PROCESSES} --output runs/processes"),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/atto/encoder.safetensors --recipe default "
     "--output runs/classes": Run(FINETUNE),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/classes/best.safetensors --eval-only":
@@ -82,8 +86,8 @@ RUN = {
     "python -m convnextv2_kernels pretrain --data FOLDER --output runs/pre": Run(PRETRAIN),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine":
         Run(FINETUNE),
-    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/pre":
-        Run(f"{PROCESSES} --output runs/processes"),
+    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/paper":
+        Run(PROCESSES),
     "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_huge --recipe paper "
     "--parallel fsdp --accumulate 8 --amp --output runs/huge":
         Run(f"--model convnextv2_atto --accumulate 2 {PROCESSES}"),
@@ -91,8 +95,6 @@ RUN = {
     "python -m convnextv2_kernels pretrain --demo --grn none --output v1": Run(DEMO),
     # analyses
     "python -m convnextv2_kernels analyze probe runs/atto/encoder.safetensors --random --data CLASSES": Run(ANALYZE),
-    "python -m convnextv2_kernels analyze cosine runs/atto/encoder.safetensors --random --photos --output figure4":
-        Run(ANALYZE),
     '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val':
         Run(ANALYZE),
     "$A selectivity finetuned.safetensors --random --data val --shuffled": Run(ANALYZE),
@@ -102,8 +104,13 @@ RUN = {
     "$A probe runs/v2/checkpoint-1000.pt --ema --label averaged --data classes --val others --C 0.1": Run(ANALYZE),
     # benchmarks
     "python -m convnextv2_kernels bench": Run(BENCH),
-    "python -m convnextv2_kernels bench --models atto tiny --output bench/results": Run(BENCH),
     "python -m convnextv2_kernels bench --quick": Run(BENCH),
+    "python -m convnextv2_kernels bench --figure6": Run(FIGURE6),
+    "python -m convnextv2_kernels bench --ops": Run(OPS),
+    "python -m convnextv2_kernels bench --ops --models atto": Run(OPS),
+    "python -m convnextv2_kernels bench --ops --models atto tiny": Run(OPS),
+    "python -m convnextv2_kernels bench --scaling": Run(SCALING),
+    "python -m convnextv2_kernels bench --compare A.json B.json": Run(),
     "python bench/run.py --help": Run(),
     "pytest bench --benchmark-enable --benchmark-only": Run(
         "-k layer_norm-C320 --benchmark-max-time 0.01 --benchmark-min-rounds 1"
@@ -132,10 +139,11 @@ MENTION = "a name of the program, which needs more arguments; documented with th
 CHECKED = {
     'pip install torch pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
     "pip install --no-build-isolation .": Checked(BY_PIP, pip_requirements),
-    'pip install ".[timm]"': Checked(BY_PIP, pip_requirements),
     'pip install "torch==2.13.0" ".[timm]"': Checked(BY_PIP, pip_requirements),
     'pip install "torch==2.13.0" ".[train]"': Checked(BY_PIP, pip_requirements),
     "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
+    "python bench/regression_gate.py": Checked("`make gate` runs it", options),
+    "python bench/regression_gate.py --update": Checked("rewrites the committed baseline", options),
     "make test": Checked("would run this test", make_target),
     "make test-emulated": Checked("would run half of the tests again", make_target),
     "make test-triton": Checked("would run half of the tests again", make_target),
