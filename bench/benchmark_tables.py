@@ -57,6 +57,9 @@ def figure6_summary(report: dict) -> str:
         )
     left_out = [f"{_short(model)}: {reason}" for model, reason in report["left_out"].items()]
     end = f"; left out: {'; '.join(left_out)}" if left_out else ""
+    compiled = {name for size in report["sizes"] for name, arm in size["arms"].items() if name.endswith(" compile")}
+    eager = [_short(size["model"]) for size in report["sizes"] if not compiled & size["arms"].keys()]
+    end += f"; no compiled variants: {', '.join(eager)}" if eager else ""
     lines += ["", f"{machine_line(report)}; forward and backward, medians of interleaved rounds{end}."]
     return "\n".join(lines)
 

@@ -95,6 +95,7 @@ def _draw(axis: Axes, sizes: list[dict], value, ratio: str, spread=None) -> dict
                 )
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "25" else "")
     low, high = axis.get_ylim()
     axis.set_ylim(low, high * 1.3)
     axis.set_xticks(range(len(sizes)), [short(size["model"]) for size in sizes])
