@@ -144,6 +144,7 @@ CHECKED = {
     "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
     "python bench/regression_gate.py": Checked("`make gate` runs it", options),
     "python bench/regression_gate.py --update": Checked("rewrites the committed baseline", options),
+    "make gate": Checked("takes a minute; its parts are tested in test_regression_gate.py", make_target),
     "make test": Checked("would run this test", make_target),
     "make test-emulated": Checked("would run half of the tests again", make_target),
     "make test-triton": Checked("would run half of the tests again", make_target),
