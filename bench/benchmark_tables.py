@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from convnextv2_kernels.benchmark.scaling_report import largest_chunk
+
 SPARSE = "sparse"
 TARGETS = {"atto": 5, "tiny": 4, "base": 4}
 
@@ -203,7 +205,7 @@ def _points(series: dict) -> list[str]:
     ]
     for point in series["points"]:
         ours, dense = point["arms"][SPARSE], point["arms"].get("dense")
-        chunk = max((stage["chunk_bytes"] for stage in ours["hidden"].values()), default=0)
+        chunk = largest_chunk(ours) or 0
         lines.append(
             f"| {form.format(point[series['axis']])} | {point['visible_pixels']:,} | {ours['median_ms']:.0f} "
             f"({point['ideal']['median_ms']:.0f}) | {'' if dense is None else format(dense['median_ms'], '.0f')} | "

@@ -12,12 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..models import CONFIGS
 from . import arguments, machine, report
 from .device import DEVICES, default_device, dense_at_its_best, no_gpu
-from .gate import GateError
+from .exits import exit_code
 from .masked_dense import PATCH
 from .op_bench import measure_ops
 from .options import DTYPES, Budget, Options
@@ -141,21 +139,12 @@ def main(argv: Sequence[str]) -> int:
         module = importlib.import_module(f".{MODES[modes[0]][0]}", __package__)
         return module.main([argument for argument in argv if argument != modes[0]])
     options = parse_options(argv)
-    reason = no_gpu(options.device)
-    if reason:
-        print(reason, file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    try:
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        with dense_at_its_best():
-            return _run(options)
-    except GateError as error:
-        print(f"correctness gate: {error}", file=sys.stderr)
-        return 1
-    finally:
-        torch.set_num_threads(threads)
+    return exit_code(lambda: _tuned(options), options.threads, no_gpu(options.device))
+
+
+def _tuned(options: Options) -> int:
+    with dense_at_its_best():
+        return _run(options)
 
 
 def _run(options: Options) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,15 +13,16 @@ import torch
 from ..models import CONFIGS
 from . import arguments, fits, machine, report
 from .device import DEVICES, default_device, free_memory, no_gpu
+from .exits import exit_code
 from .figure6 import Settings, complete, left_out, measure_size
 from .figure6_report import print_sizes, write_csv
 from .gate import GateError
 from .options import DTYPES, Budget
 from .progress import Progress
-from .resume import ResumeError, resume
+from .resume import resume
 
 PROG = "python -m convnextv2_kernels bench --figure6"
-# On a CPU an image takes a tenth of a second and more; the ratios are those of larger batches within a few percent.
+# On a CPU an image takes up to a second; batch 64 is the paper's.
 BATCH = {"cpu": 8, "cuda": 64}
 REPEATS = {"cpu": 5, "cuda": 20}
 # Seconds of a size grow with its parameters, beside a part that every size takes, as much as these many parameters.
@@ -102,27 +102,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the mode; returns the exit code: 0, 1 (correctness gate red), 2 (bad input) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
     settings = settings_of(args)
-    reason = no_gpu(settings.device)
-    if reason:
-        print(reason, file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    try:
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        return _run(settings, args)
-    except (ResumeError, GateError) as error:
-        print(error if isinstance(error, ResumeError) else f"correctness gate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ResumeError) else 1
-    except KeyboardInterrupt:
-        print(f"stopped; finished sizes are in {args.output}, {_go_on(args)} measures the others", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _go_on(args: argparse.Namespace) -> str:
-    return "the same command without --restart" if args.restart else "the same command"
+    again = "the same command without --restart" if args.restart else "the same command"
+    stopped = f"stopped; finished sizes are in {args.output}, {again} measures the others"
+    return exit_code(lambda: _run(settings, args), args.threads, no_gpu(settings.device), stopped)
 
 
 def _run(settings: Settings, args: argparse.Namespace) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,11 +13,11 @@ import torch
 from .. import backends, schedule
 from . import arguments, machine, report, scaling
 from .device import DEVICES, default_device, no_gpu
-from .gate import GateError
+from .exits import exit_code
 from .masked_dense import PATCH
 from .options import DTYPES, Budget
 from .progress import Progress
-from .resume import ResumeError, resume
+from .resume import resume
 from .scaling_fit import series_of
 from .scaling_report import print_series, write_csv
 
@@ -109,23 +108,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the mode; returns the exit code: 0, 1 (correctness gate red), 2 (bad input) or 130 (interrupted)."""
     args = build_parser().parse_args(argv)
     settings = settings_of(args)
-    reason = why_not(settings)
-    if reason:
-        print(reason, file=sys.stderr)
-        return 2
-    threads = torch.get_num_threads()
-    try:
-        if args.threads is not None:
-            torch.set_num_threads(args.threads)
-        return _run(settings, args)
-    except (ResumeError, GateError) as error:
-        print(error if isinstance(error, ResumeError) else f"correctness gate: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ResumeError) else 1
-    except KeyboardInterrupt:
-        print(f"stopped; finished axes are in {args.output}, the same command measures the others", file=sys.stderr)
-        return 130
-    finally:
-        torch.set_num_threads(threads)
+    again = "the same command without --restart" if args.restart else "the same command"
+    stopped = f"stopped; finished axes are in {args.output}, {again} measures the others"
+    return exit_code(lambda: _run(settings, args), args.threads, why_not(settings), stopped)
 
 
 def _run(settings: scaling.Settings, args: argparse.Namespace) -> int:
