@@ -11,8 +11,6 @@ import torch
 
 from convnextv2_kernels.backends.cpu import products
 
-# PyTorch's profiler writes a line to standard error at each start and stop, unless told not to.
-_FIXED = {"KINETO_LOG_LEVEL": "99"}
 _UNSET = ("CONVNEXTV2_KERNELS_SAVE", "CONVNEXTV2_KERNELS_CHUNK_BYTES")
 
 
@@ -44,7 +42,7 @@ def fixed() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     plain = mock.patch.multiple(products, _onednn=None, _onednn_backward=None, _onednn_add=None)
-    with plain, environment(**_FIXED, **dict.fromkeys(_UNSET)):
+    with plain, environment(**dict.fromkeys(_UNSET)):
         torch.set_num_threads(1)
         try:
             yield

@@ -6,10 +6,10 @@ import gc
 import re
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from convnextv2_kernels.benchmark.memory import saved_bytes
+from convnextv2_kernels.benchmark.profiled import events_of, peak_bytes, requests
 
 OWN = "convnextv2_kernels"
 _CALL = re.compile(r"([A-Za-z_]\w*)::[A-Za-z_]\w*")
@@ -39,26 +39,14 @@ def measured(forward: Callable[[], Tensor], alive: Sequence[Tensor]) -> dict[str
     gc.collect()
     gc.disable()
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            forward().backward()
+        events = events_of(lambda: forward().backward(), "cpu")
     finally:
         if collecting:
             gc.enable()
     _drop_gradients(alive)
-    events = profiler.profiler.kineto_results.events()
-    return {**saved, **_memory(events), **_calls(events)}
-
-
-def _memory(events) -> dict[str, int]:
-    now = peak = total = 0
-    requests = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
-    if not requests:
-        raise RuntimeError("PyTorch's profiler reported no memory at all")
-    for event in requests:
-        now += event.nbytes()
-        peak = max(peak, now)
-        total += max(0, event.nbytes())
-    return {"peak_bytes": peak, "allocated_bytes": total}
+    memory = requests(events, "cpu")
+    allocated = sum(max(0, event.nbytes()) for event in memory)
+    return {**saved, "peak_bytes": peak_bytes(memory), "allocated_bytes": allocated, **_calls(events)}
 
 
 def _calls(events) -> dict[str, int]:

@@ -1,9 +1,5 @@
 """Memory of a step, counted and not sampled: what PyTorch's allocator hands out, and the schedule's hidden chunks.
 
-Resident memory moves in pages and with the C library's moods; the allocator's own account gives the same bytes every
-time. It misses the scratch memory that vendor libraries take for themselves: the peak of a fresh process, see
-:mod:`.memory`, has that.
-
 The schedule's rule (``schedule.chunks``): a hidden tensor [rows, H] is made for whole images at a time, as many as fit
 the budget of ``schedule.chunk_bytes``, but at least one image, and at least H / 2 rows. So its bytes are at most
 
@@ -15,9 +11,6 @@ which the batch does not enter.
 from __future__ import annotations
 
 import bisect
-import os
-import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import schedule
-from .device import synchronize
+from .profiled import events_of, peak_bytes, requests
 
 _RANGE = "hidden chunk of pass "
 # The CUDA allocator hands out blocks larger than asked for by up to this; the CPU's does not.
@@ -82,54 +75,22 @@ def observed_passes() -> Iterator[list[Pass]]:
         schedule.chunks = original
 
 
-@contextmanager
-def _without_notices() -> Iterator[None]:
-    """Drops the "USDT:" lines that some builds of PyTorch's profiler write to standard error whenever they start and
-    stop, straight from C++ and on a level that is read when PyTorch is loaded; every other line is passed on."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as file:
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            for written in file.readlines():
-                if not written.startswith(b"USDT:"):
-                    os.write(2, written)
-
-
 def allocations(step: Callable[[], object], device: str) -> tuple[int, dict[int, list[int]]]:
     """Peak of live bytes during ``step()`` beyond those at its start, and sizes of what each pass's chunks allocate."""
-    kind = {"cpu": torch.profiler.DeviceType.CPU, "cuda": torch.profiler.DeviceType.CUDA}[device]
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with _without_notices():
-        profiler.start()
-    try:
-        step()
-        synchronize(device)
-    finally:
-        with _without_notices():
-            profiler.stop()
-    events = profiler.profiler.kineto_results.events()
+    events = events_of(step, device)
     ranges = sorted(
         (event.start_ns(), event.start_ns() + event.duration_ns(), int(event.name().removeprefix(_RANGE)))
         for event in events
         if event.name().startswith(_RANGE)
     )
     starts = [start for start, _, _ in ranges]
-    live = peak = 0
+    memory = requests(events, device)
     sizes: dict[int, list[int]] = defaultdict(list)
-    memory = [event for event in events if event.name() == "[memory]" and event.device_type() == kind]
-    for event in sorted(memory, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
+    for event in memory:
         at = bisect.bisect_right(starts, event.start_ns()) - 1
         if event.nbytes() > 0 and at >= 0 and event.start_ns() <= ranges[at][1]:
             sizes[ranges[at][2]].append(event.nbytes())
-    return peak, sizes
+    return peak_bytes(memory), sizes
 
 
 def names_of_blocks(depths: list[int], decoder_depth: int) -> list[str]:
