@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # of one command, on a machine that has other work too
 CLONED = ("README.md", "Makefile", "pyproject.toml", "bench", "docs", "examples", "python_tests")
 PACKAGE = ["-m", "convnextv2_kernels"]
+DEFAULT_OUTPUT = {"bench": "bench_output", "analyze": "analysis_output"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Done:
     code: int
     out: str
     err: str
-    wrote: bool = True  # into its --output, where it has one
+    wrote: bool = True  # into what `output_of` says, where it says something
 
     def __str__(self) -> str:
         return f"{shlex.join(self.words)}\nended with code {self.code}\n{self.out[-1500:]}\n{self.err[-3000:]}"
@@ -99,9 +100,12 @@ class Clone:
 
 
 def output_of(words: list[str]) -> str | None:
-    """What a command says it writes to; the last of several counts."""
+    """What a command writes to: the last place it names, or its program's own."""
     places = [after for word, after in zip(words, words[1:], strict=False) if word in ("--output", "--out")]
-    return places[-1] if places else None
+    if places:
+        return places[-1]
+    ours = words[1:3] == PACKAGE and "--compare" not in words
+    return DEFAULT_OUTPUT.get(words[3]) if ours and len(words) > 3 else None
 
 
 def _state_of(place: Path) -> dict[Path, int]:

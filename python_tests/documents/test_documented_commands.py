@@ -126,13 +126,15 @@ def test_a_command_fails_where_an_option_was_renamed_or_nothing_is_written(tmp_p
     python -m convnextv2_kernels pretrain --data FOLDER --outputs runs/a
     python -m convnextv2_kernels pretrain --data FOLDER --output runs/b --recipe papers
     python bench/run.py --help --output bench/results
+    python -m convnextv2_kernels bench --scaling --help
     no-such-program --help
     """
     commands = commands_of("made up", text)
     clone = Clone(tmp_path, commands, {c.text: Run() for c in commands})
-    assert [clone.run(c).code for c in commands] == [2, 2, 0]
+    assert [clone.run(c).code for c in commands] == [2, 2, 0, 0]
     assert "unrecognized arguments: --outputs" in clone.run(commands[0]).err
-    assert "--recipe" in clone.run(commands[1]).err and not clone.run(commands[2]).wrote
+    assert "--recipe" in clone.run(commands[1]).err
+    assert not clone.run(commands[2]).wrote and not clone.run(commands[3]).wrote
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.text not in CHECKED], ids=lambda c: c.place)
@@ -143,7 +145,7 @@ def test_documented_command_runs(command, clones):
     )
     done = clones(command.document).run(command)
     assert done.code == 0, f"{command.place}: {done}"
-    assert done.wrote, f"{command.place} wrote nothing to its --output: {done}"
+    assert done.wrote, f"{command.place} wrote nothing to its output: {done}"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.text in CHECKED], ids=lambda c: c.place)
