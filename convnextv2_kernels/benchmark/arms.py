@@ -14,6 +14,7 @@ from ..models import create_fcmae
 from .masked_dense import PATCH, MaskedDenseFCMAE, Variant
 
 SPARSE = "sparse"
+MASK_RATIO = 0.6  # share of the patches that is hidden, the paper's
 
 
 @dataclass
@@ -64,9 +65,9 @@ def make_batch(
     seed: int,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    mask_ratio: float = 0.6,
+    mask_ratio: float = MASK_RATIO,
 ) -> Batch:
-    """Random images and FCMAE masks (19 of 49 patches visible at 224 px and ratio 0.6).
+    """Random images and FCMAE masks (19 of 49 patches visible at 224 px and the paper's ratio).
 
     They are drawn on the CPU, so that one seed means the same batch on every device.
     """

@@ -193,10 +193,10 @@ def _run(options: Options) -> int:
         pictures = []
         if options.step:
             pictures.append(path.with_suffix(".png"))
-            save_plot(pictures[-1], result["step"], parameters, result["machine"])
+            save_plot(pictures[-1], result)
         if any(ops["rows"] for ops in result["ops"].values()):
             pictures.append(path.with_name(f"{path.stem}-ops.png"))
-            save_limits(pictures[-1], result["ops"], parameters, result["machine"])
+            save_limits(pictures[-1], result)
         for picture in pictures:
             console.print(f"Picture: {picture}", soft_wrap=True)
     else:

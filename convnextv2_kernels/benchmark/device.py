@@ -53,6 +53,11 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that there is no memory left; the CPU's allocator has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def gpu_name(device: str) -> str | None:
     """Name of the current GPU, None on a CPU."""
     return torch.cuda.get_device_name() if device == "cuda" else None

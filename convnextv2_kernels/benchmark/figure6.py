@@ -15,8 +15,8 @@ import torch
 from .. import backends
 from ..models import CONFIGS
 from . import fits, memory
-from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
-from .device import available_bytes, dense_at_its_best, free_memory, synchronized
+from .arms import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
+from .device import available_bytes, dense_at_its_best, free_memory, out_of_memory, synchronized
 from .gate import check_arms
 from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .options import DTYPES, Budget
@@ -29,6 +29,7 @@ COMMON = Variant("channels_last", "plain")  # slower than the tuned ones, and wh
 PEAK_TIMEOUT = 1800.0
 # Why something of a size was not measured; it is when the same size is asked for with more effort.
 NOT_ASKED, OUT_OF_TIME = "not asked for", "time budget"
+OUT_OF_MEMORY = "out of memory"  # nor with more effort
 # Shares of a size's work, for the progress bar; rough.
 SHARES = {"gate": 0.1, "probe": 0.1, "compile": 0.15, "bytes": 0.1, "time": 0.3, "peak": 0.25}
 
@@ -40,7 +41,7 @@ class Settings:
     models: tuple[str, ...] = tuple(CONFIGS)
     batch_size: int = 64
     img_size: int = 224
-    mask_ratio: float = 0.6
+    mask_ratio: float = MASK_RATIO
     repeats: int = 20
     dtype: str = "float32"
     device: str = "cpu"
@@ -87,7 +88,7 @@ def measure_size(
 
     Raises:
         GateError: before anything is timed, when two arms disagree.
-        torch.OutOfMemoryError: on a GPU.
+        RuntimeError: memory runs out in our arm, or in every tuned dense one.
     """
     with dense_at_its_best():
         result = _measure_in_process(model, settings, budget, log, advance)
@@ -115,20 +116,27 @@ def _measure_in_process(model: str, settings: Settings, budget: Budget, log, adv
     advance(SHARES["gate"])
 
     log(f"{model}: choosing the faster pointwise layers of the dense network")
+    skipped: dict[str, str] = {}
+    candidates = [arm for arm in candidates if _fits(arm, batch, skipped)]
+    if not candidates:
+        raise torch.OutOfMemoryError("no masked dense variant fits")
     probe = _probe(candidates, batch)
-    dense = [_faster(candidates, layout, probe) for layout in MEMORY_FORMATS]
+    layouts = dict.fromkeys(arm.variant.layout for arm in candidates)
+    dense = [_faster(candidates, layout, probe) for layout in layouts]
     advance(SHARES["probe"])
     # The compiler is given every kind, in the layout that is faster eager; it chooses layouts inside itself.
     layout = min(dense, key=lambda arm: probe[arm.name]).variant.layout
     variants = [Variant(layout, kind, compiled=True) for kind in POINTWISE]
-    compiled, skipped = [], {variant.name: NOT_ASKED for variant in variants}
+    compiled, not_compiled = [], {variant.name: NOT_ASKED for variant in variants}
     if settings.compile:
-        compiled, skipped = compiled_arms(base, variants, batch, budget, log)
+        compiled, not_compiled = compiled_arms(base, variants, batch, budget, log)
         found = _probe(compiled, batch) if compiled else {}
         probe |= found
         compiled = [_faster(compiled, layout, found)] if compiled else []
+    skipped |= not_compiled
     advance(SHARES["compile"])
-    arms = [*make_dense(base, [COMMON]), *dense, *compiled, *ours]
+    common = [arm for arm in make_dense(base, [COMMON]) if _fits(arm, batch, skipped)]
+    arms = [*common, *dense, *compiled, *ours]
     expected = ours[-1].forward(batch)[0].detach().double()
     check_losses(arms, batch, expected)
 
@@ -167,12 +175,24 @@ def _described(variant: Variant | None) -> dict | None:
     return None if variant is None else dict(vars(variant))
 
 
+def _fits(arm: Arm, batch: Batch, skipped: dict[str, str]) -> bool:
+    """Run a dense arm once, which warms it up; False, and noted in ``skipped``, where memory does not suffice."""
+    try:
+        arm.step(batch)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        skipped[arm.name] = OUT_OF_MEMORY
+    if arm.name in skipped:  # not in the handler, where the error's traceback keeps the activations alive
+        arm.model.zero_grad(set_to_none=True)
+        free_memory(batch.images.device.type)
+    return arm.name not in skipped
+
+
 def _probe(candidates: Sequence[Arm], batch: Batch) -> dict[str, float]:
-    """Seconds of a warm step of each dense variant, the better of two."""
+    """Seconds of a step of each dense variant, which is warm, the better of two."""
     device = batch.images.device.type
     steps = {arm.name: synchronized(lambda arm=arm: arm.step(batch), device) for arm in candidates}
-    for step in steps.values():
-        step()
     return {name: min(seconds) for name, seconds in time_interleaved(steps, 2).items()}
 
 

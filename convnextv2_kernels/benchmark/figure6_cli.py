@@ -8,11 +8,9 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from ..models import CONFIGS
 from . import arguments, fits, machine, report
-from .device import DEVICES, default_device, free_memory, no_gpu
+from .device import DEVICES, default_device, free_memory, no_gpu, out_of_memory
 from .exits import exit_code
 from .figure6 import Settings, complete, left_out, measure_size
 from .figure6_report import print_sizes, write_csv
@@ -148,8 +146,8 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
             except GateError as error:
                 raise GateError(f"{arguments.short(model)}: {error}") from error
             except RuntimeError as error:
-                if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-                    raise  # the CPU's allocator has no class of its own for it
+                if not out_of_memory(error):
+                    raise
                 result["left_out"][model] = "out of memory"
                 free_memory(settings.device)
                 continue

@@ -30,7 +30,7 @@ def kind_of(name: str, arm: dict) -> tuple[str, str]:
     if variant is None:
         backend = name.rpartition(" ")[2]
         return f"sparse, {backend}", _OURS[backend]
-    if variant["pointwise"] == "plain":
+    if variant["pointwise"] == "plain" and not variant["compiled"]:
         return "masked dense, as commonly written", _COMMON
     label = f"masked dense, {variant['layout']}{', compiled' if variant['compiled'] else ''}"
     return label, _DENSE[variant["layout"], variant["compiled"]]

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..files import atomic_file
 from .arguments import short
 from .figure6 import NOT_ASKED, peak_of
-from .report import mebibytes
+from .report import machine_line, mebibytes
 
 COLUMNS = (
     "model",
@@ -53,12 +53,7 @@ def write_csv(path: Path, result: dict) -> None:
 
 def title(result: dict) -> str:
     """What was measured, on what, in one line."""
-    machine, p = result["machine"], result["parameters"]
-    hardware = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
-    return (
-        f"FCMAE, forward and backward: batch {p['batch_size']}, {p['img_size']} px, mask ratio {p['mask_ratio']}, "
-        f"{p['dtype']}; {hardware}, PyTorch {machine['torch']}"
-    )
+    return f"FCMAE, forward and backward: {machine_line(result)}"
 
 
 def print_sizes(console: Console, result: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +10,24 @@ from matplotlib.figure import Figure
 
 from ..files import atomic_file
 from .arms import SPARSE
+from .report import machine_line
 
 
-def save_limits(path: Path, ops: Mapping[str, dict], parameters: dict, machine: dict) -> None:
+def save_limits(path: Path, result: dict) -> None:
     """Write a PNG: ops by stages, each cell the share of the time that its counted work must take.
 
     A small share is a kernel far from its limit. M and C say whether memory or computing sets the limit; the second
     line is the time and how many times the fastest dense variant takes.
     """
+    ops = result["ops"]
     models = [model for model in ops if ops[model]["rows"]]
     names = list(dict.fromkeys(row["op"] for model in models for row in ops[model]["rows"]))
     figure = Figure(figsize=(2.0 + 5.2 * len(models), 1.6 + 0.62 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
-    hardware = machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
     figure.suptitle(
         "Counted minimum over measured time (M: of memory, C: of computing), forward and backward; "
         "below it the time, and that of the fastest dense variant over it\n"
-        f"batch {parameters['batch_size']}, {parameters['img_size']} px, {parameters['dtype']}, {hardware}",
+        f"{machine_line(result)}",
         fontsize=11,
     )
     axes = figure.subplots(1, len(models), squeeze=False)[0]

@@ -8,7 +8,7 @@ import json
 import torch
 
 from .. import backends
-from .arms import SPARSE, make_batch, make_dense, make_sparse, served_by
+from .arms import MASK_RATIO, SPARSE, make_batch, make_dense, make_sparse, served_by
 from .device import DEVICES, cuda_peak_bytes, dense_at_its_best
 from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .memory import PeakUnavailable, step_peak_bytes
@@ -24,7 +24,7 @@ def arguments_for(
     *,
     device: str = "cpu",
     backend: str = "auto",
-    mask_ratio: float = 0.6,
+    mask_ratio: float = MASK_RATIO,
 ) -> list[str]:
     """Command line of this module for an arm; variant None is the sparse one, by ``backend``."""
     arguments = ["--model", model_name, "--batch-size", str(batch), "--img-size", str(img_size)]

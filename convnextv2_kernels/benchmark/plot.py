@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,21 +9,19 @@ from matplotlib.figure import Figure
 
 from ..files import atomic_file
 from .arms import SPARSE
+from .report import machine_line
 
 _COLORS = {"sparse": "#c2410c", "eager": "#64748b", "compile": "#94a3b8"}
 
 
-def save_plot(path: Path, steps: Sequence[dict], parameters: dict, machine: dict) -> None:
+def save_plot(path: Path, result: dict) -> None:
     """Write a PNG with one row for each model: medians with quartiles, and saved bytes."""
+    steps = result["step"]
     bars = max(len(step["arms"]) for step in steps)
     height = 1.0 + len(steps) * (1.1 + 0.34 * bars)
     figure = Figure(figsize=(12.5, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"FCMAE training step, batch {parameters['batch_size']}, {parameters['img_size']} px, "
-        f"{parameters['dtype']}, {machine['gpu'] or '{threads} threads of {cpu}'.format(**machine)}",
-        fontsize=12,
-    )
+    figure.suptitle(f"FCMAE training step: {machine_line(result)}", fontsize=12)
     axes = figure.subplots(len(steps), 2, squeeze=False)
     for step, (left, right) in zip(steps, axes, strict=True):
         _draw_times(left, step)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..files import atomic_file
-from .arms import SPARSE
+from .arms import MASK_RATIO, SPARSE
 
 WIDTH_IN_FILES = 120
 
@@ -29,6 +29,16 @@ def write_report(path: Path, report: dict) -> None:
     text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
     with atomic_file(path) as file:
         file.write((text + "\n").encode())
+
+
+def machine_line(result: dict) -> str:
+    """What a result was measured on, and with which settings."""
+    machine, p = result["machine"], result["parameters"]
+    hardware = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return (
+        f"{hardware}, PyTorch {machine['torch']}, {p['dtype']}, batch {p['batch_size']}, {p['img_size']} px, "
+        f"mask ratio {p.get('mask_ratio', MASK_RATIO):g}"
+    )
 
 
 def mebibytes(count: float) -> str:

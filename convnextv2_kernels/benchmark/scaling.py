@@ -17,7 +17,7 @@ from ..backends import use_backend
 from ..layout import num_kept
 from ..models import get_config
 from . import fits, memory, scaling_fit
-from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
+from .arms import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
 from .device import available_bytes, dense_at_its_best, free_memory, synchronized
 from .gate import check_fcmae
 from .machine import git_commit
@@ -32,7 +32,6 @@ AXES = ("batch_size", "img_size", "mask_ratio")
 DENSE = "dense"
 DENSE_VARIANT = Variant("channels_last", "conv1x1")
 PEAK_TIMEOUT = 1800.0
-GATE_RATIO = 0.6
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Settings:
     model: str = "convnextv2_atto"
     batch_size: int = 8
     img_size: int = 224
-    mask_ratio: float = 0.6
+    mask_ratio: float = MASK_RATIO
     repeats: int = 10
     dtype: str = "float32"
     device: str = "cpu"
@@ -92,7 +91,7 @@ def check(settings: Settings) -> dict:
     loss is empty, so the gate takes ratio 0.6 of 64 px or more."""
     fixed = Point(settings.batch_size, settings.img_size, settings.mask_ratio)
     if not 0 < fixed.visible < fixed.patches:
-        fixed = Point(fixed.batch_size, max(fixed.img_size, 2 * PATCH), GATE_RATIO)
+        fixed = Point(fixed.batch_size, max(fixed.img_size, 2 * PATCH), MASK_RATIO)
     arms = make_arms(settings)
     return check_fcmae(arms[SPARSE], [arms[DENSE]], _batch(fixed, settings))
 

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from ..files import atomic_file
 from .arguments import short
 from .arms import SPARSE
+from .report import machine_line
 from .scaling_report import TITLES, largest_chunk
 
 _OURS, _DENSE, _WORKING, _CHUNK = "#c2410c", "#94a3b8", "#0f766e", "#1d4ed8"
@@ -52,15 +53,8 @@ def save_plot(path: Path, result: dict) -> None:
 
 
 def _title(result: dict) -> str:
-    parameters, machine = result["parameters"], result["machine"]
-    where = machine["gpu"] or f"{machine['threads']} threads of {machine['cpu']}"
-    if machine["threads"] == 1 and not machine["gpu"]:
-        where = where.replace("threads", "thread", 1)
-    return (
-        f"FCMAE step (forward and backward) of {short(parameters['model'])}, {parameters['dtype']}, {where}; where it "
-        f"does not vary: batch {parameters['batch_size']}, {parameters['img_size']} px, mask ratio "
-        f"{parameters['mask_ratio']:g}"
-    )
+    model = short(result["parameters"]["model"])
+    return f"FCMAE step (forward and backward) of {model}; where it does not vary: {machine_line(result)}"
 
 
 def _verdict(series: dict, name: str, title: str, unit: str, scale: float) -> str:

@@ -10,7 +10,7 @@ import torch
 from .. import backends
 from . import counts, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
-from .device import synchronized
+from .device import free_memory, synchronized
 from .gate import GateError, check_fcmae, relative_error, step_floor
 from .masked_dense import Variant, eager_variants, encoder_sizes
 from .options import Budget, Options
@@ -52,7 +52,8 @@ def compiled_arms(
     budget: Budget,
     log: Callable[[str], None],
 ) -> tuple[list[Arm], dict[str, str]]:
-    """Compiled and warm variants, and why others were skipped: half of the budget spent, or the compiler failed."""
+    """Compiled and warm variants, and why others were skipped: half of the budget spent, out of memory, or the compiler
+    failed."""
     # The variants are instances of one class, each a recompilation to the compiler; a fresh start
     # for each model keeps their number within its limit.
     torch._dynamo.reset()
@@ -67,13 +68,15 @@ def compiled_arms(
         try:
             arm.step(batch)
         except torch.OutOfMemoryError:
-            raise
+            skipped[variant.name] = "out of memory"
         except Exception as error:  # of the compiler, in classes that differ between versions of PyTorch
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             skipped[variant.name] = f"cannot be compiled: {first}"
-            arm.model.zero_grad(set_to_none=True)
+        if variant.name not in skipped:
+            arms.append(arm)
             continue
-        arms.append(arm)
+        arm.model.zero_grad(set_to_none=True)
+        free_memory(batch.images.device.type)
     return arms, skipped
 
 

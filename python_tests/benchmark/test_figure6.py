@@ -143,6 +143,45 @@ def test_a_size_that_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
     assert "huge left out: needs about" in capsys.readouterr().out
 
 
+def starve(monkeypatch, fails):
+    """Dense arms whose variant ``fails`` says so run out of memory on more images than the gate takes."""
+    make_dense = figure6.make_dense
+
+    def starved(base, variants):
+        arms = make_dense(base, variants)
+        for arm in arms:
+            if fails(arm.variant):
+
+                def run(images, mask, right=arm.run):
+                    if len(images) > 2:
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+                    return right(images, mask)
+
+                arm.run = run
+        return arms
+
+    monkeypatch.setattr(figure6, "make_dense", starved)
+
+
+def test_an_arm_without_memory_does_not_cost_the_size(tmp_path, monkeypatch, capsys):
+    starve(monkeypatch, lambda variant: variant.pointwise == "plain" or variant.layout == "nchw")
+    code, result = run(tmp_path, "--models", "atto", "--batch-size", "3")
+    (size,) = result["sizes"]
+    assert code == 0 and result["left_out"] == {}
+    gone = {name for name, why in size["skipped"].items() if why == "out of memory"}
+    assert gone == {"dense nchw linear eager", "dense nchw conv1x1 eager", "dense channels_last plain eager"}
+    assert len(size["arms"]) == 1 + len(figure6.our_backends("cpu", torch.float32))
+    assert "dense channels_last plain eager skipped: out of memory" in capsys.readouterr().out
+    # it is not tried again
+    assert run(tmp_path, "--models", "atto", "--batch-size", "3")[1]["sizes"] == [size]
+
+
+def test_a_size_without_any_dense_arm_is_named(tmp_path, monkeypatch):
+    starve(monkeypatch, lambda variant: True)
+    code, result = run(tmp_path, "--models", "atto", "--batch-size", "3")
+    assert code == 0 and result["left_out"] == {"convnextv2_atto": "out of memory"} and result["sizes"] == []
+
+
 def test_a_spent_budget_is_named(tmp_path, monkeypatch):
     code, result = run(tmp_path, "--models", "atto", "--time-budget", "0.001")
     assert code == 0 and result["left_out"] == {"convnextv2_atto": "time budget"} and result["sizes"] == []
