@@ -24,6 +24,9 @@ _DENSE = {
 _OURS = {"reference": "#fdba74", "cpu": "#c2410c", "triton": "#ea580c", "cuda": "#c2410c", "auto": "#9a3412"}
 
 
+SIDE_BY_SIDE = 4  # more sizes than these: one panel above the other, so that a page can hold them
+
+
 def kind_of(name: str, arm: dict) -> tuple[str, str]:
     """Label and color of an arm, the same for every size."""
     variant = arm["variant"]
@@ -39,10 +42,12 @@ def kind_of(name: str, arm: dict) -> tuple[str, str]:
 def save_plot(path: Path, result: dict) -> None:
     """Write a PNG: grouped bars on a logarithmic axis, ratios to the best dense arm over ours."""
     sizes = result["sizes"]
-    figure = Figure(figsize=(max(9.0, 3.0 + 2.0 * len(sizes)), 5.6), layout="constrained")
+    stacked = len(sizes) > SIDE_BY_SIDE
+    across = 3.0 + (1.1 if stacked else 2.0) * len(sizes)
+    figure = Figure(figsize=(max(9.0, across), 9.2 if stacked else 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title(result), fontsize=10)
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(2, 1) if stacked else figure.subplots(1, 2)
     labels = _draw(left, sizes, lambda arm: arm["images_per_s"], "throughput", _relative_spread)
     left.set_ylabel("images / s (median, quartiles), log scale")
     left.set_title("Throughput; in bold: ours / fastest dense", fontsize=10, loc="left")

@@ -54,7 +54,7 @@ def save_plot(path: Path, result: dict) -> None:
 
 def _title(result: dict) -> str:
     model = short(result["parameters"]["model"])
-    return f"FCMAE step (forward and backward) of {model}; where it does not vary: {machine_line(result)}"
+    return f"FCMAE step (forward and backward) of {model}, one setting varied at a time: {machine_line(result)}"
 
 
 def _verdict(series: dict, name: str, title: str, unit: str, scale: float) -> str:
