@@ -15,6 +15,7 @@ from training_tables import training
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURE6 = ROOT / "bench" / "results" / "cpu_figure6.json"
+FIGURE6_INTEL = ROOT / "bench" / "results" / "cpu_figure6_intel.json"
 OPS = ROOT / "bench" / "results" / "cpu_ops.json"
 ENGINES = ROOT / "bench" / "results" / "cpu_engines.json"
 SCALING = ROOT / "bench" / "results" / "cpu_scaling.json"
@@ -176,6 +177,7 @@ def main(arguments: list[str]) -> int:
         ("README.md", "figure6", figure6_summary(figure6)),
         ("README.md", "fused", fused(json.loads(FUSED.read_text()))),
         ("docs/benchmarks.md", "figure6", figure6_details(figure6)),
+        ("docs/benchmarks.md", "figure6_intel", figure6_summary(json.loads(FIGURE6_INTEL.read_text()))),
         ("docs/benchmarks.md", "ops", ops(json.loads(OPS.read_text()))),
         ("docs/benchmarks.md", "engines", engines(json.loads(ENGINES.read_text()))),
         ("docs/benchmarks.md", "scaling", scaling(json.loads(SCALING.read_text()))),
