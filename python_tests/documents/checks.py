@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -31,17 +32,20 @@ def make_target(command: Command) -> None:
 
 
 def pip_requirements(command: Command) -> None:
-    """pip knows the options; the requirements parse and allow what pyproject.toml asks for; it has the extras."""
+    """pip knows the options; the requirements parse and allow what pyproject.toml asks for; it has the extras.
+
+    This project is installed editable: otherwise the clone, from which ``python -m`` imports, has no extension."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     extras = {**project["project"]["optional-dependencies"], "": project["project"]["dependencies"]}
     asked = {r.name: r for r in map(Requirement, [*extras[""], *project["build-system"]["requires"]])}
     pip, install, *words = command.words
     assert (pip, install) == ("pip", "install"), command.place
     known = run(["python", "-m", "pip", "install", "--help"], ROOT).out
-    for word in words:
+    for before, word in zip([install, *words], words, strict=False):
         if word.startswith("-"):
-            assert f"{word} " in known, f"{command.place}: pip install has no option {word}"
+            assert re.search(rf"{word}[, ]", known), f"{command.place}: pip install has no option {word}"
         elif word == "." or word.startswith(".["):
+            assert before == "-e" and "--no-build-isolation" in words, f"{command.place}: `{command.text}`"
             for extra in Requirement("this" + word[1:]).extras or {""}:
                 assert extra in extras, f"{command.place}: pyproject.toml has no extra {extra!r}"
                 assert all(map(Requirement, extras[extra])), extra

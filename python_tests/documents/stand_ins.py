@@ -138,9 +138,11 @@ MENTION = "a name of the program, which needs more arguments; documented with th
 
 CHECKED = {
     'pip install torch pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
-    "pip install --no-build-isolation .": Checked(BY_PIP, pip_requirements),
-    'pip install "torch==2.13.0" ".[timm]"': Checked(BY_PIP, pip_requirements),
-    'pip install "torch==2.13.0" ".[train]"': Checked(BY_PIP, pip_requirements),
+    "pip install --no-build-isolation -e .": Checked(BY_PIP, pip_requirements),
+    'pip install --no-build-isolation -e ".[timm]"': Checked(BY_PIP, pip_requirements),
+    'pip install --no-build-isolation "torch==2.13.0" -e ".[timm]"': Checked(BY_PIP, pip_requirements),
+    'pip install --no-build-isolation -e ".[train]"': Checked(BY_PIP, pip_requirements),
+    'pip install --no-build-isolation "torch==2.13.0" -e ".[train]"': Checked(BY_PIP, pip_requirements),
     "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
     "python bench/regression_gate.py": Checked("`make gate` runs it", options),
     "python bench/regression_gate.py --update": Checked("rewrites the committed baseline", options),
