@@ -190,7 +190,8 @@ class BuildKernels(build_ext):
                 f"convnextv2_kernels: building the extension needs {error.name}, which is not installed here. Install "
                 "torch and pybind11 first and build with `pip install --no-build-isolation .`"
             ) from error
-        build = Build(self.spawn, Path(self.build_temp))
+        # An editable build is given a temporary folder, in which no object would be found again.
+        build = Build(self.spawn, ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp))
         torch_options, libraries = torch_flags()
         cpp = [*build.compiler, *BASE_FLAGS]
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]

@@ -129,6 +129,8 @@ def info() -> str:
     for name in backends.NAMES[:-1]:
         device = {"cuda": cuda.DEVICE, "triton": triton.DEVICE}.get(name, "cpu")
         reason = backends.why_not(name, device, torch.float32)
+        if reason is None and device == "cuda" and not torch.cuda.is_available():
+            reason = "compiled, but PyTorch sees no GPU"
         lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
     for device in _devices():
         table = serving_backends(device)

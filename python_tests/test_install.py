@@ -84,6 +84,13 @@ def test_info_names_every_op_and_backend():
         assert re.search(r"convnextv2_block +reference +reference +reference +reference", ck.info())
 
 
+def test_info_does_not_call_cuda_available_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(ck.backends, "why_not", lambda *question: None)
+    monkeypatch.setattr(ck.backends.cuda, "DEVICE", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert re.search(r"\n  cuda +not available: compiled, but PyTorch sees no GPU\n", ck.info())
+
+
 def test_readme_python_examples_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
