@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .data import IMAGENET_MEAN, IMAGENET_STD, normalize
 from .seeds import numpy_stream
@@ -41,6 +41,21 @@ def seeded_globals(seed: int, purpose: int, *counters: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.default_generator.set_state(before[2])
+
+
+def _operations(steps) -> Iterator:
+    """Every operation of the policies in one of timm's transforms."""
+    for step in steps.transforms:
+        yield from getattr(step, "ops", ())
+        for parts in getattr(step, "policy", ()):
+            yield from parts
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's operation, whose strongest level keeps 0 bits: black, as older versions of Pillow did; newer refuse."""
+    if bits_to_keep >= 8:
+        return image
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 class TrainTransform:
@@ -74,6 +89,9 @@ class TrainTransform:
             raise ValueError(
                 f"aa must be a policy that timm knows, such as 'rand-m9-mstd0.5-inc1', or None, got {aa!r}"
             ) from error
+        for operation in _operations(self.steps):
+            if operation.aug_fn is timm().data.auto_augment.posterize:
+                operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return self.steps(image)

@@ -110,6 +110,24 @@ def test_training_is_the_official_transform():
         assert torch.equal(result, drawn(official, image, seed))
 
 
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "rand-m9-mstd0.5", "augmix-m9-w3-d2", "v0", "original"])
+def test_every_level_of_posterizing_works_with_this_pillow(aa):
+    """At the strongest level, which the default policy reaches now and then, timm asks Pillow for 0 bits."""
+    steps = train_transform((32, 32), aa=aa).steps.transforms
+    operations = [op for step in steps for op in getattr(step, "ops", [])]
+    operations += [op for step in steps for parts in getattr(step, "policy", []) for op in parts]
+    found = [op for op in operations if op.name.startswith("Posterize")]
+    assert found
+    image = picture(3, (40, 40))
+    for op in found:
+        op.prob, op.magnitude_std = 1.0, 0.0
+        for op.magnitude in range(11):
+            result = np.asarray(op(image))
+            (bits,) = op.level_fn(op.magnitude, op.hparams)
+            # a channel keeps its highest bits
+            assert np.array_equal(result, np.asarray(image) & (0xFF00 >> bits & 0xFF))
+
+
 def test_options_reach_timm():
     ramp = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8), (96, 1))).convert("RGB")
     plain = {"aa": None, "reprob": 0, "scale": (1, 1)}
