@@ -188,7 +188,7 @@ class BuildKernels(build_ext):
         except ImportError as error:
             raise SystemExit(
                 f"convnextv2_kernels: building the extension needs {error.name}, which is not installed here. Install "
-                "torch and pybind11 first and build with `pip install --no-build-isolation .`"
+                "torch and pybind11 first and build with `pip install --no-build-isolation -e .`"
             ) from error
         # An editable build is given a temporary folder, in which no object would be found again.
         build = Build(self.spawn, ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp))

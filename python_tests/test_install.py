@@ -59,21 +59,31 @@ except RuntimeError as error:
     assert "error: layer_norm was asked of backend 'cpu', but the C++ extension was not built" in done.stdout
 
 
-def test_a_clone_without_the_extension_says_how_to_build_it(tmp_path):
-    """What runs in a clone after an install that was not editable: Python imports from the clone."""
-    ignored = shutil.ignore_patterns("_C*", "__pycache__")
-    shutil.copytree(ROOT / "convnextv2_kernels", tmp_path / "convnextv2_kernels", ignore=ignored)
-    shutil.copy(ROOT / "setup.py", tmp_path)
+def info_of_a_copy(folder):
+    """What info prints where Python imports from ``folder`` and does not find this checkout."""
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import convnextv2_kernels as ck
 print(ck.info())
 """
-    done = run(code, tmp_path, PYTHONPATH=str(tmp_path))
+    done = run(code, folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def copy_without_the_extension(folder):
+    ignored = shutil.ignore_patterns("_C*", "__pycache__")
+    return Path(shutil.copytree(ROOT / "convnextv2_kernels", folder / "convnextv2_kernels", ignore=ignored))
+
+
+def test_a_clone_without_the_extension_says_how_to_build_it(tmp_path):
+    """What runs in a clone after an install that was not editable: Python imports from the clone."""
+    copy_without_the_extension(tmp_path)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    told = info_of_a_copy(tmp_path)
     where = f"the C++ extension was not built in {tmp_path}, the source tree that Python imports from"
-    assert where in done.stdout and "`pip install --no-build-isolation -e .` builds it there" in done.stdout
+    assert where in told and "`pip install --no-build-isolation -e .` builds it there" in told
 
 
 def test_info_names_every_op_and_backend():
@@ -110,22 +120,12 @@ safetensors.torch.save_file(encoder, "run1/encoder.safetensors")
 
 
 def test_an_extension_that_does_not_load_says_what_it_was_built_for(tmp_path):
-    package = tmp_path / "convnextv2_kernels"
-    built = shutil.ignore_patterns("*.so", "*.json", "__pycache__")
-    shutil.copytree(ROOT / "convnextv2_kernels", package, ignore=built)
+    package = copy_without_the_extension(tmp_path)
     (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"not a library")
     (package / "_C.build.json").write_text(json.dumps({"torch": "2.10.0+cu130", "cuda": "13.0"}))
-    code = """
-import sys
-sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
-import convnextv2_kernels as ck
-print(ck.info())
-"""
-    done = run(code, tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 0, done.stderr
     found = f"PyTorch {torch.__version__} with {'CUDA ' + torch.version.cuda if torch.version.cuda else 'no CUDA'}"
     message = f"the C++ extension was built for PyTorch 2.10.0+cu130 with CUDA 13.0 and does not load with {found}"
-    assert message in done.stdout
+    assert message in info_of_a_copy(tmp_path)
 
 
 def test_documented_numbers_come_from_the_committed_results():

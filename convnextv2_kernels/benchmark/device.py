@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 DEVICES = ("cpu", "cuda")
+OUT_OF_MEMORY = "out of memory"  # why something was not measured
 
 
 def default_device() -> str:
@@ -53,7 +54,7 @@ def free_memory(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """Whether an error says that there is no memory left; the CPU's allocator has no class of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 

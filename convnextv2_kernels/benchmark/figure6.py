@@ -16,7 +16,7 @@ from .. import backends
 from ..models import CONFIGS
 from . import fits, memory
 from .arms import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
-from .device import available_bytes, dense_at_its_best, free_memory, out_of_memory, synchronized
+from .device import OUT_OF_MEMORY, available_bytes, dense_at_its_best, free_memory, out_of_memory, synchronized
 from .gate import check_arms
 from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .options import DTYPES, Budget
@@ -29,7 +29,6 @@ COMMON = Variant("channels_last", "plain")  # slower than the tuned ones, and wh
 PEAK_TIMEOUT = 1800.0
 # Why something of a size was not measured; it is when the same size is asked for with more effort.
 NOT_ASKED, OUT_OF_TIME = "not asked for", "time budget"
-OUT_OF_MEMORY = "out of memory"  # nor with more effort
 # Shares of a size's work, for the progress bar; rough.
 SHARES = {"gate": 0.1, "probe": 0.1, "compile": 0.15, "bytes": 0.1, "time": 0.3, "peak": 0.25}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..models import CONFIGS
 from . import arguments, fits, machine, report
-from .device import DEVICES, default_device, free_memory, no_gpu, out_of_memory
+from .device import DEVICES, OUT_OF_MEMORY, default_device, free_memory, no_gpu, out_of_memory
 from .exits import exit_code
 from .figure6 import Settings, complete, left_out, measure_size
 from .figure6_report import print_sizes, write_csv
@@ -148,7 +148,7 @@ def _run(settings: Settings, args: argparse.Namespace) -> int:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                result["left_out"][model] = "out of memory"
+                result["left_out"][model] = OUT_OF_MEMORY
                 free_memory(settings.device)
                 continue
             sizes[model] = {**measured, "effort": effort, "git": code}

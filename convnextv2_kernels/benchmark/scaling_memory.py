@@ -78,11 +78,11 @@ def observed_passes() -> Iterator[list[Pass]]:
 def allocations(step: Callable[[], object], device: str) -> tuple[int, dict[int, list[int]]]:
     """Peak of live bytes during ``step()`` beyond those at its start, and sizes of what each pass's chunks allocate."""
     events = events_of(step, device)
-    ranges = sorted(
+    ranges = [
         (event.start_ns(), event.start_ns() + event.duration_ns(), int(event.name().removeprefix(_RANGE)))
         for event in events
         if event.name().startswith(_RANGE)
-    )
+    ]
     starts = [start for start, _, _ in ranges]
     memory = requests(events, device)
     sizes: dict[int, list[int]] = defaultdict(list)

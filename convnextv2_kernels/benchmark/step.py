@@ -10,7 +10,7 @@ import torch
 from .. import backends
 from . import counts, memory
 from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
-from .device import free_memory, synchronized
+from .device import OUT_OF_MEMORY, free_memory, out_of_memory, synchronized
 from .gate import GateError, check_fcmae, relative_error, step_floor
 from .masked_dense import Variant, eager_variants, encoder_sizes
 from .options import Budget, Options
@@ -67,11 +67,9 @@ def compiled_arms(
         arm = make_dense(sparse, [variant])[0]
         try:
             arm.step(batch)
-        except torch.OutOfMemoryError:
-            skipped[variant.name] = "out of memory"
         except Exception as error:  # of the compiler, in classes that differ between versions of PyTorch
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            skipped[variant.name] = f"cannot be compiled: {first}"
+            skipped[variant.name] = OUT_OF_MEMORY if out_of_memory(error) else f"cannot be compiled: {first}"
         if variant.name not in skipped:
             arms.append(arm)
             continue
