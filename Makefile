@@ -75,10 +75,12 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 
 lint: venv
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: venv
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
 ctest: venv

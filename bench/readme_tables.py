@@ -1,7 +1,7 @@
 """Writes the measured numbers of README.md and docs/ from the committed results, so that none is typed by hand.
 
-    python bench/readme_tables.py           # rewrite the files
-    python bench/readme_tables.py --check   # exit 1 if they differ from the results
+python bench/readme_tables.py           # rewrite the files
+python bench/readme_tables.py --check   # exit 1 if they differ from the results
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def fused(report: dict) -> str:
     """Table of the README: the training step of other libraries' models before and after ``fuse``."""
     lines = [
         "| training step on a CPU | eager | compiled | `fuse(model)` | faster than eager / compiled | "
-        "saved for backward, eager / fused | `save=\"hidden\"` |",
+        'saved for backward, eager / fused | `save="hidden"` |',
         "|---|---|---|---|---|---|---|",
     ]
     for step in report["step"]:
@@ -147,7 +147,7 @@ def fused(report: dict) -> str:
 
 def fused_malloc(report: dict) -> str:
     """Table of docs/benchmarks.md: eager and fused steps where the allocator keeps its pages."""
-    lines = ["| training step | eager | `fuse(model)` | `save=\"hidden\"` |", "|---|---|---|---|"]
+    lines = ['| training step | eager | `fuse(model)` | `save="hidden"` |', "|---|---|---|---|"]
     for step in report["step"]:
         eager, *ours = (_fastest(step["arms"], kind)["median_ms"] for kind in ("eager", "fused", "hidden kept"))
         cells = " | ".join(f"{ms:.0f} ms ({eager / ms:.2f}x)" for ms in ours)

@@ -42,9 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--update", action="store_true", help="write what is found to the baseline")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write what is found, for bench --compare")
     parser.add_argument(
-        "--build", type=Path, default=ROOT / "build" / "cmake", metavar="DIR",
+        "--build",
+        type=Path,
+        default=ROOT / "build" / "cmake",
+        metavar="DIR",
         help="CMake's build folder, of an optimized build (default: build/cmake)",
-    )  # fmt: skip
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--require-instructions", action="store_true", help="fail where instructions cannot be counted (no valgrind)"
@@ -75,9 +78,13 @@ def read_baseline(path: Path) -> dict:
 def parameters() -> dict:
     """What is measured; another choice is another baseline."""
     return {
-        "batch_size": steps.BATCH, "img_size": steps.IMG_SIZE, "dtype": "float32", "products": "mm",
-        "op_side": operators.SIDE, "op_width": operators.WIDTH,
-    }  # fmt: skip
+        "batch_size": steps.BATCH,
+        "img_size": steps.IMG_SIZE,
+        "dtype": "float32",
+        "products": "mm",
+        "op_side": operators.SIDE,
+        "op_width": operators.WIDTH,
+    }
 
 
 def measure(args: argparse.Namespace, log) -> tuple[dict, dict[str, str]]:

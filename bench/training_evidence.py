@@ -91,9 +91,20 @@ def main() -> None:
             output = work / f"finetune_{len(results)}_{seed}"
             more = ["--init", init] if init else []
             run(
-                "finetune", "--data", work / "digits" / "few", "--val", work / "digits" / "val", "--img-size", SIZE,
-                "--seed", seed, "--output", output, *more, *FINETUNE.split(),
-            )  # fmt: skip
+                "finetune",
+                "--data",
+                work / "digits" / "few",
+                "--val",
+                work / "digits" / "val",
+                "--img-size",
+                SIZE,
+                "--seed",
+                seed,
+                "--output",
+                output,
+                *more,
+                *FINETUNE.split(),
+            )
             results[name]["finetune_top1"].append(last_line(output / "metrics.jsonl")["top1"])
         print(name, results[name], flush=True)
     pictures = args.out
@@ -102,9 +113,18 @@ def main() -> None:
             output = work / f"{kind}_{len(results[name])}_{list(arms).index(name)}"
             what = ["--random", "--model", "convnextv2_atto"] if init is None else [init]
             run(
-                "analyze", kind, *what, "--data", work / "digits" / "all", "--val", work / "digits" / "val",
-                "--img-size", SIZE, "--output", output,
-            )  # fmt: skip
+                "analyze",
+                kind,
+                *what,
+                "--data",
+                work / "digits" / "all",
+                "--val",
+                work / "digits" / "val",
+                "--img-size",
+                SIZE,
+                "--output",
+                output,
+            )
             results[name][f"{kind}_top1"] = json.loads((output / f"{kind}.json").read_text())["results"][0]["top1"]
     weights = (args.photos_v2 / "encoder.safetensors", args.photos_v1 / "encoder.safetensors")
     labels = ("--label", "V2 (GRN)", "--label", "V1-style (no GRN)")
@@ -120,15 +140,17 @@ def main() -> None:
             "pretrain": PRETRAIN,
             "finetune": FINETUNE,
             "photographs": {
-                name: {"steps": json.loads((run_ / "config.json").read_text())["config"]["num_images"] // 8,
-                       "last_losses": _mean_loss(run_)}
+                name: {
+                    "steps": json.loads((run_ / "config.json").read_text())["config"]["num_images"] // 8,
+                    "last_losses": _mean_loss(run_),
+                }
                 for name, run_ in (("GRN", args.photos_v2), ("no GRN", args.photos_v1))
             },
             "seeds": list(SEEDS),
             "arms": results,
             "cosine": json.loads(next((work / "cosine").glob("*.json")).read_text()),
         },
-    )  # fmt: skip
+    )
 
 
 def _mean_loss(folder: Path) -> float:

@@ -44,9 +44,17 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 _POINTERS = {
-    F32: "*fp32", F64: "*fp64", BF16: "*bf16", F16: "*fp16", torch.int8: "*i8", torch.uint8: "*u8",
-    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
+    F32: "*fp32",
+    F64: "*fp64",
+    BF16: "*bf16",
+    F16: "*fp16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
 
 # the primitives, with the functions behind the operators: on "meta" those would be answered by their fakes
 k = SimpleNamespace(**{name: getattr(primitives, name) for name in dir(primitives)} | operators.FUNCTIONS)
@@ -57,9 +65,15 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 
 def mlp(
-    images: int, rows: int, width: int, dtype: torch.dtype, ragged: bool = False, batch: bool = False,
-    keep: bool = True, act: str = "gelu",
-) -> None:  # fmt: skip
+    images: int,
+    rows: int,
+    width: int,
+    dtype: torch.dtype,
+    ragged: bool = False,
+    batch: bool = False,
+    keep: bool = True,
+    act: str = "gelu",
+) -> None:
     """Forward and backward of a block's MLP."""
     hidden, total = 4 * width, images * rows
     stat = F64 if dtype == F64 else F32
@@ -196,9 +210,13 @@ def measure(launch: Launch, target: str) -> dict:
     read = _amd if target.startswith("gfx") else _nvidia
     registers, spills = read(compiled)
     return {
-        "kernel": launch.kernel.__name__, "target": target, "registers": registers, "shared": compiled.metadata.shared,
-        "spills": spills, "float64": "*fp64" in [kind for _, kind, *_ in _described(launch)],
-    }  # fmt: skip
+        "kernel": launch.kernel.__name__,
+        "target": target,
+        "registers": registers,
+        "shared": compiled.metadata.shared,
+        "spills": spills,
+        "float64": "*fp64" in [kind for _, kind, *_ in _described(launch)],
+    }
 
 
 def _nvidia(compiled) -> tuple[int, int]:

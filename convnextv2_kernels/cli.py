@@ -17,12 +17,7 @@ PROG = "python -m convnextv2_kernels"
 CHECKPOINT_FORMATS = ("official", "official-sparse", "fcmae", "timm", "transformers", "mmpretrain")
 
 # Modules a run imports that plain use of the kernels does not need, and what installs them.
-TRAIN_PACKAGES = {
-    "PIL": "Pillow",
-    "numpy": "numpy",
-    "rich": "rich",
-    "safetensors": "safetensors",
-}
+TRAIN_PACKAGES = {"PIL": "Pillow", "numpy": "numpy", "rich": "rich", "safetensors": "safetensors"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,11 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="show versions, the machine and which kernels serve it",
         description="Show versions, the machine, and which backend serves each operation.",
     )
-    commands.add_parser(
-        "bench",
-        add_help=False,
-        help="measure speed and memory against masked dense PyTorch",
-    )
+    commands.add_parser("bench", add_help=False, help="measure speed and memory against masked dense PyTorch")
     _add_tune(commands)
     pretrain_arguments.add_parser(commands, PROG)
     finetune_arguments.add_parser(commands, PROG)
@@ -78,18 +69,23 @@ def _add_tune(commands: Any) -> None:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="B", help="images (default: 64)")
     parser.add_argument(
-        "--img-size", type=image_size, default=(224, 224), metavar="S|HxW", help="pixels, multiples of 32 "
-        "(default: 224)",
-    )  # fmt: skip
+        "--img-size",
+        type=image_size,
+        default=(224, 224),
+        metavar="S|HxW",
+        help="pixels, multiples of 32 (default: 224)",
+    )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--mask-ratio", type=share, default=0.6, metavar="R", help="hidden share in pre-training (default: 0.6)"
     )
     kind.add_argument("--dense", action="store_true", help="training on whole images instead")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the products "
-        "(default: bfloat16)",
-    )  # fmt: skip
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the products (default: bfloat16)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
 
 

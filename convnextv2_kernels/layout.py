@@ -150,9 +150,7 @@ class PatchLayout:
             return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, gh, gw, radius)
         width = 2 * radius + 1
         padded_w = gw + 2 * radius
-        padded = torch.nn.functional.pad(
-            self.slot_of_patch.view(self.num_images, gh, gw), (radius,) * 4, value=-1
-        )
+        padded = torch.nn.functional.pad(self.slot_of_patch.view(self.num_images, gh, gw), (radius,) * 4, value=-1)
         patch = self.patch_of_slot.to(torch.int64)
         image = patch // (gh * gw)
         row = (patch // gw) % gh

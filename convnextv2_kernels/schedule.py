@@ -181,9 +181,21 @@ def mlp_forward(
         add = None if residual is None else residual[part]
         f = None if factors is None else factors[chunk.n0 : chunk.n1]
         result = k.fused_forward(
-            y[part], w1, b1, act, gamma, eps, w2, b2, add, f, out_dtype, keep_hidden, chunk.images(rows),
+            y[part],
+            w1,
+            b1,
+            act,
+            gamma,
+            eps,
+            w2,
+            b2,
+            add,
+            f,
+            out_dtype,
+            keep_hidden,
+            chunk.images(rows),
             rows.batch_scope,
-        )  # fmt: skip
+        )
         if result is None:
             a = k.linear(y[part], w1, b1)
             if keep_hidden:
@@ -265,9 +277,21 @@ def mlp_backward(
         db2_part = k.column_sum(d)
         z, std = (x[part], rstd[part]) if fold else (None, None)
         grads = k.fused_backward(
-            a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w1, w2, z, std, chunk.images(rows),
+            a,
+            act,
+            d,
+            db2_part,
+            norms[chunk.stats],
+            gamma,
+            shift,
+            eps,
+            w1,
+            w2,
+            z,
+            std,
+            chunk.images(rows),
             rows.batch_scope,
-        )  # fmt: skip
+        )
         if grads is None:
             da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
                 a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments

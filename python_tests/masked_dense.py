@@ -65,8 +65,7 @@ class Encoder(nn.Module):
             conv = nn.Conv2d(narrow, wide, 2, stride=2)
             self.downsample_layers.append(nn.Sequential(ChannelNorm(narrow), conv))
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim) for _ in range(depth))
-            for depth, dim in zip(depths, dims, strict=True)
+            nn.ModuleList(Block(dim) for _ in range(depth)) for depth, dim in zip(depths, dims, strict=True)
         )
 
     def forward(self, images, hidden, scope="image"):

@@ -59,10 +59,7 @@ def test_given_options_win():
         (["pretrain", "--data", "x", "--batch-size", "0"], "a whole number above 0, got '0'"),
         (["pretrain", "--data", "x", "--lr", "nan"], "a number above 0, got 'nan'"),
         (["pretrain", "--data", "x", "--mask-ratio", "1"], "between 0 and 1, got '1'"),
-        (
-            ["pretrain", "--data", "x", "--img-size", "3x4x5"],
-            "a side or HxW in pixels, got '3x4x5'",
-        ),
+        (["pretrain", "--data", "x", "--img-size", "3x4x5"], "a side or HxW in pixels, got '3x4x5'"),
         (["pretrain", "--data", "x", "--seed", "-1"], "0 or more, got '-1'"),
         (["pretrain", "--data", "x", "--lr", "1", "--blr", "1"], "not allowed with"),
         (

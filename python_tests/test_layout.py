@@ -31,8 +31,11 @@ def kept_ids(draw):
 
 def assert_same(a: PatchLayout, b: PatchLayout) -> None:
     assert (a.grid, a.num_images, a.num_patches, a.patches_per_image) == (
-        b.grid, b.num_images, b.num_patches, b.patches_per_image,
-    )  # fmt: skip
+        b.grid,
+        b.num_images,
+        b.num_patches,
+        b.patches_per_image,
+    )
     assert all(torch.equal(getattr(a, field), getattr(b, field)) for field in FIELDS)
 
 

@@ -67,7 +67,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
     free_memory(setting.device)
     recorder.put(
         about="us per call, medians. cold: buffers rotated past 200 MB; warm: one set of buffers. MB: least traffic. "
-        "copy_share: least time at copy bandwidth / time. bf16; 'float32' at the end of a name: float32",
+        "copy_share: least time at copy bandwidth / time. bf16; 'float32' at the end of a name: float32"
     )
     ops, draw = namespace(setting), Draw(setting.device, torch.bfloat16)
     cases = [(case, draw) for case in all_cases(ops, setting.dry_run)]

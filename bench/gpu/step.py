@@ -18,9 +18,14 @@ from .triton_setup import compile_ahead
 
 # (size, images, seconds it takes about), in order of value
 PLAN = (
-    ("tiny", 256, 20), ("atto", 256, 12), ("base", 256, 40), ("tiny", 64, 12), ("atto", 64, 10), ("base", 64, 30),
+    ("tiny", 256, 20),
+    ("atto", 256, 12),
+    ("base", 256, 40),
+    ("tiny", 64, 12),
+    ("atto", 64, 10),
+    ("base", 64, 30),
     ("huge", 64, 90),
-)  # fmt: skip
+)
 DRY_PLAN = (("atto", 1, 1),)
 ROUNDS = 7
 # where ours is also timed by other backends, and the seconds that takes about, most of them Triton's compilations

@@ -111,9 +111,7 @@ class Contest:
             )
             return Step(_ours("graph", maps), self._replay(step, self.model), self.model)
         with arm.convolutions():
-            step = ck.make_graphed_step(
-                arm.run, self.batch.images, lambda m, x: m(x, self.batch.mask)[0], autocast=AMP
-            )
+            step = ck.make_graphed_step(arm.run, self.batch.images, lambda m, x: m(x, self.batch.mask)[0], autocast=AMP)
         return Step(f"{arm.name} graph", self._replay(step, arm.model), arm.model)
 
     def _replay(self, step: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], Tensor]:

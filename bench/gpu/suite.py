@@ -19,9 +19,10 @@ PARTS = {"cuda": ("python_tests/cuda", *SHARED), "triton": ("python_tests/triton
 DRY_PARTS = {"cuda": ("python_tests/cuda/test_layout_kernels.py",)}
 # these compile, which needs time and no GPU
 LEFT_OUT = (
-    "python_tests/cuda/test_resources.py", "python_tests/cuda/test_build.py",
+    "python_tests/cuda/test_resources.py",
+    "python_tests/cuda/test_build.py",
     "python_tests/triton_backend/test_resources.py",
-)  # fmt: skip
+)
 MAX_NAMED = 40
 LEAST = 30  # seconds kept for each later part
 
@@ -107,9 +108,7 @@ def run_part(part: str, limit: float, setting: Setting, recorder: Recorder) -> d
     line, notes = command(report, setting.dry_run, part)
     # at an interrupt pytest still writes its report, of the tests so far
     code = run_logged(line, log, setting, limit, signal.SIGINT)
-    about = {
-        "command": " ".join(line[2:]).replace(str(setting.folder), "DIR"), "notes": notes, "exit_code": code,
-    }  # fmt: skip
+    about = {"command": " ".join(line[2:]).replace(str(setting.folder), "DIR"), "notes": notes, "exit_code": code}
     if code is None:
         about["incomplete"] = f"{part}: stopped after {limit:.0f} s"
         recorder.put(incomplete="; ".join(filter(None, (recorder.result.get("incomplete"), about["incomplete"]))))

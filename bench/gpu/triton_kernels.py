@@ -24,10 +24,16 @@ from .triton_setup import compile_ahead, feature_dtype, require
 
 # (what, model, images, seconds it takes about), in order of value
 PLAN = (
-    ("products", "tiny", 256, 12), ("kernels", "tiny", 256, 30), ("products", "atto", 256, 10),
-    ("products", "base", 256, 15), ("kernels", "atto", 256, 30), ("products", "tiny", 64, 10),
-    ("products", "atto", 64, 8), ("kernels", "tiny", 64, 20), ("kernels", "atto", 64, 20),
-)  # fmt: skip
+    ("products", "tiny", 256, 12),
+    ("kernels", "tiny", 256, 30),
+    ("products", "atto", 256, 10),
+    ("products", "base", 256, 15),
+    ("kernels", "atto", 256, 30),
+    ("products", "tiny", 64, 10),
+    ("products", "atto", 64, 8),
+    ("kernels", "tiny", 64, 20),
+    ("kernels", "atto", 64, 20),
+)
 DRY_PLAN = (("products", "dry", 1, 1), ("kernels", "dry", 1, 1))
 # what the backend leaves to PyTorch, or has not
 NOT_TRITON = ("layout_from_kept", "neighbour_slots", "products_reduce", "torch")
@@ -159,7 +165,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
         "counted; copy_share, product_share: of what a copy of 1 GiB and a product of 8192 cubed reach, above 1 where "
         "operands lie in the cache; vendor_us: the matrix products alone by the vendor's library; tile: rows, columns, "
         "depth, warps, stages, of the committed plan where planned. forward, backward: the whole MLP by each way; "
-        "plan: what the committed plan takes; passes: the backend of what surrounds the products",
+        "plan: what the committed plan takes; passes: the backend of what surrounds the products"
     )
     for what, model, images, seconds in DRY_PLAN if setting.dry_run else PLAN:
         # the interpreter is slow: one shape of each, for products the one whose plan fuses

@@ -59,9 +59,12 @@ def weight_bytes(s: Size) -> int:
 
 
 LEAST_BYTES: dict[str, Callable[[Size], int]] = {
-    "first": first_bytes, "second": second_bytes, "products": products_bytes, "hidden": hidden_bytes,
+    "first": first_bytes,
+    "second": second_bytes,
+    "products": products_bytes,
+    "hidden": hidden_bytes,
     "weight": weight_bytes,
-}  # fmt: skip
+}
 
 
 def flops(name: str, s: Size) -> int:

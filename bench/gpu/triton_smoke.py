@@ -137,8 +137,11 @@ def run(setting: Setting, recorder: Recorder) -> None:
         name, todo = str(dtype).removeprefix("torch."), checks(dtype, setting.dry_run)
         own = [check for check in todo if check.backend == "triton"]
         recorder.case(
-            "compiled", name, lambda own=own: compile_ahead(lambda c=c: _launch(c, setting.device) for c in own),
-            needs=10, limit=setting.remaining() + 5,
-        )  # fmt: skip
+            "compiled",
+            name,
+            lambda own=own: compile_ahead(lambda c=c: _launch(c, setting.device) for c in own),
+            needs=10,
+            limit=setting.remaining() + 5,
+        )
         for check in todo:
             recorder.case("checks", check.key, lambda check=check: conform(check, setting.device), needs=3)

@@ -101,9 +101,7 @@ def activation_maps(
     )
 
 
-def save_activation_maps(
-    path: Path, result: ActivationMaps, pixels: Tensor, title: str, scale: str = "shared"
-) -> None:
+def save_activation_maps(path: Path, result: ActivationMaps, pixels: Tensor, title: str, scale: str = "shared") -> None:
     """Draw the image and its maps as a PNG; dead maps carry a red cross, saturated ones an orange frame.
 
     Args:

@@ -93,10 +93,7 @@ def add_activations(commands: Any) -> None:
         "--image", default="0", metavar="NAME|N", help="which image: its name, or its place from 0 (default: 0)"
     )
     parser.add_argument(
-        "--layer",
-        nargs="+",
-        metavar="stages.S.B",
-        help="blocks to show (default: the last block of the third stage)",
+        "--layer", nargs="+", metavar="stages.S.B", help="blocks to show (default: the last block of the third stage)"
     )
     add_tap(parser, "grn")
     parser.add_argument(
@@ -177,9 +174,14 @@ def add_probe(commands: Any) -> None:
     add_networks(parser, random=True)
     add_labelled(parser)
     parser.add_argument(
-        "--C", "--c", dest="c", type=positive_float, default=1.0, metavar="X",
+        "--C",
+        "--c",
+        dest="c",
+        type=positive_float,
+        default=1.0,
+        metavar="X",
         help="inverse of the L2 penalty (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--max-iter", type=positive_int, default=1000, metavar="N", help="of L-BFGS (default: %(default)s)"
     )
@@ -187,8 +189,13 @@ def add_probe(commands: Any) -> None:
 
 
 COMMANDS: tuple[Callable[[Any], None], ...] = (
-    add_cosine, add_selectivity, add_activations, add_reconstruct, add_knn, add_probe,
-)  # fmt: skip
+    add_cosine,
+    add_selectivity,
+    add_activations,
+    add_reconstruct,
+    add_knn,
+    add_probe,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

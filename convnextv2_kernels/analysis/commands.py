@@ -62,9 +62,7 @@ def run_selectivity(args: Namespace) -> int:
     crops = crops_of(args, arms, [paths[index] for index in order])
     shuffled = labels[torch.from_numpy(numpy_stream(args.seed, ORDER, len(labels)).permutation(len(labels)))]
     kinds = {"": labels, " (labels shuffled)": shuffled} if args.shuffled else {"": labels}
-    curves = {
-        arm.label + kind: ClassSelectivity(len(found.classes), args.rectify) for arm in arms for kind in kinds
-    }
+    curves = {arm.label + kind: ClassSelectivity(len(found.classes), args.rectify) for arm in arms for kind in kinds}
 
     def update(arm: Arm, images: Tensor, indices: list[int]) -> None:
         for layer in tapped(arm.model, images, taps=(args.tap,)):

@@ -23,9 +23,7 @@ class CosineDistance(NamedTuple):
 
 
 @torch.no_grad()
-def feature_cosine_distance(
-    features: Tensor, layout: PatchLayout | None = None, dead: float = DEAD
-) -> CosineDistance:
+def feature_cosine_distance(features: Tensor, layout: PatchLayout | None = None, dead: float = DEAD) -> CosineDistance:
     """Mean pairwise cosine distance of the channels of each image.
 
     With ``X_i`` channel i over the sites of an image, ``(1 / C^2) sum_ij (1 - cos(X_i, X_j)) / 2`` (paper section 3),

@@ -34,8 +34,7 @@ def networks(args: Namespace, decoder: bool = False) -> list[Arm]:
         raise ValueError(f"--label must tell the checkpoints apart, got {twice[0]!r} more than once")
     device = resolve_device(args.device)
     arms = [
-        load_arm(path, label, args.model, args.ema, decoder, device)
-        for path, label in zip(paths, labels, strict=True)
+        load_arm(path, label, args.model, args.ema, decoder, device) for path, label in zip(paths, labels, strict=True)
     ]
     if random:
         if not arms and args.model is None:

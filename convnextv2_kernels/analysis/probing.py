@@ -26,18 +26,23 @@ from .results import write_result, write_rows
 def run_knn(args: Namespace) -> int:
     """``analyze knn``."""
     return _run(
-        args, "knn", "k-nearest-neighbour classification of frozen features",
+        args,
+        "knn",
+        "k-nearest-neighbour classification of frozen features",
         {"k": args.k, "temperature": args.temperature},
         lambda *features: knn_classify(*features, k=args.k, temperature=args.temperature),
-    )  # fmt: skip
+    )
 
 
 def run_probe(args: Namespace) -> int:
     """``analyze probe``."""
     return _run(
-        args, "probe", "linear probe of frozen features", {"C": args.c, "max_iter": args.max_iter},
+        args,
+        "probe",
+        "linear probe of frozen features",
+        {"C": args.c, "max_iter": args.max_iter},
         lambda *features: linear_probe(*features, C=args.c, max_iter=args.max_iter),
-    )  # fmt: skip
+    )
 
 
 def _run(args: Namespace, name: str, title: str, settings: dict[str, Any], classify: Callable[..., Any]) -> int:

@@ -14,11 +14,7 @@ from ..layout import PatchLayout
 from .channels import rows_by_image
 from .taps import Tapped, check_taps, tapped
 
-RECTIFY = {
-    "relu": lambda x: x.clamp(min=0),
-    "abs": torch.abs,
-    "none": lambda x: x,
-}
+RECTIFY = {"relu": lambda x: x.clamp(min=0), "abs": torch.abs, "none": lambda x: x}
 
 
 def class_selectivity_index(means: Tensor, eps: float = 0.0) -> Tensor:

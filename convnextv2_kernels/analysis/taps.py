@@ -83,10 +83,7 @@ def hidden_features(block: ConvNeXtV2Block, x: Tensor, layout: PatchLayout | Non
 
 @torch.no_grad()
 def tapped(
-    model: nn.Module,
-    images: Tensor,
-    layout: PatchLayout | None = None,
-    taps: Sequence[str] = ("grn",),
+    model: nn.Module, images: Tensor, layout: PatchLayout | None = None, taps: Sequence[str] = ("grn",)
 ) -> Iterator[Tapped]:
     """Features of ``model`` in evaluation mode, one block after the other, without gradients.
 

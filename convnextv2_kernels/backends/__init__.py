@@ -38,9 +38,7 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-_state.forced = _check_name(
-    os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"), "CONVNEXTV2_KERNELS_BACKEND"
-)
+_state.forced = _check_name(os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"), "CONVNEXTV2_KERNELS_BACKEND")
 
 
 class use_backend:  # noqa: N801  (a context manager that reads like a function, as torch.no_grad does)

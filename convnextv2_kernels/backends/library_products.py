@@ -29,9 +29,16 @@ class RowPasses(Protocol):
     def gelu_scale(self, a: Tensor, out: Tensor, scale: Tensor | None, act: str, *segments) -> None: ...
 
     def mlp_backward_statistics(
-        self, a: Tensor | None, ds: Tensor | None, t: Tensor | None, norm: Tensor, gamma: Tensor, eps: float, act: str,
+        self,
+        a: Tensor | None,
+        ds: Tensor | None,
+        t: Tensor | None,
+        norm: Tensor,
+        gamma: Tensor,
+        eps: float,
+        act: str,
         *segments,
-    ) -> Statistics: ...  # fmt: skip
+    ) -> Statistics: ...
 
     def mlp_backward_pointwise(
         self, a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, hs: Tensor | None, da: Tensor, act: str, *segments
@@ -76,9 +83,18 @@ def _rows_per_image(a: Tensor, width: int, offsets: Tensor | None, _: int, count
 
 
 def gelu_grn_linear(
-    passes: RowPasses, a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    passes: RowPasses,
+    a: Tensor,
+    act: str,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor]:
     """Per image ``h (W2 scale)'`` where that pays; else a pass for the statistics, and one that forms ``h scale``."""
     out_c, hidden = weight.shape
     target = torch.empty_like(a) if keep_a else a
@@ -96,9 +112,19 @@ def gelu_grn_linear(
 
 
 def gelu_grn_linear_backward(
-    passes: RowPasses, a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor,
-    eps: float, weight: Tensor, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    passes: RowPasses,
+    a: Tensor,
+    act: str,
+    d: Tensor,
+    d_sum: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per image ``G = d' h`` where that pays, which gives t and the weight's gradient; else t is reduced from ds."""
     out_c, hidden = weight.shape
     rows = _rows_per_image(a, out_c, *segments)

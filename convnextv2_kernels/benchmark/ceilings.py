@@ -48,7 +48,7 @@ class Ceilings:
         return 1e-6 * max(work.bytes / self.bandwidth(work.bytes), work.flops / self.gflops)
 
     def bound(self, work: Work) -> str:
-        """"memory" or "compute", whichever limits a call."""
+        """ "memory" or "compute", whichever limits a call."""
         return "memory" if work.bytes / self.bandwidth(work.bytes) >= work.flops / self.gflops else "compute"
 
     def to_json(self) -> dict:

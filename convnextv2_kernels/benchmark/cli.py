@@ -42,22 +42,16 @@ def build_parser() -> argparse.ArgumentParser:
         "after checking that both compute the same.",
         epilog="Writes one JSON file and its pictures to --output and prints tables. Exit code 1: the "
         "results disagree, and nothing was timed. Other modes, each with a --help of its own: "
-        + "; ".join(f"{flag}, {what}" for flag, (_, what) in MODES.items()) + ".",
+        + "; ".join(f"{flag}, {what}" for flag, (_, what) in MODES.items())
+        + ".",
     )
     sizes = ", ".join(arguments.short(name) for name in CONFIGS)
     names = " ".join(arguments.short(name) for name in default.models)
     parser.add_argument(
-        "--models",
-        nargs="+",
-        type=arguments.model,
-        metavar="SIZE",
-        help=f"of {sizes} (default: {names})",
+        "--models", nargs="+", type=arguments.model, metavar="SIZE", help=f"of {sizes} (default: {names})"
     )
     parser.add_argument(
-        "--batch-size",
-        type=arguments.positive,
-        metavar="N",
-        help=f"images per step (default: {default.batch_size})",
+        "--batch-size", type=arguments.positive, metavar="N", help=f"images per step (default: {default.batch_size})"
     )
     parser.add_argument(
         "--img-size",
@@ -82,22 +76,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="also measure masked dense PyTorch under torch.compile (default: yes)",
     )
     parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help=f"bfloat16: autocast on both sides (default: {default.dtype})",
+        "--dtype", choices=list(DTYPES), help=f"bfloat16: autocast on both sides (default: {default.dtype})"
     )
-    parser.add_argument(
-        "--device", choices=DEVICES, help="default: cuda where there is a GPU, else cpu"
-    )
-    parser.add_argument(
-        "--threads", type=arguments.positive, metavar="N", help="of PyTorch (default: its own choice)"
-    )
+    parser.add_argument("--device", choices=DEVICES, help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--threads", type=arguments.positive, metavar="N", help="of PyTorch (default: its own choice)")
     parser.add_argument("--seed", type=int, help=f"of weights and inputs (default: {default.seed})")
     parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for the results (default: {default.output})",
+        "--output", type=Path, metavar="DIR", help=f"folder for the results (default: {default.output})"
     )
     parser.add_argument(
         "--quick",

@@ -48,19 +48,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("a", type=Path, metavar="A.json", help="the result before")
     parser.add_argument("b", type=Path, metavar="B.json", help="the result after")
     parser.add_argument(
-        "--threshold", type=_percent, default=5.0, metavar="PERCENT",
+        "--threshold",
+        type=_percent,
+        default=5.0,
+        metavar="PERCENT",
         help="smallest change of what is measured with noise (times, rates, resident memory) that counts, and only if "
         "the ranges between the quartiles do not overlap (default: 5); counted bytes, calls and instructions are "
         "compared exactly",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--only", choices=("stable", "time", "all"), default="all",
+        "--only",
+        choices=("stable", "time", "all"),
+        default="all",
         help="stable: counted bytes, calls, instructions; time: what is measured with noise (default: all)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--ignore-machine", action="store_true",
-        help="let times count although machine, software or parameters differ",
-    )  # fmt: skip
+        "--ignore-machine", action="store_true", help="let times count although machine, software or parameters differ"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the comparison here")
     return parser
 

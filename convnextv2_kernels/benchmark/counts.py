@@ -32,10 +32,7 @@ class Work:
 
     def rates(self, milliseconds: float) -> dict[str, float]:
         """GFLOP/s and GB/s (10^9) when a call takes ``milliseconds``."""
-        return {
-            "gflops": self.flops / milliseconds * 1e-6,
-            "gbytes": self.bytes / milliseconds * 1e-6,
-        }
+        return {"gflops": self.flops / milliseconds * 1e-6, "gbytes": self.bytes / milliseconds * 1e-6}
 
 
 def axis_pairs(side: int, kernel_size: int) -> list[int]:
@@ -64,9 +61,7 @@ def visible_taps(mask: Tensor, side: int, kernel_size: int = 7) -> int:
     return int((neighbours * visible).sum().item())
 
 
-def depthwise_conv(
-    rows: int, taps: int, width: int, kernel_size: int = 7, itemsize: int = 4
-) -> Work:
+def depthwise_conv(rows: int, taps: int, width: int, kernel_size: int = 7, itemsize: int = 4) -> Work:
     """Depthwise convolution of ``rows`` sites with ``taps`` (site, tap) pairs and a bias."""
     weights = width * (kernel_size**2 + 1)
     bytes_moved = itemsize * (MAPS * rows * width + WEIGHT_PASSES * weights)
@@ -78,9 +73,7 @@ def layer_norm(rows: int, width: int, itemsize: int = 4) -> Work:
     return Work(0, itemsize * (MAPS * rows * width + WEIGHT_PASSES * 2 * width))
 
 
-def depthwise_conv_layer_norm(
-    rows: int, taps: int, width: int, kernel_size: int = 7, itemsize: int = 4
-) -> Work:
+def depthwise_conv_layer_norm(rows: int, taps: int, width: int, kernel_size: int = 7, itemsize: int = 4) -> Work:
     """Convolution and normalisation fused: the map between them is never moved."""
     conv = depthwise_conv(rows, taps, width, kernel_size, itemsize)
     return conv + Work(0, itemsize * WEIGHT_PASSES * 2 * width)
@@ -91,9 +84,7 @@ def gelu_grn(rows: int, width: int, itemsize: int = 4) -> Work:
     return layer_norm(rows, width, itemsize)
 
 
-def matrix_product(
-    rows: int, fan_in: int, fan_out: int, itemsize: int = 4, input_grad: bool = True
-) -> Work:
+def matrix_product(rows: int, fan_in: int, fan_out: int, itemsize: int = 4, input_grad: bool = True) -> Work:
     """``rows`` x ``fan_in`` by ``fan_in`` x ``fan_out`` with a bias."""
     maps = rows * (fan_in * (3 if input_grad else 2) + 2 * fan_out)
     weights = WEIGHT_PASSES * fan_out * (fan_in + 1)

@@ -14,7 +14,7 @@ OUT_OF_MEMORY = "out of memory"  # why something was not measured
 
 
 def default_device() -> str:
-    """"cuda" where PyTorch sees a GPU, else "cpu"."""
+    """ "cuda" where PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -75,11 +75,7 @@ def left_out(model: str, settings: Settings) -> str | None:
 
 
 def measure_size(
-    model: str,
-    settings: Settings,
-    budget: Budget,
-    log: Callable[[str], None],
-    advance: Callable[[float], None],
+    model: str, settings: Settings, budget: Budget, log: Callable[[str], None], advance: Callable[[float], None]
 ) -> dict:
     """Check, time and weigh all arms of one size; JSON-ready.
 

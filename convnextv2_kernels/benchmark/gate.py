@@ -70,10 +70,7 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 
 
 def compare(
-    truth: Mapping[str, Tensor],
-    dense: Iterable[Mapping[str, Tensor]],
-    sparse: Mapping[str, Tensor],
-    floor: float,
+    truth: Mapping[str, Tensor], dense: Iterable[Mapping[str, Tensor]], sparse: Mapping[str, Tensor], floor: float
 ) -> list[Comparison]:
     """Errors and bounds of every named result of ``truth``.
 
@@ -82,9 +79,7 @@ def compare(
     return _judge(truth, _worst_errors(truth, dense), sparse, floor)
 
 
-def _worst_errors(
-    truth: Mapping[str, Tensor], dense: Iterable[Mapping[str, Tensor]]
-) -> dict[str, float]:
+def _worst_errors(truth: Mapping[str, Tensor], dense: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     # Not max(): of a NaN and a number it gives whichever comes first, and a NaN must be seen.
     worst = dict.fromkeys(truth, 0.0)
     for results in dense:
@@ -97,17 +92,11 @@ def _worst_errors(
 
 
 def _judge(
-    truth: Mapping[str, Tensor],
-    dense_errors: Mapping[str, float],
-    sparse: Mapping[str, Tensor],
-    floor: float,
+    truth: Mapping[str, Tensor], dense_errors: Mapping[str, float], sparse: Mapping[str, Tensor], floor: float
 ) -> list[Comparison]:
     return [
         Comparison(
-            name,
-            relative_error(sparse[name], expected),
-            dense_errors[name],
-            FACTOR * dense_errors[name] + floor,
+            name, relative_error(sparse[name], expected), dense_errors[name], FACTOR * dense_errors[name] + floor
         )
         for name, expected in truth.items()
     ]
@@ -151,9 +140,7 @@ def check_fcmae(sparse: Arm, dense: Sequence[Arm], batch: Batch, images: int = 2
     return check_arms([sparse], dense, batch, images)[sparse.name]
 
 
-def check_arms(
-    sparse: Sequence[Arm], dense: Sequence[Arm], batch: Batch, images: int = 2
-) -> dict[str, dict]:
+def check_arms(sparse: Sequence[Arm], dense: Sequence[Arm], batch: Batch, images: int = 2) -> dict[str, dict]:
     """:func:`check_fcmae` of several arms that share their weights, by name; the truth is computed once."""
     few = batch.head(images)
     truth = results_of(make_truth(sparse[0]), few.to_float64())

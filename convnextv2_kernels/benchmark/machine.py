@@ -59,11 +59,7 @@ def git_commit() -> dict | None:
     try:
         commit, changes = (
             subprocess.run(
-                ["git", "-C", str(root), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=30,
+                ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=30
             ).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )

@@ -197,26 +197,19 @@ class MaskedDenseFCMAE(nn.Module):
             [nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4), LayerNorm(dims[0]))]
         )
         for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
-            self.encoder.downsample_layers.append(
-                nn.Sequential(LayerNorm(narrow), nn.Conv2d(narrow, wide, 2, 2))
-            )
+            self.encoder.downsample_layers.append(nn.Sequential(LayerNorm(narrow), nn.Conv2d(narrow, wide, 2, 2)))
         self.encoder.stages = nn.ModuleList(
             nn.Sequential(*(Block(width, kind) for _ in range(depth)))
             for depth, width in zip(depths, dims, strict=True)
         )
         self.proj = nn.Conv2d(dims[-1], decoder_embed_dim, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_embed_dim, 1, 1))
-        self.decoder = nn.Sequential(
-            *(Block(decoder_embed_dim, kind) for _ in range(decoder_depth))
-        )
+        self.decoder = nn.Sequential(*(Block(decoder_embed_dim, kind) for _ in range(decoder_depth)))
         self.pred = nn.Conv2d(decoder_embed_dim, PATCH**2 * in_chans, 1)
 
     @classmethod
     def from_state_dict(
-        cls,
-        state: Mapping[str, Tensor],
-        norm_pix_loss: bool = True,
-        variant: Variant | None = None,
+        cls, state: Mapping[str, Tensor], norm_pix_loss: bool = True, variant: Variant | None = None
     ) -> MaskedDenseFCMAE:
         """The network with the sizes, weights (the same memory where the format allows) and dtype of
         an FCMAE state_dict."""
@@ -281,7 +274,5 @@ def encoder_sizes(state: Mapping[str, Tensor]) -> tuple[list[int], list[int]]:
         depths.append(len({key.split(".")[3] for key in state if key.startswith(stage)}))
         dims.append(state[stage + "0.dwconv.weight"].shape[0])
     if not dims:
-        raise ValueError(
-            "state has no key 'encoder.stages.0.0.dwconv.weight', expected an FCMAE state_dict"
-        )
+        raise ValueError("state has no key 'encoder.stages.0.0.dwconv.weight', expected an FCMAE state_dict")
     return depths, dims

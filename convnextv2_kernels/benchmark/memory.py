@@ -97,11 +97,7 @@ def peak_in_subprocess(arguments: Sequence[str], timeout: float) -> dict:
     command = [sys.executable, "-m", "convnextv2_kernels.benchmark.peak", *arguments]
     try:
         done = subprocess.run(
-            command,
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+            command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
         return {"bytes": None, "reason": f"not done after {timeout:.0f} s"}

@@ -74,9 +74,7 @@ class OpCase:
         seed: of inputs and parameters.
     """
 
-    def __init__(
-        self, spec: OpSpec, width: int, side: int, mask: Tensor, dtype: torch.dtype, seed: int
-    ) -> None:
+    def __init__(self, spec: OpSpec, width: int, side: int, mask: Tensor, dtype: torch.dtype, seed: int) -> None:
         self.spec, self.width, self.side, self.mask, self.dtype = spec, width, side, mask, dtype
         generator = torch.Generator().manual_seed(seed)
         n, gh, gw = mask.shape
@@ -181,12 +179,7 @@ class OpCase:
 
 
 def stage_cases(
-    model_name: str,
-    batch_size: int,
-    img_size: int,
-    dtype: torch.dtype,
-    seed: int,
-    device: str = "cpu",
+    model_name: str, batch_size: int, img_size: int, dtype: torch.dtype, seed: int, device: str = "cpu"
 ) -> Iterator[OpCase]:
     """Every op on every stage of a model, built one at a time (their inputs are large)."""
     side = img_size // PATCH
@@ -198,9 +191,7 @@ def stage_cases(
                 yield OpCase(spec, width, 8 >> stage, mask, dtype, seed)
 
 
-def measure_ops(
-    model_name: str, options: Options, budget: Budget, log: Callable[[str], None]
-) -> dict:
+def measure_ops(model_name: str, options: Options, budget: Budget, log: Callable[[str], None]) -> dict:
     """Check, then time every op of a model beside its limits, measured before and after.
 
     Raises GateError before timing when one disagrees.
@@ -263,10 +254,7 @@ def measure_case(
             synchronized(arm.forward_backward, case.mask.device.type)()
             calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(budget.clock() - start, 1e-9)))
     device = case.mask.device.type
-    steps = {
-        name: synchronized(repeated(arm.forward_backward, calls[name]), device)
-        for name, arm in arms.items()
-    }
+    steps = {name: synchronized(repeated(arm.forward_backward, calls[name]), device) for name, arm in arms.items()}
     start = budget.clock()
     for step in steps.values():
         step()

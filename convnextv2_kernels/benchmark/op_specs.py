@@ -125,9 +125,7 @@ SPECS = (
             x, p["weight"], p["bias"], p["ln_weight"], p["ln_bias"], layout
         ),
         _both_layouts(_dense_conv_norm),
-        lambda rows, taps, width, size: counts.depthwise_conv_layer_norm(
-            rows, taps, width, itemsize=size
-        ),
+        lambda rows, taps, width, size: counts.depthwise_conv_layer_norm(rows, taps, width, itemsize=size),
     ),
     OpSpec(
         "layer_norm",
@@ -154,9 +152,7 @@ SPECS = (
     OpSpec(
         "downsample",
         NORM + ("down_weight", "down_bias"),
-        lambda x, p, layout: ops.downsample(
-            x, p["ln_weight"], p["ln_bias"], p["down_weight"], p["down_bias"]
-        ),
+        lambda x, p, layout: ops.downsample(x, p["ln_weight"], p["ln_bias"], p["down_weight"], p["down_bias"]),
         _both_layouts(_dense_downsample),
         lambda rows, taps, width, size: counts.downsample(rows, width, 2 * width, size),
         stride=2,

@@ -42,9 +42,7 @@ class Budget:
     A part of a run that starts in time is finished; the overrun is that of one part.
     """
 
-    def __init__(
-        self, seconds: float | None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.deadline = None if seconds is None else clock() + seconds
 

@@ -40,14 +40,7 @@ def _bars(axis, step: dict, values: list[float], labels: list[str], title: str, 
     axis.barh(range(len(names)), values, color=colors, xerr=errors, ecolor="#1e293b", capsize=2)
     ends = values if errors is None else [v + e for v, e in zip(values, errors[1], strict=True)]
     for position, (end, label) in enumerate(zip(ends, labels, strict=True)):
-        axis.annotate(
-            label,
-            (end, position),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        axis.annotate(label, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_yticks(range(len(names)), names, fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.22 * max(ends))

@@ -46,11 +46,7 @@ def check_losses(arms: Sequence[Arm], batch: Batch, sparse_loss: torch.Tensor) -
 
 
 def compiled_arms(
-    sparse: Arm,
-    variants: Sequence[Variant],
-    batch: Batch,
-    budget: Budget,
-    log: Callable[[str], None],
+    sparse: Arm, variants: Sequence[Variant], batch: Batch, budget: Budget, log: Callable[[str], None]
 ) -> tuple[list[Arm], dict[str, str]]:
     """Compiled and warm variants, and why others were skipped: half of the budget spent, out of memory, or the compiler
     failed."""
@@ -78,9 +74,7 @@ def compiled_arms(
     return arms, skipped
 
 
-def measure_step(
-    model_name: str, options: Options, budget: Budget, log: Callable[[str], None]
-) -> dict:
+def measure_step(model_name: str, options: Options, budget: Budget, log: Callable[[str], None]) -> dict:
     """Check, then time and weigh the training step of one model.
 
     Returns JSON-ready results. Raises GateError, before anything is timed, when the arms disagree.
@@ -102,10 +96,7 @@ def measure_step(
     saved = {arm.name: step_saved_bytes(arm, batch) for arm in arms}
     log(f"{model_name}: timing {len(arms)} arms, interleaved")
     samples = time_arms(arms, batch, options.repeats, budget)
-    results = {
-        arm.name: {**summarize(samples[arm.name]), "saved_bytes": saved[arm.name], "peak": None}
-        for arm in arms
-    }
+    results = {arm.name: {**summarize(samples[arm.name]), "saved_bytes": saved[arm.name], "peak": None} for arm in arms}
     for group in ([sparse], eager, compiled):
         if group and not budget.spent:
             fastest = min(group, key=lambda arm: results[arm.name]["median_ms"])
@@ -175,9 +166,7 @@ def ratios(arms: dict[str, dict]) -> dict:
     }
 
 
-def compare_fcmae_step(
-    model_name: str, batch_size: int, img_size: int = 224, repeats: int = 3
-) -> dict:
+def compare_fcmae_step(model_name: str, batch_size: int, img_size: int = 224, repeats: int = 3) -> dict:
     """A quick comparison of one FCMAE training step in float32, without compiled variants.
 
     Args:

@@ -55,7 +55,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """"safetensors" or "torch", by how the file begins: names are not always true."""
+    """ "safetensors" or "torch", by how the file begins: names are not always true."""
     with path.open("rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):

@@ -24,14 +24,8 @@ GELUS = {
     "transformers.activations.PytorchGELUTanh": "gelu_tanh",
     "transformers.activations.NewGELUActivation": "gelu_tanh",
 }
-GRNS = {
-    "timm.layers.grn.GlobalResponseNorm",
-    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2GRN",
-}
-DROP_PATHS = {
-    "timm.layers.drop.DropPath",
-    "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2DropPath",
-}
+GRNS = {"timm.layers.grn.GlobalResponseNorm", "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2GRN"}
+DROP_PATHS = {"timm.layers.drop.DropPath", "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2DropPath"}
 
 
 def _name(kind: type) -> str:
@@ -69,9 +63,7 @@ def unfit(family: Family, block: nn.Module) -> str | None:
             return f"a hook on {name} would not run"
     parts = family.parts(block)
     reason = (
-        _why_not_conv(family.conv, parts.conv)
-        or _why_not_classes(family, parts)
-        or _why_not_products(family, parts)
+        _why_not_conv(family.conv, parts.conv) or _why_not_classes(family, parts) or _why_not_products(family, parts)
     )
     if reason is not None or isinstance(parts.gamma, torch.fx.Proxy):
         return reason  # a symbolic trace has proxies for parameters, which cannot be asked for shapes and dtypes

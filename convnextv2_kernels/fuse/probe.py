@@ -56,4 +56,3 @@ def _copy_with_new_parameters(block: nn.Module, generator: torch.Generator) -> n
     for module in block.modules():
         memo.update((id(getattr(module, table)), OrderedDict()) for table in _HOOK_TABLES)
     return copy.deepcopy(block, memo)
-

@@ -26,11 +26,7 @@ __all__ = [
 
 
 def create_model(
-    name: str,
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.0,
-    features_only: bool = False,
-    **kwargs: Any,
+    name: str, num_classes: int = 1000, drop_path_rate: float = 0.0, features_only: bool = False, **kwargs: Any
 ) -> ConvNeXtV2 | ConvNeXtV2Features:
     """Classifier called ``convnextv2_<size>``; ``kwargs`` go to :class:`ConvNeXtV2`.
 

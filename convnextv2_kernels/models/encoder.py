@@ -59,9 +59,7 @@ class Backbone(nn.Module):
             for depth, dim in zip(depths, dims, strict=True)
         )
 
-    def stage_outputs(
-        self, images: Tensor, layout: PatchLayout | None = None
-    ) -> Iterator[Tensor]:
+    def stage_outputs(self, images: Tensor, layout: PatchLayout | None = None) -> Iterator[Tensor]:
         """The features of one stage after the other, of stride 4, 8, 16 and 32.
 
         Stage i of ``images [N, in_chans, H, W]``: packed ``[P, p/2^(i+2), p/2^(i+2), dims[i]]`` for

@@ -72,8 +72,7 @@ class FCMAE(nn.Module):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         if len(size) != 2 or any(side < 1 or side % patch_size for side in size):
             raise ValueError(
-                f"img_size must be one or two positive multiples of patch_size {patch_size}, got "
-                f"{img_size!r}"
+                f"img_size must be one or two positive multiples of patch_size {patch_size}, got {img_size!r}"
             )
         self.img_size = size
         self.in_chans = in_chans
@@ -101,9 +100,7 @@ class FCMAE(nn.Module):
         init_linear_map(self.pred)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self, images: Tensor, mask: Tensor | PatchLayout | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, mask: Tensor | PatchLayout | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct the hidden patches.
 
         Args:
@@ -236,9 +233,7 @@ class FCMAE(nn.Module):
         return target
 
 
-def _assemble(
-    visible_rows: Tensor, visible: PatchLayout, hidden_rows: Tensor, hidden: PatchLayout
-) -> Tensor:
+def _assemble(visible_rows: Tensor, visible: PatchLayout, hidden_rows: Tensor, hidden: PatchLayout) -> Tensor:
     """Rows ``[P, D]`` of the visible and of the hidden patches -> ``[N, D, Gh, Gw]``.
 
     By index_select, which saves the indices only; index_copy would save the rows.

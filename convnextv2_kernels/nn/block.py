@@ -39,9 +39,7 @@ class ConvNeXtV2Block(nn.Module):
         ValueError: an argument out of range.
     """
 
-    def __init__(
-        self, dim: int, drop_path: float = 0.0, scope: str = "image", grn: str | GRNVariant = "default"
-    ):
+    def __init__(self, dim: int, drop_path: float = 0.0, scope: str = "image", grn: str | GRNVariant = "default"):
         super().__init__()
         self.given_drop_path: Tensor | None = None
         check_positive("dim", dim)
@@ -74,9 +72,7 @@ class ConvNeXtV2Block(nn.Module):
             grn_eps=self.grn.eps,
         )
 
-    def forward_reference(
-        self, x: Tensor, layout: PatchLayout | None = None, keep: Tensor | None = None
-    ) -> Tensor:
+    def forward_reference(self, x: Tensor, layout: PatchLayout | None = None, keep: Tensor | None = None) -> Tensor:
         """:meth:`forward` in plain PyTorch, with any GRN variant; also on a dense map of which some sites are hidden.
 
         Args:

@@ -31,9 +31,7 @@ class PatchEmbed(nn.Sequential):
         """``images [N, in_chans, H, W]`` -> packed ``[P, s, s, C]`` with s = patch side / 4; dense
         ``[N, H//4, W//4, C]`` without a layout."""
         conv, norm = self
-        return ops.patch_embed_layer_norm(
-            images, conv.weight, conv.bias, norm.weight, norm.bias, layout, eps=norm.eps
-        )
+        return ops.patch_embed_layer_norm(images, conv.weight, conv.bias, norm.weight, norm.bias, layout, eps=norm.eps)
 
 
 class Downsample(nn.Sequential):

@@ -3,12 +3,7 @@
 from .embed import patch_embed, patch_embed_layer_norm
 from .mlp import convnextv2_block, gathered_pointwise_mlp, pointwise_mlp
 from .rows import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn, linear
-from .spatial import (
-    depthwise_conv_layer_norm,
-    gather_patches,
-    scatter_patches,
-    submanifold_depthwise_conv2d,
-)
+from .spatial import depthwise_conv_layer_norm, gather_patches, scatter_patches, submanifold_depthwise_conv2d
 
 __all__ = [
     "convnextv2_block",

@@ -70,9 +70,7 @@ def _convolve(pixels: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.
     return y.to(pixels.dtype).view(*pixels.shape[:-1], weight.shape[0])
 
 
-def _check_images(
-    images: Tensor, weight: Tensor, bias: Tensor | None, layout: PatchLayout | None
-) -> None:
+def _check_images(images: Tensor, weight: Tensor, bias: Tensor | None, layout: PatchLayout | None) -> None:
     check.check_float(images, "images")
     if images.dim() != 4:
         raise ValueError(f"images has shape {list(images.shape)}, expected [N, in_chans, H, W]")

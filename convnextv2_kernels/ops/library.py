@@ -73,14 +73,43 @@ def _reshaped(out: Tensor, shape) -> Tensor:
 
 
 def _mlp_forward(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, save,
-    dtype, backend,
-):  # fmt: skip
+    x,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    b2,
+    residual,
+    factors,
+    offsets,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
-        backends.primitives(backend), _flat(x, dtype), w1, b1, gamma, beta, w2, b2, _flat(residual), factors,
-        rows, act, grn_eps, x.dtype, _keeps(save, "hidden"),
-    )  # fmt: skip
+        backends.primitives(backend),
+        _flat(x, dtype),
+        w1,
+        b1,
+        gamma,
+        beta,
+        w2,
+        b2,
+        _flat(residual),
+        factors,
+        rows,
+        act,
+        grn_eps,
+        x.dtype,
+        _keeps(save, "hidden"),
+    )
     return _reshaped(out, (*x.shape[:-1], w2.shape[0])), norms, kept
 
 
@@ -92,22 +121,67 @@ def _hidden_fakes(x, w1, images, batch, save, dtype):
 
 
 def _mlp_forward_fake(
-    x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, rows_per_slot, images, batch, act, grn_eps, save,
-    dtype, backend,
-):  # fmt: skip
+    x,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    b2,
+    residual,
+    factors,
+    offsets,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     out = x.new_empty(*x.shape[:-1], w2.shape[0])
     return out, *_hidden_fakes(x, w1, images, batch, save, dtype)
 
 
 def _mlp_backward(
-    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
-    save, dtype, backend,
-):  # fmt: skip
+    dout,
+    x,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    factors,
+    offsets,
+    norms,
+    kept,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     grads = schedule.mlp_backward(
-        backends.primitives(backend), _flat(dout), _flat(x, dtype), w1, b1, gamma, beta, w2, factors, norms, kept,
-        rows, act, grn_eps,
-    )  # fmt: skip
+        backends.primitives(backend),
+        _flat(dout),
+        _flat(x, dtype),
+        w1,
+        b1,
+        gamma,
+        beta,
+        w2,
+        factors,
+        norms,
+        kept,
+        rows,
+        act,
+        grn_eps,
+    )
     return (
         grads.x.to(x.dtype).view(x.shape),
         grads.w1.to(w1.dtype),
@@ -120,9 +194,26 @@ def _mlp_backward(
 
 
 def _mlp_backward_fake(
-    dout, x, w1, b1, gamma, beta, w2, factors, offsets, norms, kept, rows_per_slot, images, batch, act, grn_eps,
-    save, dtype, backend,
-):  # fmt: skip
+    dout,
+    x,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    factors,
+    offsets,
+    norms,
+    kept,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     likes = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w1, b1, gamma, beta, w2))
     return *likes, w2.new_empty(w2.shape[0], dtype=statistics_dtype(dtype))
 
@@ -136,9 +227,30 @@ def _conv_norm(k, x, dw_weight, dw_bias, neighbours, layer_norm, eps):
 
 
 def _block_forward(
-    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
-):  # fmt: skip
+    x,
+    dw_weight,
+    dw_bias,
+    ln_weight,
+    ln_bias,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    b2,
+    neighbours,
+    factors,
+    offsets,
+    eps,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     k = backends.primitives(backend)
     layer_norm = schedule.LayerNormParams(ln_weight, ln_bias)
     keep = _keeps(save, "normalized")
@@ -152,16 +264,51 @@ def _block_forward(
         z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     out, norms, kept = schedule.mlp_forward(
-        k, _flat(y), w1, b1, gamma, beta, w2, b2, _flat(x), factors, rows, act, grn_eps, x.dtype,
-        _keeps(save, "hidden"), layer_norm if k.FOLDS_LAYER_NORM else None,
-    )  # fmt: skip
+        k,
+        _flat(y),
+        w1,
+        b1,
+        gamma,
+        beta,
+        w2,
+        b2,
+        _flat(x),
+        factors,
+        rows,
+        act,
+        grn_eps,
+        x.dtype,
+        _keeps(save, "hidden"),
+        layer_norm if k.FOLDS_LAYER_NORM else None,
+    )
     return _reshaped(out, x.shape), z, rstd, norms, kept
 
 
 def _block_forward_fake(
-    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, neighbours, factors, offsets,
-    eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
-):  # fmt: skip
+    x,
+    dw_weight,
+    dw_bias,
+    ln_weight,
+    ln_bias,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    b2,
+    neighbours,
+    factors,
+    offsets,
+    eps,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     keep = _keeps(save, "normalized")
     z = x.new_empty(x.shape if keep else (0,), dtype=dtype)
     rstd = x.new_empty(x.shape[:-1] if keep else (0,), dtype=statistics_dtype(x.dtype))
@@ -169,9 +316,34 @@ def _block_forward_fake(
 
 
 def _block_backward(
-    dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
-):  # fmt: skip
+    dout,
+    x,
+    z,
+    rstd,
+    norms,
+    kept,
+    dw_weight,
+    dw_bias,
+    ln_weight,
+    ln_bias,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    neighbours,
+    factors,
+    offsets,
+    eps,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     k = backends.primitives(backend)
     stat = statistics_dtype(x.dtype)
     if z.dim() == 1:
@@ -179,9 +351,23 @@ def _block_backward(
         z = z.to(dtype)
     rows = _rows(x, offsets, rows_per_slot, images, batch)
     grads = schedule.mlp_backward(
-        k, _flat(dout), _flat(z), w1, b1, gamma, beta, w2, factors, norms, kept, rows, act, grn_eps,
-        schedule.LayerNormParams(ln_weight, ln_bias), rstd.view(-1),
-    )  # fmt: skip
+        k,
+        _flat(dout),
+        _flat(z),
+        w1,
+        b1,
+        gamma,
+        beta,
+        w2,
+        factors,
+        norms,
+        kept,
+        rows,
+        act,
+        grn_eps,
+        schedule.LayerNormParams(ln_weight, ln_bias),
+        rstd.view(-1),
+    )
     dy = grads.x.to(x.dtype).view(x.shape)
     ddw, ddb = k.depthwise_conv_backward_weight(dy, x, neighbours, dw_weight.shape[-1])
     dx = k.depthwise_conv_forward(dy, dw_weight.to(stat).contiguous(), None, dout, neighbours, True)
@@ -201,9 +387,34 @@ def _block_backward(
 
 
 def _block_backward_fake(
-    dout, x, z, rstd, norms, kept, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, neighbours,
-    factors, offsets, eps, rows_per_slot, images, batch, act, grn_eps, save, dtype, backend,
-):  # fmt: skip
+    dout,
+    x,
+    z,
+    rstd,
+    norms,
+    kept,
+    dw_weight,
+    dw_bias,
+    ln_weight,
+    ln_bias,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    neighbours,
+    factors,
+    offsets,
+    eps,
+    rows_per_slot,
+    images,
+    batch,
+    act,
+    grn_eps,
+    save,
+    dtype,
+    backend,
+):
     def like(t):
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 

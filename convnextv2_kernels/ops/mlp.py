@@ -175,9 +175,7 @@ def gathered_pointwise_mlp(
     Returns packed rows ``[P, s, s, O]``; ``residual``, if given, is packed like the output.
     """
     packed = gather_patches(x, layout)
-    return pointwise_mlp(
-        packed, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps
-    )
+    return pointwise_mlp(packed, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps)
 
 
 def convnextv2_block(

@@ -226,12 +226,7 @@ def _check_grn(x, gamma, beta, layout, scope, eps):
 
 
 def global_response_norm(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    layout: PatchLayout | None = None,
-    scope: str = "image",
-    eps: float = 1e-6,
+    x: Tensor, gamma: Tensor, beta: Tensor, layout: PatchLayout | None = None, scope: str = "image", eps: float = 1e-6
 ) -> Tensor:
     """Global response normalisation ``x + gamma * (x * N(G(x))) + beta`` (paper Equations 1-3).
 
@@ -254,12 +249,7 @@ def global_response_norm(
 
 
 def gelu_grn(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    layout: PatchLayout | None = None,
-    scope: str = "image",
-    eps: float = 1e-6,
+    x: Tensor, gamma: Tensor, beta: Tensor, layout: PatchLayout | None = None, scope: str = "image", eps: float = 1e-6
 ) -> Tensor:
     """GRN(GELU(x)) with the exact GELU, fused; arguments as :func:`global_response_norm`."""
     _check_grn(x, gamma, beta, layout, scope, eps)
@@ -292,18 +282,11 @@ def layer_norm_grn(
         if backend == "reference":
             return ref.layer_norm_grn(x, ln_weight, ln_bias, gamma, beta, layout, scope, ln_eps, eps)
         segs = segment_args(x, layout, scope)
-        return _LayerNormGRN.apply(
-            x.contiguous(), ln_weight, ln_bias, gamma, beta, *segs, ln_eps, eps, backend
-        )
+        return _LayerNormGRN.apply(x.contiguous(), ln_weight, ln_bias, gamma, beta, *segs, ln_eps, eps, backend)
 
 
 def downsample(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    eps: float = 1e-6,
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-6
 ) -> Tensor:
     """LayerNorm, then 2x2 convolution of stride 2; needs no layout, as it never crosses a patch.
 

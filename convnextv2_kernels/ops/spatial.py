@@ -115,9 +115,7 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
         dx = k.depthwise_conv_forward(dy, w, None, None, neighbours, True) if ctx.needs_input_grad[0] else None
         dw, db = k.depthwise_conv_backward_weight(dy, x, neighbours, weight.shape[-1])
         db = None if bias is None else db.to(bias.dtype)
-        return (
-            dx, dw.to(weight.dtype), db, dgain.to(ln_weight.dtype), dshift.to(ctx.ln_bias_dtype), None, None, None,
-        )  # fmt: skip
+        return (dx, dw.to(weight.dtype), db, dgain.to(ln_weight.dtype), dshift.to(ctx.ln_bias_dtype), None, None, None)
 
 
 def gather_patches(x: Tensor, layout: PatchLayout) -> Tensor:
@@ -201,6 +199,4 @@ def depthwise_conv_layer_norm(
             y = ref.depthwise_conv2d(x, weight, bias, layout)
             return ref_rows.layer_norm(y, ln_weight, ln_bias, eps)
         table = conv_neighbours(layout, weight.shape[-1], x)
-        return _DepthwiseConvLayerNorm.apply(
-            x.contiguous(), weight, bias, ln_weight, ln_bias, table, eps, backend
-        )
+        return _DepthwiseConvLayerNorm.apply(x.contiguous(), weight, bias, ln_weight, ln_bias, table, eps, backend)

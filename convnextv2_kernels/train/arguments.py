@@ -73,8 +73,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help="convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge "
-        f"(default: {PLACES['model']})",
+        help=f"convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge (default: {PLACES['model']})",
     )
     group.add_argument(
         "--img-size",
@@ -111,8 +110,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None
         "--blr",
         type=positive_float,
         metavar="X",
-        help="peak learning rate at 256 images a step; the actual one is X * B / 256 "
-        f"(default: {recipe['blr']})",
+        help=f"peak learning rate at 256 images a step; the actual one is X * B / 256 (default: {recipe['blr']})",
     )
     rate.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate itself, instead of --blr")
     group.add_argument(
@@ -126,11 +124,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None
         f"unless --decay official (default: {recipe['weight_decay']})",
     )
     group.add_argument(
-        "--betas",
-        type=share,
-        nargs=2,
-        metavar="B",
-        help="of AdamW (default: {:g} {:g})".format(*recipe["betas"]),
+        "--betas", type=share, nargs=2, metavar="B", help="of AdamW (default: {:g} {:g})".format(*recipe["betas"])
     )
     group.add_argument(
         "--warmup-epochs",
@@ -183,9 +177,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         f"{BACKEND_VARIABLE}, else auto)",
     )
     group.add_argument(
-        "--device", help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun that of the process "
+        "--device",
+        help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun that of the process "
         "(default: auto)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--workers",
         type=nonnegative_int,

@@ -127,9 +127,7 @@ def split_train_val(folder: Path) -> tuple[Path, Path | None]:
     return train, held_out[0] if held_out else None
 
 
-def open_split(
-    data: Path, val: Path | None, share: float, seed: int, output: Path
-) -> tuple[ClassFolder, ClassFolder]:
+def open_split(data: Path, val: Path | None, share: float, seed: int, output: Path) -> tuple[ClassFolder, ClassFolder]:
     """Open the classes to train and to evaluate on: ``val`` where given, else the validation part of ``data``, else a
     ``share`` of each class, see :func:`hold_out`. ``output`` is the run's own folder, which keeps what was verified.
 

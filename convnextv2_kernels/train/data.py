@@ -117,9 +117,7 @@ def load_crop(
     return torch.from_numpy(np.array(crop))
 
 
-def _draw_box(
-    image_size: tuple[int, int], size: tuple[int, int], rng: np.random.Generator | None
-) -> Box:
+def _draw_box(image_size: tuple[int, int], size: tuple[int, int], rng: np.random.Generator | None) -> Box:
     aspect = size[1] / size[0]
     if rng is None:
         return centre_box(image_size, aspect)
@@ -140,12 +138,7 @@ def _decode_crop(path: Path, size: tuple[int, int], rng: np.random.Generator | N
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
         x, y = image.width / full[0], image.height / full[1]
-        scaled = (
-            box[0] * x,
-            box[1] * y,
-            min(box[2] * x, image.width),
-            min(box[3] * y, image.height),
-        )
+        scaled = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
         return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=scaled)
 
 
@@ -218,13 +211,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        part: tuple[int, int] | None = None,
+        self, num_images: int, batch_size: int, seed: int, start: int, stop: int, part: tuple[int, int] | None = None
     ):
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.start, self.stop = start, stop

@@ -46,8 +46,7 @@ def run_demo(options: PretrainOptions) -> int:
     steps, batch = options.max_steps, options.batch_size
     # One epoch as long as the demo: each crop of it is drawn anew from one of the photographs.
     config = dataclasses.replace(
-        pretrain_config(options, device, model.patch_size, "bundled photographs", names),
-        num_images=steps * batch,
+        pretrain_config(options, device, model.patch_size, "bundled photographs", names), num_images=steps * batch
     )
     console = Console(soft_wrap=True, highlight=False)
     console.print(
@@ -67,8 +66,7 @@ def run_demo(options: PretrainOptions) -> int:
             print(f"Stopped after step {outcome.step} of {steps}. The demo keeps no checkpoints.")
             return 128 + outcome.stop_signal
         console.print(
-            f"{steps} steps in {format_seconds(outcome.seconds)}, "
-            f"{steps * batch / outcome.seconds:.1f} images/s"
+            f"{steps} steps in {format_seconds(outcome.seconds)}, {steps * batch / outcome.seconds:.1f} images/s"
         )
         _show(console, options, config, model, photos)
         _compare(console, options)
@@ -91,10 +89,7 @@ def _show(console, options, config, model, photos) -> None:
     console.print("\nMean squared error over the hidden pixels (0..1 scale), predicting with")
     for line in describe_errors(result):
         console.print(f"  {line}")
-    console.print(
-        f"The masks are new to the model, the photographs are not. Picture: {picture}, "
-        f"encoder: {encoder}"
-    )
+    console.print(f"The masks are new to the model, the photographs are not. Picture: {picture}, encoder: {encoder}")
 
 
 def _compare(console: Console, options: PretrainOptions) -> None:

@@ -11,9 +11,7 @@ from ..files import atomic_file
 PREFIX = "encoder."
 
 
-def export_encoder(
-    path: Path, model: nn.Module, model_name: str, weights: Mapping[str, Tensor] | None = None
-) -> int:
+def export_encoder(path: Path, model: nn.Module, model_name: str, weights: Mapping[str, Tensor] | None = None) -> int:
     """Write the encoder's weights as safetensors, without the ``encoder.`` prefix; return how many.
 
     Decoder, projection and mask token are left out; they have no use after pre-training. ``weights`` stand in for the

@@ -13,9 +13,7 @@ from .data import describe, open_rgb
 from .errors import TrainingError
 from .progress import count
 
-IMAGE_EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split()
-)
+IMAGE_EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
 CACHE_NAME = "verified_files.json"
 IMAGES_NAME = "images.json"
 VERIFY_CHUNK = 1024  # files handed to the threads at once; millions of tasks would fill memory
@@ -55,9 +53,7 @@ def scan_folder(folder: Path, exclude: Path | None = None, flag: str = "--data")
     )
     if not names:
         kinds = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise TrainingError(
-            f"{flag} {folder}: no image found in it or below it (looked for {kinds})."
-        )
+        raise TrainingError(f"{flag} {folder}: no image found in it or below it (looked for {kinds}).")
     return names
 
 
@@ -154,9 +150,7 @@ def open_folder(
     (output / SKIPPED_NAME).unlink(missing_ok=True)
     append_skipped(output / SKIPPED_NAME, skipped)
     if len(images) < batch_size:
-        because = (
-            f" ({len(skipped)} could not be read, see {output / SKIPPED_NAME})" if skipped else ""
-        )
+        because = f" ({len(skipped)} could not be read, see {output / SKIPPED_NAME})" if skipped else ""
         lower = f"lower --batch-size to at most {len(images)} or " if images else ""
         raise TrainingError(
             f"--data {folder}: {len(images)} readable images{because} are too few for one batch of "

@@ -25,23 +25,27 @@ from .finetune_task import FinetuneTask, metadata_of
 from .labelled import EvalDataset, LabelledDataset
 from .loop import Outcome, train
 from .options import FinetuneOptions
-from .prepare import (
-    make_config,
-    parameters_of,
-    prepare_output,
-    resolve_device,
-    split_of,
-    storage_of,
-    write_settings,
-)
+from .prepare import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
 from .pretrain import print_paused, print_stopped, print_summary
 from .progress import count
 from .stopping import folder_lock
 
 VALUES = (
-    "drop_path", "layer_decay", "layer_decay_kind", "smoothing", "mixup", "cutmix", "mix_prob", "switch_prob", "aa",
-    "color_jitter", "hflip", "crop_scale", "reprob", "head_init_scale",
-)  # fmt: skip
+    "drop_path",
+    "layer_decay",
+    "layer_decay_kind",
+    "smoothing",
+    "mixup",
+    "cutmix",
+    "mix_prob",
+    "switch_prob",
+    "aa",
+    "color_jitter",
+    "hflip",
+    "crop_scale",
+    "reprob",
+    "head_init_scale",
+)
 
 
 def run_finetune(options: FinetuneOptions) -> int:
@@ -69,11 +73,17 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     parts = world.size * options.accumulate
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
     config = make_config(
-        FinetuneConfig, options, device, str(options.data.resolve()), training.images,
-        num_classes=len(training.classes), init=_origin(options, model),
-        micro_batch=options.batch_size // parts if mixing else None, crop_pct=options.crop_pct,
+        FinetuneConfig,
+        options,
+        device,
+        str(options.data.resolve()),
+        training.images,
+        num_classes=len(training.classes),
+        init=_origin(options, model),
+        micro_batch=options.batch_size // parts if mixing else None,
+        crop_pct=options.crop_pct,
         **{name: values[name] for name in VALUES},
-    )  # fmt: skip
+    )
     if config.micro_batch is not None and config.micro_batch % 2:
         raise TrainingError(
             f"--batch-size {options.batch_size} over {parts} part(s) leaves {config.micro_batch} images to be mixed in "
@@ -94,9 +104,13 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     if world.is_main:
         _describe(options, config, model, training, held_out, world)
     transform = train_transform(
-        options.img_size, aa=config.aa, color_jitter=config.color_jitter, hflip=config.hflip,
-        scale=(config.crop_scale, 1.0), reprob=config.reprob,
-    )  # fmt: skip
+        options.img_size,
+        aa=config.aa,
+        color_jitter=config.color_jitter,
+        hflip=config.hflip,
+        scale=(config.crop_scale, 1.0),
+        reprob=config.reprob,
+    )
     dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed)
     task = FinetuneTask(model, dataset, config, pictures, options.output, options.eval_every)
     outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
@@ -156,8 +170,10 @@ def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDa
     precision = options.resolved.values["precision"]
     result = evaluate(model, pictures, batch, world, options.workers, precision)
     if world.is_main:
-        print(f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
-              f"loss {result['loss']:.4f}")  # fmt: skip
+        print(
+            f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
+            f"loss {result['loss']:.4f}"
+        )
         write_json(options.output / "evaluation.json", {"init": str(options.init), **result})
     return 0
 
@@ -196,8 +212,10 @@ def _conclude(options: FinetuneOptions, config: FinetuneConfig, outcome: Outcome
         print_stopped(options, outcome)
         return
     if task.best:
-        print(f"best top-1 {task.best['top1']:.2f} % after epoch {task.best['epoch'] + 1}: "
-              f"{options.output / 'best.safetensors'}")  # fmt: skip
+        print(
+            f"best top-1 {task.best['top1']:.2f} % after epoch {task.best['epoch'] + 1}: "
+            f"{options.output / 'best.safetensors'}"
+        )
     if outcome.step < outcome.total_steps:
         print_paused(outcome)
         return

@@ -23,9 +23,14 @@ from .pretrain_arguments import require_warmup
 OUTPUT = "finetune_output"
 # Options that a recipe does not hold and that only fine-tuning has.
 OWN: dict[str, Any] = {
-    "val": None, "val_share": 0.1, "init": None, "use_ema": False, "crop_pct": None, "eval_only": False,
+    "val": None,
+    "val_share": 0.1,
+    "init": None,
+    "use_ema": False,
+    "crop_pct": None,
+    "eval_only": False,
     "eval_every": 1,
-}  # fmt: skip
+}
 
 
 def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
@@ -38,7 +43,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         help="train a classifier on a folder of classes, from pre-trained weights",
         description=(
             "Train a ConvNeXt V2 classifier. FOLDER holds one subfolder of images for each class, or train/ and val/\n"
-            "with such subfolders. Needs timm for augmentation: pip install \"convnextv2_kernels[train]\"."
+            'with such subfolders. Needs timm for augmentation: pip install "convnextv2_kernels[train]".'
         ),
         epilog=(
             "examples:\n"
@@ -67,9 +72,11 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes, see above")
     parser.add_argument(
-        "--val", type=Path, metavar="FOLDER", help="folder of classes to evaluate on (default: FOLDER/val, or a share "
-        "of each class)",
-    )  # fmt: skip
+        "--val",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of classes to evaluate on (default: FOLDER/val, or a share of each class)",
+    )
     parser.add_argument(
         "--val-share",
         type=share,
@@ -86,15 +93,11 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})"
-    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
     parser.add_argument(
         "--eval-only", action="store_const", const=True, help="evaluate --init, head included, and train nothing"
     )
-    parser.add_argument(
-        "--eval-every", type=positive_int, metavar="N", help="epochs between evaluations (default: 1)"
-    )
+    parser.add_argument("--eval-every", type=positive_int, metavar="N", help="epochs between evaluations (default: 1)")
 
 
 def _add_regularization(group: argparse._ArgumentGroup, recipe: Any) -> None:
@@ -125,9 +128,7 @@ def _add_regularization(group: argparse._ArgumentGroup, recipe: Any) -> None:
 
 def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
     group = parser.add_argument_group("augmentation (by timm) and loss")
-    group.add_argument(
-        "--aa", metavar="POLICY", help=f"timm's name of a policy, or 'none' (default: {recipe['aa']})"
-    )
+    group.add_argument("--aa", metavar="POLICY", help=f"timm's name of a policy, or 'none' (default: {recipe['aa']})")
     group.add_argument(
         "--color-jitter", type=nonnegative_float, metavar="X", help="instead of a policy (default: none)"
     )
@@ -135,9 +136,11 @@ def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
         "--crop-scale", type=share, metavar="R", help=f"smallest share of a crop (default: {recipe['crop_scale']})"
     )
     group.add_argument(
-        "--hflip", type=probability, metavar="P", help="share of images that is mirrored; 0 for digits and text "
-        f"(default: {recipe['hflip']})",
-    )  # fmt: skip
+        "--hflip",
+        type=probability,
+        metavar="P",
+        help=f"share of images that is mirrored; 0 for digits and text (default: {recipe['hflip']})",
+    )
     group.add_argument(
         "--reprob", type=probability, metavar="P", help=f"share with an erased box (default: {recipe['reprob']})"
     )

@@ -217,9 +217,7 @@ class Trainer:
     def _loader(self, stop: int) -> DataLoader:
         config, begin = self.task.config, self.world.rank * self.share
         part = (begin, begin + self.share)
-        sampler = StepSampler(
-            len(self.task.dataset), config.batch_size, config.seed, self.outcome.step, stop, part
-        )
+        sampler = StepSampler(len(self.task.dataset), config.batch_size, config.seed, self.outcome.step, stop, part)
         return DataLoader(
             self.task.dataset,
             batch_sampler=sampler,

@@ -69,10 +69,7 @@ def describe_errors(result: Reconstruction) -> list[str]:
         for mse, name in (
             (result.model_mse, "the model"),
             (result.visible_mean_mse, "the mean colour of the image's visible pixels"),
-            (
-                result.patch_mean_mse,
-                "each hidden patch's own mean colour (known only to an oracle)",
-            ),
+            (result.patch_mean_mse, "each hidden patch's own mean colour (known only to an oracle)"),
         )
     ]
 

@@ -20,8 +20,16 @@ from .options import Options, PretrainOptions
 
 MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
 SHARED_VALUES = (
-    "epochs", "batch_size", "min_lr", "betas", "weight_decay", "warmup_epochs", "clip_grad", "ema_decay", "precision",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "min_lr",
+    "betas",
+    "weight_decay",
+    "warmup_epochs",
+    "clip_grad",
+    "ema_decay",
+    "precision",
+)
 
 __all__ = [
     "build_fcmae",
@@ -87,9 +95,16 @@ def pretrain_config(
     micro_batch = options.batch_size // parts if values["grn_scope"] == "batch" else None
     own = (*MODEL_VALUES, "hflip", "decay")
     return make_config(
-        PretrainConfig, options, device, data, images, patch_size=patch_size, encoding=options.encoding,
-        micro_batch=micro_batch, **{name: values[name] for name in own},
-    )  # fmt: skip
+        PretrainConfig,
+        options,
+        device,
+        data,
+        images,
+        patch_size=patch_size,
+        encoding=options.encoding,
+        micro_batch=micro_batch,
+        **{name: values[name] for name in own},
+    )
 
 
 def storage_of(options: Options) -> Storage:
@@ -120,9 +135,7 @@ def write_settings(options: Options, config: RunConfig) -> None:
     rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
     resolved = {
         "config": config.to_dict(),
-        "recipe": {
-            "name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins,
-        },
+        "recipe": {"name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins},
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }
@@ -134,9 +147,7 @@ def prepare_output(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(
-            f"--output {path}: cannot be made a folder ({error.strerror})."
-        ) from error
+        raise TrainingError(f"--output {path}: cannot be made a folder ({error.strerror}).") from error
 
 
 def parameters_of(model: nn.Module) -> str:

@@ -16,14 +16,7 @@ from .config import PretrainConfig
 from .data import CropDataset, load_crop
 from .distributed import World, processes
 from .export import export_encoder
-from .files import (
-    SKIPPED_NAME,
-    FolderImages,
-    append_skipped,
-    open_folder,
-    reopen_folder,
-    saved_images,
-)
+from .files import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
 from .loop import Outcome, train
 from .options import Options, PretrainOptions
 from .picture import reconstruct, save_picture
@@ -114,9 +107,7 @@ def _conclude(
 ) -> None:
     append_skipped(options.output / SKIPPED_NAME, _relative(outcome.failures, found.folder))
     print_summary(config, outcome)
-    skipped = len(
-        {name for name, _ in found.skipped} | set(dict(_relative(outcome.failures, found.folder)))
-    )
+    skipped = len({name for name, _ in found.skipped} | set(dict(_relative(outcome.failures, found.folder))))
     if skipped:
         listed = options.output / SKIPPED_NAME
         print(f"{count(skipped, 'unreadable file')} skipped, listed in {listed}")

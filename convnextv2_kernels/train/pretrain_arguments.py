@@ -21,13 +21,9 @@ OUTPUT = "pretrain_output"
 DEMO_OUTPUT = "demo_output"
 # Chosen for a few minutes on two cores; the loss is on plain pixels, so that the picture shows
 # predicted colours and not the hidden patches' own.
-DEMO_VALUES: dict[str, Any] = {
-    "norm_pix_loss": False, "epochs": 1, "batch_size": 8, "lr": 2e-3, "warmup_epochs": 0.05,
-}  # fmt: skip
+DEMO_VALUES: dict[str, Any] = {"norm_pix_loss": False, "epochs": 1, "batch_size": 8, "lr": 2e-3, "warmup_epochs": 0.05}
 DEMO_PLACES: dict[str, Any] = {"max_steps": 1400, "workers": 0}
-DEMO_OPTIONS = {
-    "output", "seed", "batch_size", "lr", "max_steps", "workers", "backend", "device", "precision", "grn",
-}  # fmt: skip
+DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "backend", "device", "precision", "grn"}
 # Options that a recipe does not hold and that only pre-training has.
 OWN: dict[str, Any] = {"encoding": "sparse"}
 
@@ -167,6 +163,4 @@ def require_warmup(parser: argparse.ArgumentParser, resolved: recipes.Resolved) 
     """End with a usage error where the warm-up is as long as the run."""
     values = resolved.values
     if values["warmup_epochs"] >= values["epochs"]:
-        parser.error(
-            f"--warmup-epochs {values['warmup_epochs']:g} must be less than --epochs {values['epochs']}"
-        )
+        parser.error(f"--warmup-epochs {values['warmup_epochs']:g} must be less than --epochs {values['epochs']}")

@@ -27,12 +27,7 @@ class ProbeResult:
 
 
 def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    C: float = 1.0,
-    max_iter: int = 1000,
+    train_features: Tensor, train_labels: Tensor, features: Tensor, labels: Tensor, C: float = 1.0, max_iter: int = 1000
 ) -> ProbeResult:
     """Fit a classifier to ``train_features [N, D]`` and test it on ``features [Q, D]``; labels int64 ``[N]``, ``[Q]``.
 

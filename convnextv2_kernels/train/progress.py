@@ -33,9 +33,7 @@ class Reporter:
     is shown: only one process of a run reports.
     """
 
-    def __init__(
-        self, title: str, total: int, done: int = 0, console: Console | None = None, quiet: bool = False
-    ):
+    def __init__(self, title: str, total: int, done: int = 0, console: Console | None = None, quiet: bool = False):
         self.title, self.total, self.done = title, total, done
         self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet)
         self.detail = ""

@@ -49,4 +49,3 @@ def class_folder(folder: Path, classes: int = 3, each: int = 4) -> Path:
         for number in range(each):
             picture(label * each + number).save(folder / f"class{label}" / f"{number}.png")
     return folder
-

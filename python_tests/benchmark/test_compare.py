@@ -137,9 +137,14 @@ def test_from_nothing_is_worse(run):
 
 @pytest.mark.parametrize(
     ("where", "name", "value"),
-    [("machine", "cpu", "another"), ("machine", "torch", "2.14.0"), ("machine", "threads", 4),
-     ("machine", "environment", {"OMP_PROC_BIND": "true"}), ("parameters", "batch_size", 16)],
-)  # fmt: skip
+    [
+        ("machine", "cpu", "another"),
+        ("machine", "torch", "2.14.0"),
+        ("machine", "threads", 4),
+        ("machine", "environment", {"OMP_PROC_BIND": "true"}),
+        ("parameters", "batch_size", 16),
+    ],
+)
 def test_times_of_other_machines_do_not_count(where, name, value, run):
     a, b = step_result(), step_result()
     b[where][name] = value

@@ -370,9 +370,21 @@ def test_dry_run(gpu, tmp_path):
     assert data["dry_run"] is True and "mean nothing" in data["note"] and len(text) < 200_000
     stages = data["stages"]
     assert list(stages) == [
-        "machine", "build", "smoke", "triton_smoke", "ceilings", "tests", "kernels", "triton_kernels", "step",
-        "profile", "sanitizer", "triton_tune", "compile", "plot",
-    ]  # fmt: skip
+        "machine",
+        "build",
+        "smoke",
+        "triton_smoke",
+        "ceilings",
+        "tests",
+        "kernels",
+        "triton_kernels",
+        "step",
+        "profile",
+        "sanitizer",
+        "triton_tune",
+        "compile",
+        "plot",
+    ]
     skipped = {"compile"} if triton.INTERPRETED else {"compile", *TRITON_STAGES}
     for name, stage in stages.items():
         assert stage["status"] == ("skipped" if name in skipped else "done"), (name, stage)

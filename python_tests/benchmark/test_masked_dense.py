@@ -2,12 +2,7 @@ import pytest
 import torch
 
 from convnextv2_kernels import random_mask
-from convnextv2_kernels.benchmark.masked_dense import (
-    MaskedDenseFCMAE,
-    Variant,
-    eager_variants,
-    encoder_sizes,
-)
+from convnextv2_kernels.benchmark.masked_dense import MaskedDenseFCMAE, Variant, eager_variants, encoder_sizes
 from convnextv2_kernels.models import FCMAE
 
 

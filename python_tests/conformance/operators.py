@@ -115,11 +115,20 @@ def _block_index(d: Draw) -> tuple:
 
 SAMPLES = {
     "depthwise_conv_forward": lambda d: (
-        d.x(), d.stat(d.c, 1, d.k, d.k), d.maybe(d.stat(d.c)), d.maybe(d.x()), d.neighbours, d.optional,
+        d.x(),
+        d.stat(d.c, 1, d.k, d.k),
+        d.maybe(d.stat(d.c)),
+        d.maybe(d.x()),
+        d.neighbours,
+        d.optional,
     ),
     "depthwise_conv_normalize": lambda d: (
-        d.x(), d.stat(d.c, 1, d.k, d.k), d.maybe(d.stat(d.c)), d.neighbours,
-        *(d.maybe(d.stat(d.c)) for _ in range(2)), EPS,
+        d.x(),
+        d.stat(d.c, 1, d.k, d.k),
+        d.maybe(d.stat(d.c)),
+        d.neighbours,
+        *(d.maybe(d.stat(d.c)) for _ in range(2)),
+        EPS,
     ),
     "depthwise_conv_backward_weight": lambda d: (d.x(), d.x(), d.neighbours, d.k),
     "layer_norm_forward": lambda d: (d.x(), d.maybe(d.stat(d.c)), d.maybe(d.stat(d.c)), EPS),
@@ -127,18 +136,29 @@ SAMPLES = {
     "normalized_backward": lambda d: (d.x(), d.x(), d.stat(*d.map), d.stat(d.c)),
     "space_to_depth_normalize": lambda d: (d.x(), d.maybe(d.stat(d.c)), d.maybe(d.stat(d.c)), EPS),
     "space_to_depth_normalize_backward": lambda d: (
-        *(d.features(d.map[0], d.s // 2, d.s // 2, 4 * d.c) for _ in range(2)), d.stat(*d.map), d.stat(d.c),
+        *(d.features(d.map[0], d.s // 2, d.s // 2, 4 * d.c) for _ in range(2)),
+        d.stat(*d.map),
+        d.stat(d.c),
     ),
     "grn_forward": lambda d: (d.x(), d.stat(d.c), d.stat(d.c), *d.segments, d.optional, EPS),
     "grn_backward": lambda d: (
-        d.x(), d.x(), d.stat(d.c), d.stat(d.images, d.c, positive=True), *d.segments, d.optional, EPS,
+        d.x(),
+        d.x(),
+        d.stat(d.c),
+        d.stat(d.images, d.c, positive=True),
+        *d.segments,
+        d.optional,
+        EPS,
     ),
     "gelu_square_sum_": lambda d: (d.features(d.rows, d.h), d.optional, *d.segments),
     "scale_rows_": lambda d: (d.features(d.rows, d.h), d.stat(d.images, d.h), d.stat(d.h), *d.segments),
     "mlp_backward_reduce": lambda d: (d.features(d.rows, d.h), d.features(d.rows, d.h), d.optional, *d.segments),
     "mlp_backward_pointwise_": lambda d: (
-        *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)), d.stat(d.h),
-        d.optional, *d.segments,
+        *(d.features(d.rows, d.h) for _ in range(2)),
+        *(d.stat(d.images, d.h) for _ in range(2)),
+        d.stat(d.h),
+        d.optional,
+        *d.segments,
     ),
     "grn_scale": lambda d: (d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
     "grn_gradient": lambda d: (d.stat(d.images, d.h), d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
@@ -146,34 +166,58 @@ SAMPLES = {
     "transpose_rows": lambda d: (d.features(d.rows, d.h),),
     "gather_patches": lambda d: (d.features(3, 3 * d.s, 3 * d.s, d.c), d.layout.patch_of_slot, 3, 3),
     "scatter_patches": lambda d: (
-        d.features(d.patches, d.s, d.s, d.c), d.layout.slot_of_patch, 3, 3, d.maybe(d.features(d.c)),
+        d.features(d.patches, d.s, d.s, d.c),
+        d.layout.slot_of_patch,
+        3,
+        3,
+        d.maybe(d.features(d.c)),
     ),
     "patch_pixels": lambda d: (
         d.features(3, 2, 12 * d.s, 12 * d.s),
         *((d.layout.patch_of_slot, 3, 3) if d.optional else (None, 3 * d.s, 3 * d.s)),
     ),
     "gelu_statistics": lambda d: (
-        d.features(d.rows, d.h), d.maybe(d.features(d.rows, d.h)), d.stat(d.h), EPS, d.optional, *d.segments,
+        d.features(d.rows, d.h),
+        d.maybe(d.features(d.rows, d.h)),
+        d.stat(d.h),
+        EPS,
+        d.optional,
+        *d.segments,
     ),
     "gelu_scale": lambda d: (
-        *(d.features(d.rows, d.h) for _ in range(2)), d.maybe(d.stat(d.images, d.h)), d.optional, *d.segments,
+        *(d.features(d.rows, d.h) for _ in range(2)),
+        d.maybe(d.stat(d.images, d.h)),
+        d.optional,
+        *d.segments,
     ),
     "mlp_backward_statistics": lambda d: (
-        *(d.maybe(d.features(d.rows, d.h)) for _ in range(2)), None if d.optional else d.stat(d.images, d.h),
-        d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS, d.optional, *d.segments,
+        *(d.maybe(d.features(d.rows, d.h)) for _ in range(2)),
+        None if d.optional else d.stat(d.images, d.h),
+        d.stat(d.images, d.h, positive=True),
+        d.stat(d.h),
+        EPS,
+        d.optional,
+        *d.segments,
     ),
     "mlp_backward_pointwise": lambda d: (
-        *(d.features(d.rows, d.h) for _ in range(2)), *(d.stat(d.images, d.h) for _ in range(2)),
-        d.maybe(d.features(d.rows, d.h)), d.features(d.rows, d.h), d.optional, *d.segments,
+        *(d.features(d.rows, d.h) for _ in range(2)),
+        *(d.stat(d.images, d.h) for _ in range(2)),
+        d.maybe(d.features(d.rows, d.h)),
+        d.features(d.rows, d.h),
+        d.optional,
+        *d.segments,
     ),
     "mlp_parameters": lambda d: (
-        d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c), d.stat(d.h),
-        d.stat(d.o, d.h) if d.optional else d.features(d.o, d.h), d.maybe(d.stat(d.o)), d.stat(d.h),
-        d.maybe(d.stat(d.c)), d.maybe(d.stat(d.c)), d.features(1),
+        d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c),
+        d.stat(d.h),
+        d.stat(d.o, d.h) if d.optional else d.features(d.o, d.h),
+        d.maybe(d.stat(d.o)),
+        d.stat(d.h),
+        d.maybe(d.stat(d.c)),
+        d.maybe(d.stat(d.c)),
+        d.features(1),
     ),
-    "unfold_layer_norm": lambda d: (
-        d.features(d.h, d.c), d.stat(d.c), d.stat(d.c), d.stat(d.h), d.stat(d.h, d.c),
-    ),
+    "unfold_layer_norm": lambda d: (d.features(d.h, d.c), d.stat(d.c), d.stat(d.c), d.stat(d.h), d.stat(d.h, d.c)),
     "products_reduce": lambda d: (d.stat(d.images, d.o, d.h), d.features(d.o, d.h)),
     "products_weight": lambda d: (d.stat(d.images, d.o, d.h), d.stat(d.images, d.h), d.stat(d.o), d.stat(d.h)),
     "normalized_backward_input": lambda d: (d.x(), d.x(), d.stat(*d.map, positive=True)),
@@ -183,27 +227,42 @@ SAMPLES = {
     "product_input_grad": lambda d: (d.features(6, d.h), d.features(d.h, d.c), d.backend),
     "product_weight_grad": lambda d: (d.features(40, d.h), d.features(40, d.c), d.backend),
     "mlp_forward": lambda d: (
-        d.x(), *d.mlp(d.o), d.features(d.o), d.maybe(d.x(d.o)), d.drop_path(), d.offsets, *d.geometry,
+        d.x(),
+        *d.mlp(d.o),
+        d.features(d.o),
+        d.maybe(d.x(d.o)),
+        d.drop_path(),
+        d.offsets,
+        *d.geometry,
     ),
-    "mlp_backward": lambda d: (
-        d.x(d.o), d.x(), *d.mlp(d.o), d.drop_path(), d.offsets, *_mlp_state(d), *d.geometry,
-    ),
+    "mlp_backward": lambda d: (d.x(d.o), d.x(), *d.mlp(d.o), d.drop_path(), d.offsets, *_mlp_state(d), *d.geometry),
     "block_forward": lambda d: (d.x(), *_block(d), d.features(d.c), *_block_index(d), EPS, *d.geometry),
-    "block_backward": lambda d: (
-        d.x(), d.x(), *_block_state(d), *_block(d), *_block_index(d), EPS, *d.geometry,
-    ),
-}  # fmt: skip
+    "block_backward": lambda d: (d.x(), d.x(), *_block_state(d), *_block(d), *_block_index(d), EPS, *d.geometry),
+}
 
 # operators that only one backend has, or more than one but not all
 CPU_ONLY = (
-    "gelu_square_sum_", "scale_rows_", "mlp_backward_reduce", "mlp_backward_pointwise_", "grn_scale", "grn_gradient",
+    "gelu_square_sum_",
+    "scale_rows_",
+    "mlp_backward_reduce",
+    "mlp_backward_pointwise_",
+    "grn_scale",
+    "grn_gradient",
     "transpose_rows",
-)  # fmt: skip
+)
 CUDA_ONLY = (
-    "gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise", "mlp_parameters",
-    "unfold_layer_norm", "products_reduce", "products_weight", "normalized_backward_input",
-    "layout_from_kept", "neighbour_slots",
-)  # fmt: skip
+    "gelu_statistics",
+    "gelu_scale",
+    "mlp_backward_statistics",
+    "mlp_backward_pointwise",
+    "mlp_parameters",
+    "unfold_layer_norm",
+    "products_reduce",
+    "products_weight",
+    "normalized_backward_input",
+    "layout_from_kept",
+    "neighbour_slots",
+)
 
 
 def names_on(backend: Backend) -> list[str]:
@@ -224,12 +283,22 @@ ONLY = {"transpose_rows": (F32,)}
 
 # The operators of ops/library.py, which call others. They all contain matrix products: see WITH_PRODUCTS.
 COMPOSITE = (
-    "product", "product_input_grad", "product_weight_grad", "mlp_forward", "mlp_backward", "block_forward",
+    "product",
+    "product_input_grad",
+    "product_weight_grad",
+    "mlp_forward",
+    "mlp_backward",
+    "block_forward",
     "block_backward",
-)  # fmt: skip
+)
 
 # What a vendor's matrix product has a part in: its bits may depend on threads and strides.
 WITH_PRODUCTS = (
-    "linear", "patch_embed", "patch_embed_layer_norm", "downsample", "pointwise_mlp", "gathered_pointwise_mlp",
+    "linear",
+    "patch_embed",
+    "patch_embed_layer_norm",
+    "downsample",
+    "pointwise_mlp",
+    "gathered_pointwise_mlp",
     "convnextv2_block",
-)  # fmt: skip
+)

@@ -107,8 +107,12 @@ CALLS = [
     (CONV, {"x": zeros(13, 0, 0, 5)}, ValueError, r"x has shape \[13, 0, 0, 5\], expected"),
     (CONV, {"x": zeros(13, 2, 2, 0), "weight": zeros(0, 1, 3, 3), "bias": None}, ValueError, r"x has shape .*C >= 1"),
     (GRN, {"x": zeros(13, 2, 2, 0), "gamma": zeros(0), "beta": zeros(0)}, ValueError, r"x has shape .*C >= 1"),
-    ("pointwise_mlp", {"w1": zeros(0, 3), "b1": zeros(0), "gamma": zeros(0), "beta": zeros(0), "w2": zeros(3, 0)},
-     ValueError, r"w1 has shape \[0, 3\], expected"),
+    (
+        "pointwise_mlp",
+        {"w1": zeros(0, 3), "b1": zeros(0), "gamma": zeros(0), "beta": zeros(0), "w2": zeros(3, 0)},
+        ValueError,
+        r"w1 has shape \[0, 3\], expected",
+    ),
     # words and numbers
     (GRN, {"scope": "patch"}, ValueError, "scope must be 'image' or 'batch', got 'patch'"),
     (BLOCK, {"scope": None}, ValueError, "scope must be 'image' or 'batch', got None"),
@@ -120,7 +124,7 @@ CALLS = [
     (GRN, {"eps": -1e-6}, ValueError, "eps must be a number >= 0, got -1e-06"),
     ("layer_norm", {"eps": float("nan")}, ValueError, "eps must be a number >= 0, got nan"),
     ("layer_norm_grn", {"ln_eps": -1.0}, ValueError, r"ln_eps must be a number >= 0, got -1\.0"),
-]  # fmt: skip
+]
 
 
 def _name(call) -> str:
@@ -167,7 +171,7 @@ LAYOUTS = [
     (lambda: random_mask(-1, (3, 3)), ValueError, "num_images"),
     (lambda: ck.use_backend("gpu"), ValueError, "backend must be one of reference, cpu, .*got 'gpu'"),
     (lambda: ck.use_backend(None), ValueError, "backend must be one of .*got None"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("call", "exception", "message"), LAYOUTS, ids=[message[:40] for _, _, message in LAYOUTS])

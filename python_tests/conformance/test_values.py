@@ -40,9 +40,15 @@ ACTS = ("gelu", "gelu_tanh")
 _CONV = {"at": PACKED + DENSE + BIG, "c": WIDTHS, "k": (7, 3, 5, 9, 11), "bias": YES_NO}
 _GRN = {"at": PACKED + DENSE + BIG, "c": WIDTHS, "scope": SCOPES}
 _MLP = {
-    "at": PACKED + DENSE, "c": (1, 5, 17, 24), "hidden": (None, 13), "out_c": (None, 9), "residual": YES_NO,
-    "drop": YES_NO, "scope": SCOPES, "act": ACTS,
-}  # fmt: skip
+    "at": PACKED + DENSE,
+    "c": (1, 5, 17, 24),
+    "hidden": (None, 13),
+    "out_c": (None, 9),
+    "residual": YES_NO,
+    "drop": YES_NO,
+    "scope": SCOPES,
+    "act": ACTS,
+}
 _STEM = {"at": PACKED + DENSE, "c": (1, 5, 40), "in_chans": (3, 1, 4), "bias": YES_NO}
 AXES = {
     "gather_patches": {"at": PACKED, "c": WIDTHS},
@@ -58,15 +64,24 @@ AXES = {
     "patch_embed": _STEM,
     "patch_embed_layer_norm": _STEM,
     "downsample": {
-        "at": [at for at in PACKED if at[1] % 2 == 0] + DENSE, "c": (1, 5, 17, 40), "out_c": (10, 1, 34),
+        "at": [at for at in PACKED if at[1] % 2 == 0] + DENSE,
+        "c": (1, 5, 17, 40),
+        "out_c": (10, 1, 34),
         "bias": YES_NO,
     },
     "linear": {"at": PACKED + DENSE, "c": (1, 5, 40), "out_c": (10, 1, 34), "bias": YES_NO},
     "convnextv2_block": {
-        "at": PACKED + DENSE, "c": (1, 5, 17, 24), "hidden": (None, 13), "k": (7, 3, 5, 9, 11), "bias": YES_NO,
-        "drop": YES_NO, "scope": SCOPES, "act": ACTS, "grn_eps": (None, 0.5),
+        "at": PACKED + DENSE,
+        "c": (1, 5, 17, 24),
+        "hidden": (None, 13),
+        "k": (7, 3, 5, 9, 11),
+        "bias": YES_NO,
+        "drop": YES_NO,
+        "scope": SCOPES,
+        "act": ACTS,
+        "grn_eps": (None, 0.5),
     },
-}  # fmt: skip
+}
 
 # widths past every vector loop and span, and a hidden layer wider than a chunk of one image
 WIDE = {
@@ -89,11 +104,20 @@ WIDE = {
 # What a backend whose kernels are interpreted has of the axes: each kind of layout and each path of the kernels once.
 SHORT = {
     "at": [
-        ("uniform", 8), ("ragged", 4), ("ragged", 3), ("empty_image", 2), ("non_square", 1), ("none_visible", 1),
-        ("batch_0", 2), ("dense_7x7", None), ("dense_1x5", None), ("dense_28x30", None),
+        ("uniform", 8),
+        ("ragged", 4),
+        ("ragged", 3),
+        ("empty_image", 2),
+        ("non_square", 1),
+        ("none_visible", 1),
+        ("batch_0", 2),
+        ("dense_7x7", None),
+        ("dense_1x5", None),
+        ("dense_28x30", None),
     ],
-    "c": (1, 5, 24, 40), "k": (7, 3, 11),
-}  # fmt: skip
+    "c": (1, 5, 24, 40),
+    "k": (7, 3, 11),
+}
 
 
 def _cases():

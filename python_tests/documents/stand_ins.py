@@ -81,22 +81,27 @@ RUN = {
     "--output runs/atto": Run(PRETRAIN),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/atto/encoder.safetensors --recipe default "
     "--output runs/classes": Run(FINETUNE),
-    "python -m convnextv2_kernels finetune --data CLASSES --init runs/classes/best.safetensors --eval-only":
-        Run(FINETUNE),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/classes/best.safetensors --eval-only": Run(
+        FINETUNE
+    ),
     "python -m convnextv2_kernels pretrain --data FOLDER --output runs/pre": Run(PRETRAIN),
-    "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine":
-        Run(FINETUNE),
-    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/paper":
-        Run(PROCESSES),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine": Run(
+        FINETUNE
+    ),
+    "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --recipe paper --amp --output runs/paper": Run(
+        PROCESSES
+    ),
     "torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_huge --recipe paper "
-    "--parallel fsdp --accumulate 8 --amp --output runs/huge":
-        Run(f"--model convnextv2_atto --accumulate 2 {PROCESSES}"),
+    "--parallel fsdp --accumulate 8 --amp --output runs/huge": Run(
+        f"--model convnextv2_atto --accumulate 2 {PROCESSES}"
+    ),
     "python -m convnextv2_kernels pretrain --demo --output v2": Run(DEMO),
     "python -m convnextv2_kernels pretrain --demo --grn none --output v1": Run(DEMO),
     # analyses
     "python -m convnextv2_kernels analyze probe runs/atto/encoder.safetensors --random --data CLASSES": Run(ANALYZE),
-    '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val':
-        Run(ANALYZE),
+    '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val': Run(
+        ANALYZE
+    ),
     "$A selectivity finetuned.safetensors --random --data val --shuffled": Run(ANALYZE),
     "$A activations encoder.safetensors --photos --image coffee --layer stages.2.5 --tap act": Run(ANALYZE),
     "$A reconstruct runs/v2/checkpoint-1000.pt --photos --mask-ratio 0.75": Run(ANALYZE),
@@ -121,8 +126,7 @@ RUN = {
     "python bench/readme_tables.py": Run(),
     # examples
     "python -m convnextv2_kernels pretrain --data FOLDER --output run1": Run(PRETRAIN),
-    "python examples/fcmae_to_timm.py --checkpoint run1/encoder.safetensors --model convnextv2_atto --classes 10":
-        Run(),
+    "python examples/fcmae_to_timm.py --checkpoint run1/encoder.safetensors --model convnextv2_atto --classes 10": Run(),
     "python examples/fuse_timm.py": Run("--batch-size 2 --img-size 64 --steps 2"),
     "python examples/fuse_timm.py --model convnextv2_tiny --batch-size 16 --compare": Run(
         "--model convnextv2_atto --batch-size 2 --img-size 64 --steps 2"
@@ -130,7 +134,7 @@ RUN = {
     "python examples/masked_features.py --image photo.jpg --model convnextv2_tiny --checkpoint tiny_fcmae.pt": Run(
         "--model convnextv2_atto"
     ),
-}  # fmt: skip
+}
 
 BY_PIP = "changes the environment and needs a network"
 BY_GPU = "needs a GPU and minutes"

@@ -13,15 +13,7 @@ from torch import nn
 
 import convnextv2_kernels as ck
 
-from .networks import (
-    close,
-    official_model,
-    output_of,
-    randomized,
-    results_of,
-    small_timm_model,
-    transformers_model,
-)
+from .networks import close, official_model, output_of, randomized, results_of, small_timm_model, transformers_model
 
 MAKERS = {"timm": small_timm_model, "transformers": transformers_model, "official": official_model}
 IMAGES = (2, 3, 64, 48)
@@ -279,14 +271,15 @@ def test_later_changes_inside_a_block_are_honoured():
 
 LATER = {
     "conv_dw has dilation 2": lambda block: (
-        change("conv_dw.dilation", (2, 2))(block), change("conv_dw.padding", (6, 6))(block)
+        change("conv_dw.dilation", (2, 2))(block),
+        change("conv_dw.padding", (6, 6))(block),
     ),
     "mlp.drop1 drops out with rate 0.5": change("mlp.drop1.p", 0.5),
     "mlp.fc2 has no bias": change("mlp.fc2", without_bias),
-    "the forward of mlp.fc1 has been replaced": lambda block: (
-        change("mlp.fc1.forward", lambda old: lambda x: 3 * old(x))(block)
-    ),
-}  # fmt: skip
+    "the forward of mlp.fc1 has been replaced": lambda block: change(
+        "mlp.fc1.forward", lambda old: lambda x: 3 * old(x)
+    )(block),
+}
 
 
 @pytest.mark.parametrize("reason", LATER)

@@ -29,9 +29,7 @@ def test_everything_visible_equals_the_dense_map(encoder):
         packed = encoder(images, layout)
         assert packed.shape == (layout.num_patches, patch // 32, patch // 32, DIMS[-1])
         dense = encoder(images)
-        torch.testing.assert_close(
-            ck.ops.scatter_patches(packed, layout), dense, rtol=1e-10, atol=1e-10
-        )
+        torch.testing.assert_close(ck.ops.scatter_patches(packed, layout), dense, rtol=1e-10, atol=1e-10)
 
 
 def test_compiles_in_one_graph(encoder):

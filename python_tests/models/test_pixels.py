@@ -45,9 +45,7 @@ def test_loss_gradient():
     torch.manual_seed(0)
     pred = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     target = torch.randn(3, 5, dtype=torch.float64)
-    torch.testing.assert_close(
-        reconstruction_loss(pred, target), torch.nn.functional.mse_loss(pred, target)
-    )
+    torch.testing.assert_close(reconstruction_loss(pred, target), torch.nn.functional.mse_loss(pred, target))
     assert torch.autograd.gradcheck(lambda p: reconstruction_loss(p, target) * 3, (pred,))
 
 

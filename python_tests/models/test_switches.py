@@ -112,9 +112,7 @@ def test_decoder_depth_and_width(depth, width):
 
 
 @pytest.mark.parametrize("encoding", ("sparse", "masked_dense"))
-@pytest.mark.parametrize(
-    ("ratio", "kept"), ((0.0, 9), (0.05, 8), (0.5, 4), (0.6, 3), (0.75, 2), (0.9, 0), (1.0, 0))
-)
+@pytest.mark.parametrize(("ratio", "kept"), ((0.0, 9), (0.05, 8), (0.5, 4), (0.6, 3), (0.75, 2), (0.9, 0), (1.0, 0)))
 def test_mask_ratio(ratio, kept, encoding):
     """``int(9 * (1 - ratio))`` patches stay; that may be all of them, or none."""
     model = FCMAE(**STAGES, decoder_embed_dim=12, mask_ratio=ratio, encoding=encoding)

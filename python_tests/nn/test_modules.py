@@ -121,13 +121,7 @@ def block_branch(module, x, keep):
 def test_block(dense, layout):
     module = randomised(cnn.ConvNeXtV2Block(DIM))
     check(module, dense, layout, lambda x, keep: x + block_branch(module, x, keep))
-    assert [name for name, _ in module.named_children()] == [
-        "dwconv",
-        "norm",
-        "pwconv1",
-        "grn",
-        "pwconv2",
-    ]
+    assert [name for name, _ in module.named_children()] == ["dwconv", "norm", "pwconv1", "grn", "pwconv2"]
 
 
 @pytest.mark.parametrize("packed", (False, True))
@@ -178,12 +172,7 @@ def test_downsample(dense, layout):
 
     check(module, dense, layout, expected)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    assert shapes == {
-        "0.weight": (DIM,),
-        "0.bias": (DIM,),
-        "1.weight": (9, DIM, 2, 2),
-        "1.bias": (9,),
-    }
+    assert shapes == {"0.weight": (DIM,), "0.bias": (DIM,), "1.weight": (9, DIM, 2, 2), "1.bias": (9,)}
 
 
 def test_patch_embed(layout):

@@ -9,12 +9,7 @@ import torch
 from PIL import Image
 
 from convnextv2_kernels.train import timm_library
-from convnextv2_kernels.train.augment import (
-    covering_size,
-    eval_transform,
-    seeded_globals,
-    train_transform,
-)
+from convnextv2_kernels.train.augment import covering_size, eval_transform, seeded_globals, train_transform
 from convnextv2_kernels.train.data import denormalize
 from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.timm_library import timm

@@ -119,7 +119,4 @@ def test_log_drops_later_and_half_written_lines(tmp_path):
     log = StepLog(path, 2)
     log.write({"step": 3, "loss": 0.5})
     log.close()
-    assert path.read_text().splitlines()[1:] == [
-        '{"step": 2, "loss": 0.3333333333333333}',
-        '{"step": 3, "loss": 0.5}',
-    ]
+    assert path.read_text().splitlines()[1:] == ['{"step": 2, "loss": 0.3333333333333333}', '{"step": 3, "loss": 0.5}']

@@ -33,19 +33,7 @@ def comparison(monkeypatch):
 
 
 def demo(output, *more):
-    return main(
-        [
-            "pretrain",
-            "--demo",
-            "--output",
-            str(output),
-            "--max-steps",
-            "2",
-            "--batch-size",
-            "2",
-            *more,
-        ]
-    )
+    return main(["pretrain", "--demo", "--output", str(output), "--max-steps", "2", "--batch-size", "2", *more])
 
 
 def test_demo_spares_the_folder_of_a_run(tmp_path, capsys):
@@ -60,9 +48,7 @@ def test_demo_ends_with_picture_numbers_and_table(tmp_path, comparison, capsys):
     assert demo(tmp_path / "new" / "a") == 0
     text = capsys.readouterr().out
     assert "the model" in text and "mean colour of the image's visible pixels" in text
-    assert all(
-        part in text for part in ("100 ms", "512 ms", "5.1x", "3.0 MiB", "90.0 MiB", "30.0x")
-    )
+    assert all(part in text for part in ("100 ms", "512 ms", "5.1x", "3.0 MiB", "90.0 MiB", "30.0x"))
     assert comparison == [("convnextv2_atto", 2, 224)]
     folder = tmp_path / "new" / "a"
     assert {p.name for p in folder.iterdir() if not p.name.startswith(".")} == {

@@ -19,9 +19,14 @@ from convnextv2_kernels.train.seeds import MASK, torch_stream
 from .conftest import CONFIG, run_tiny, tiny_model
 
 SETTINGS = {
-    "precision": "float64", "clip_grad": 5e-3, "ema_decay": 0.7, "min_lr": 2e-4, "betas": (0.8, 0.9), "lr": 2e-3,
+    "precision": "float64",
+    "clip_grad": 5e-3,
+    "ema_decay": 0.7,
+    "min_lr": 2e-4,
+    "betas": (0.8, 0.9),
+    "lr": 2e-3,
     "weight_decay": 0.3,
-}  # fmt: skip
+}
 
 
 def by_hand(sources, spared):

@@ -45,9 +45,19 @@ def folder(tmp_path_factory):
 
 def command(folder, output, *more):
     return [
-        "finetune", "--data", str(folder), "--output", str(output), "--img-size", "32", "--workers", "0",
-        "--device", "cpu", *more,
-    ]  # fmt: skip
+        "finetune",
+        "--data",
+        str(folder),
+        "--output",
+        str(output),
+        "--img-size",
+        "32",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 def lines(path):

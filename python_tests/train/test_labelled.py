@@ -7,12 +7,7 @@ from torch.utils.data import DataLoader
 from convnextv2_kernels.models import ConvNeXtV2
 from convnextv2_kernels.train.augment import eval_transform, train_transform
 from convnextv2_kernels.train.features import extract_features
-from convnextv2_kernels.train.labelled import (
-    EvalDataset,
-    LabelledDataset,
-    LabelledSample,
-    collate_labelled,
-)
+from convnextv2_kernels.train.labelled import EvalDataset, LabelledDataset, LabelledSample, collate_labelled
 
 from .conftest import picture
 

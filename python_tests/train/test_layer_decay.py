@@ -32,11 +32,7 @@ def flat(downsamplings, stages, last) -> dict[str, int]:
 # Written down by hand from the official optim_factory.py.
 TABLES = [
     (ATTO, "single", flat([1, 3, 5, 11], [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]], 13)),
-    (
-        BASE,
-        "single",
-        flat([1, 4, 7, 34], [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]], 37),
-    ),
+    (BASE, "single", flat([1, 4, 7, 34], [[1, 2, 3], [4, 5, 6], list(range(7, 34)), [34, 35, 36]], 37)),
     (
         BASE,
         "group",

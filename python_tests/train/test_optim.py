@@ -3,12 +3,7 @@ import math
 import pytest
 
 from convnextv2_kernels.train import recipes
-from convnextv2_kernels.train.optim import (
-    lr_at_step,
-    make_optimizer,
-    parameter_groups,
-    scaled_lr,
-)
+from convnextv2_kernels.train.optim import lr_at_step, make_optimizer, parameter_groups, scaled_lr
 
 from .conftest import tiny_model
 

@@ -11,9 +11,7 @@ from .conftest import tiny_model
 
 
 def pixels(n=3):
-    return torch.randint(0, 256, (n, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
+    return torch.randint(0, 256, (n, 64, 64, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
 MASK = torch.tensor([[[1, 0], [1, 1]], [[0, 1], [1, 1]], [[1, 1], [0, 1]]], dtype=torch.bool)
@@ -32,9 +30,9 @@ class Painter(torch.nn.Module):
 
     def reconstruct(self, images, pred, mask):
         grey = normalize(torch.zeros(1, 64, 64, 3)) * 0 + self.grey
-        colour = (grey - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
-            [0.229, 0.224, 0.225]
-        ).view(3, 1, 1)
+        colour = (grey - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+            3, 1, 1
+        )
         hidden = mask.repeat_interleave(32, 1).repeat_interleave(32, 2)[:, None]
         return torch.where(hidden, colour, images)
 
@@ -46,16 +44,12 @@ def test_errors_are_those_of_hidden_pixels():
     x = images.float().numpy() / 255
     hidden = MASK.numpy().repeat(32, 1).repeat(32, 2)
     assert result.model_mse == pytest.approx(((x[hidden] - 0.25) ** 2).mean(), rel=1e-4)
-    visible = [
-        ((image[h] - image[~h].mean(0)) ** 2).mean() for image, h in zip(x, hidden, strict=True)
-    ]
+    visible = [((image[h] - image[~h].mean(0)) ** 2).mean() for image, h in zip(x, hidden, strict=True)]
     assert result.visible_mean_mse == pytest.approx(np.mean(visible), rel=1e-4)
     patches = x.reshape(3, 2, 32, 2, 32, 3)
     spread = ((patches - patches.mean((2, 4), keepdims=True)) ** 2).mean((2, 4, 5))
     assert result.patch_mean_mse == pytest.approx(spread[MASK.numpy()].mean(), rel=1e-4)
-    assert torch.equal(
-        result.reconstructed[~torch.tensor(hidden)], result.originals[~torch.tensor(hidden)]
-    )
+    assert torch.equal(result.reconstructed[~torch.tensor(hidden)], result.originals[~torch.tensor(hidden)])
     assert (result.masked[torch.tensor(hidden)] == 0.5).all()
     assert model.training and len(describe_errors(result)) == 3
 

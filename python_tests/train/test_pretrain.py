@@ -17,9 +17,21 @@ from .test_loop import losses
 
 def command(folder, output, *more):
     return [
-        "pretrain", "--data", str(folder), "--output", str(output), "--img-size", "64",
-        "--epochs", "2", "--batch-size", "4", "--workers", "0", *more,
-    ]  # fmt: skip
+        "pretrain",
+        "--data",
+        str(folder),
+        "--output",
+        str(output),
+        "--img-size",
+        "64",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+        "--workers",
+        "0",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +133,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
     with folder_lock(tmp_path):
         # Record locks belong to a process: only another one can tell.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert (
-                pool.apply(try_lock, (tmp_path,))
-                == f"{tmp_path}: another run is writing to this folder."
-            )
+            assert pool.apply(try_lock, (tmp_path,)) == f"{tmp_path}: another run is writing to this folder."
     with folder_lock(tmp_path):
         pass
 

@@ -17,9 +17,7 @@ from convnextv2_kernels.train.loop import Spread
 from .conftest import run_tiny, tiny_model
 
 STEPS = 6
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo"
-)
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 
 
 def records(output: Path) -> list[dict]:

@@ -7,9 +7,19 @@ from convnextv2_kernels.train import finetune_arguments, pretrain_arguments, rec
 from convnextv2_kernels.train.options import FinetuneOptions, PretrainOptions
 
 COLUMNS = (
-    "blr", "epochs", "warmup_epochs", "layer_decay", "weight_decay", "drop_path", "mixup", "cutmix", "smoothing",
-    "batch_size", "layer_decay_kind", "ema_decay",
-)  # fmt: skip
+    "blr",
+    "epochs",
+    "warmup_epochs",
+    "layer_decay",
+    "weight_decay",
+    "drop_path",
+    "mixup",
+    "cutmix",
+    "smoothing",
+    "batch_size",
+    "layer_decay_kind",
+    "ema_decay",
+)
 # paper Tables 9 to 13; the learning rates of base and large as in the official TRAINING.md
 TABLE = {
     "atto": (2e-4, 600, 0, 0.9, 0.3, 0.1, 0, 0, 0.2, 1024, "single", 0.9999),

@@ -20,9 +20,7 @@ COMMON = (
     "--recipe default --img-size 32 --epochs 2 --batch-size 4 --lr 1e-3 --drop-path 0.4 --ema-decay 0.5 --workers 0 "
     "--device cpu --head-init-scale 1"
 ).split()
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo"
-)
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,14 @@ def _commands(root):
     return [
         [*FINETUNE, *data, *plain, "--output", str(root / "shards")],
         [*FINETUNE, *data, "--max-steps", "3", "--output", str(root / "mixed")],
-        [*FINETUNE, *data, "--init", str(root / "shards" / "best.safetensors"), "--eval-only",
-         "--output", str(root / "evaluated")],
+        [
+            *FINETUNE,
+            *data,
+            "--init",
+            str(root / "shards" / "best.safetensors"),
+            "--eval-only",
+            "--output",
+            str(root / "evaluated"),
+        ],
         [*FINETUNE, *data, "--accumulate", "3", "--output", str(root / "uneven")],
-    ]  # fmt: skip
+    ]

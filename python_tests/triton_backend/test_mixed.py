@@ -47,11 +47,14 @@ both = pytest.mark.skipif(
 
 @both
 @pytest.mark.parametrize("policy", ("inputs", "hidden"))
-@pytest.mark.parametrize("axes", [
-    {"at": ("uniform", 4), "c": 24, "drop": True},
-    {"at": ("ragged", 4), "c": 24, "scope": "batch"},
-    {"at": ("uniform", 2), "c": 24, "act": "gelu_tanh"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"at": ("uniform", 4), "c": 24, "drop": True},
+        {"at": ("ragged", 4), "c": 24, "scope": "batch"},
+        {"at": ("uniform", 2), "c": 24, "act": "gelu_tanh"},
+    ],
+)
 def test_the_block_by_both_conforms(axes, policy, monkeypatch):
     from convnextv2_kernels.backends.triton import fused
 

@@ -139,10 +139,22 @@ def test_backward(name, widths, dtype, act):
     close(parts.sum(0), d.t() @ (h * scale[owner]), dtype, 4)
 
 
-@pytest.mark.parametrize(("width", "expected"), [
-    (1, (16, 0)), (16, (16, 0)), (24, (32, 0)), (40, (32, 16)), (48, (32, 16)), (80, (64, 16)), (96, (64, 32)),
-    (128, (128, 0)), (192, (128, 64)), (255, (256, 0)), (256, (256, 0)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (1, (16, 0)),
+        (16, (16, 0)),
+        (24, (32, 0)),
+        (40, (32, 16)),
+        (48, (32, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (128, (128, 0)),
+        (192, (128, 64)),
+        (255, (256, 0)),
+        (256, (256, 0)),
+    ],
+)
 def test_a_width_is_cut_into_powers_of_two(width, expected):
     assert products_backward.halves(width) == expected
     assert sum(expected) >= width

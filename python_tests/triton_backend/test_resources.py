@@ -73,10 +73,7 @@ def test_no_kernel_spills(rows):
 
 
 def test_registers_stay_within_their_budgets(rows):
-    over = [
-        row for row in rows
-        if not row["float64"] and row["registers"] > BUDGETS.get(row["kernel"], DEFAULT_BUDGET)
-    ]  # fmt: skip
+    over = [row for row in rows if not row["float64"] and row["registers"] > BUDGETS.get(row["kernel"], DEFAULT_BUDGET)]
     assert over == []
     assert set(BUDGETS) <= kernels()
 

@@ -13,8 +13,13 @@ from ..reference.primitives import fused_backward, fused_forward, prepare_parame
 from .products import linear, linear_input_grad, linear_weight_grad
 
 __all__ = [  # beside what is defined below
-    "fused_backward", "fused_forward", "linear", "linear_input_grad", "linear_weight_grad", "prepare_parameters",
-]  # fmt: skip
+    "fused_backward",
+    "fused_forward",
+    "linear",
+    "linear_input_grad",
+    "linear_weight_grad",
+    "prepare_parameters",
+]
 
 FOLDS_LAYER_NORM = False  # a pass over the weights costs more than it saves at a CPU's batch sizes (docs/kernels.md 3)
 
@@ -39,9 +44,17 @@ fakes.register("convnextv2_kernels")
 
 
 def gelu_grn_linear(
-    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    act: str,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor]:
     """Turns a into act(a) in place, and applies GRN in place or through the weight."""
     h = a.clone() if keep_a else a
     square_sum = _ops.gelu_square_sum_.default(h, act == "gelu_tanh", *segments)
@@ -68,9 +81,18 @@ def _scaled_linear(
 
 
 def gelu_grn_linear_backward(
-    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
-    weight: Tensor, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    act: str,
+    d: Tensor,
+    d_sum: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Overwrites a with the GRN output, whose product with d is the weight's gradient, and ds with da."""
     a, tanh = a.clone() if keep_a else a, act == "gelu_tanh"
     scale = _ops.grn_scale.default(norm.square(), gamma, eps)[1]

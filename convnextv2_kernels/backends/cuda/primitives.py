@@ -18,8 +18,12 @@ from ..reference.rows import statistics_dtype
 from . import EMULATED, NAMESPACE
 
 __all__ = [  # beside what is defined below
-    "fused_backward", "fused_forward", "linear", "linear_input_grad", "linear_weight_grad",
-]  # fmt: skip
+    "fused_backward",
+    "fused_forward",
+    "linear",
+    "linear_input_grad",
+    "linear_weight_grad",
+]
 
 _ops = getattr(torch.ops, NAMESPACE)
 if EMULATED:
@@ -46,9 +50,14 @@ neighbour_slots = _ops.neighbour_slots.default
 
 
 def prepare_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    beta: Tensor,
+    layer_norm: tuple[Tensor, Tensor] | None,
     like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """In one launch; ``W2 beta`` goes into the second bias."""
     stat = statistics_dtype(like.dtype)
     if not (w1.dtype == w2.dtype and w1.dtype in (like.dtype, stat)):

@@ -55,9 +55,14 @@ def column_sum(x: Tensor) -> Tensor:
 
 
 def prepare_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor | None,
+    beta: Tensor,
+    layer_norm: tuple[Tensor, Tensor] | None,
     like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Weights and biases of the two products in T, the dtype of ``like``, as the other primitives take them.
 
     ``layer_norm = (weight, bias)`` is folded into the first, ``z W1f' + b1f = (z * weight + bias) W1' + b1``; only a
@@ -80,9 +85,17 @@ def unfold_layer_norm(
 
 
 def gelu_grn_linear(
-    a: Tensor, act: str, gamma: Tensor, beta: Tensor, eps: float, weight: Tensor, bias: Tensor,
-    residual: Tensor | None, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    act: str,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor]:
     """``GRN(h) @ weight [O, H]' + bias [+ residual]`` of ``h = act(a) [M, H]``, and GRN's ``norm [count, H]``.
 
     ``act`` is "gelu" or "gelu_tanh", ``norm`` the root of the sum of ``h^2`` over the rows of a segment, and ``GRN(h) =
@@ -102,9 +115,18 @@ def _grn_scale(norm: Tensor, gamma: Tensor, eps: float) -> Tensor:
 
 
 def gelu_grn_linear_backward(
-    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float,
-    weight: Tensor, keep_a: bool, *segments,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    a: Tensor,
+    act: str,
+    d: Tensor,
+    d_sum: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    weight: Tensor,
+    keep_a: bool,
+    *segments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient ``d [M, O]`` of the result and its column sums: ``da [M, H]``, its column sums ``[H]``, and
     the gradients of gamma ``[H]`` and weight ``[O, H]``; norm is what forward gave. Unless ``keep_a``, a may be
     overwritten.
@@ -127,10 +149,21 @@ def gelu_grn_linear_backward(
 
 
 def fused_forward(
-    y: Tensor, w1: Tensor, b1: Tensor, act: str, gamma: Tensor, eps: float, w2: Tensor, b2: Tensor,
-    residual: Tensor | None, factors: Tensor | None, out_dtype: torch.dtype, keep_a: bool, images: tuple,
+    y: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    act: str,
+    gamma: Tensor,
+    eps: float,
+    w2: Tensor,
+    b2: Tensor,
+    residual: Tensor | None,
+    factors: Tensor | None,
+    out_dtype: torch.dtype,
+    keep_a: bool,
+    images: tuple,
     one_segment: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
     """``linear``, ``gelu_grn_linear``, the drop path ``factors [N]`` and the residual in one, by a backend that fuses
     its products; None where it does not, and then nothing has happened.
 
@@ -140,9 +173,21 @@ def fused_forward(
 
 
 def fused_backward(
-    a: Tensor, act: str, d: Tensor, d_sum: Tensor, norm: Tensor, gamma: Tensor, beta: Tensor, eps: float, w1: Tensor,
-    w2: Tensor, z: Tensor | None, rstd: Tensor | None, images: tuple, one_segment: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    a: Tensor,
+    act: str,
+    d: Tensor,
+    d_sum: Tensor,
+    norm: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    eps: float,
+    w1: Tensor,
+    w2: Tensor,
+    z: Tensor | None,
+    rstd: Tensor | None,
+    images: tuple,
+    one_segment: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
     """``gelu_grn_linear_backward``, ``linear_input_grad`` and, given z and rstd, ``normalized_backward`` without weight
     in one; None as above. a is not changed.
 

@@ -69,9 +69,7 @@ def global_response_norm(
     return (x * scale + beta.reshape(-1).to(scale.dtype)).to(x.dtype)
 
 
-def gelu_grn(
-    x: Tensor, gamma: Tensor, beta: Tensor, layout: PatchLayout | None, scope: str, eps: float
-) -> Tensor:
+def gelu_grn(x: Tensor, gamma: Tensor, beta: Tensor, layout: PatchLayout | None, scope: str, eps: float) -> Tensor:
     """GRN(GELU(x)) with the exact (erf) GELU."""
     return global_response_norm(F.gelu(x), gamma, beta, layout, scope, eps)
 
@@ -144,9 +142,7 @@ def convnextv2_block(
 ) -> Tensor:
     """``x + drop_path * MLP(LN(conv(x)))`` (paper Figure 5)."""
     y = layer_norm(depthwise_conv2d(x, dw_weight, dw_bias, layout), ln_weight, ln_bias, eps)
-    return pointwise_mlp(
-        y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, grn_eps, dtype
-    )
+    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, grn_eps, dtype)
 
 
 def patch_embed(
@@ -157,13 +153,7 @@ def patch_embed(
 
 
 def downsample(
-    x: Tensor,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """LayerNorm, then the 2x2 convolution of stride 2, which never crosses a patch of even side."""
     y = layer_norm(x, ln_weight, ln_bias, eps).to(dtype).permute(0, 3, 1, 2)

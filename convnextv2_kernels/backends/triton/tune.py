@@ -197,9 +197,7 @@ def _repeated(function: Callable[[], object]) -> Callable[[], float]:
     return replay
 
 
-def find(
-    shape: Shape, images: int, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES
-) -> Finding:
+def find(shape: Shape, images: int, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES) -> Finding:
     """The fastest plan for a shape and so many images. ``k`` has the primitives of the backend that serves it
     otherwise."""
     case = Case(shape, images, device)
