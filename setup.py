@@ -19,6 +19,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -228,7 +229,7 @@ class BuildEmulation(Command):
     """The CUDA sources compiled for the CPU, as operators on CPU tensors; for tests, never part of a wheel."""
 
     description = "compile the CUDA kernels for the CPU (csrc/emulation)"
-    user_options = [("output=", "o", "shared library to write")]
+    user_options: ClassVar = [("output=", "o", "shared library to write")]
 
     def initialize_options(self):
         self.output = "build/emulation/libconvnextv2_kernels_emulated.so"

@@ -13,6 +13,7 @@ __all__ = [
     "FuseReport",
     "LoadReport",
     "PatchLayout",
+    "__version__",
     "convert_state_dict",
     "fuse",
     "fused",
@@ -26,5 +27,4 @@ __all__ = [
     "random_mask",
     "unfuse",
     "use_backend",
-    "__version__",
 ]

@@ -5,6 +5,8 @@ after each convolution and block, the maps are multiplied by the mask. The state
 those of the package.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -61,7 +63,7 @@ class Encoder(nn.Module):
         super().__init__()
         stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4), ChannelNorm(dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
+        for narrow, wide in itertools.pairwise(dims):
             conv = nn.Conv2d(narrow, wide, 2, stride=2)
             self.downsample_layers.append(nn.Sequential(ChannelNorm(narrow), conv))
         self.stages = nn.ModuleList(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ class OfficialConvNeXtV2(nn.Module):
         super().__init__()
         stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), ChannelsFirstNorm(dims[0]))
         self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in zip(dims, dims[1:], strict=False):
+        for narrow, wide in itertools.pairwise(dims):
             layers = ChannelsFirstNorm(narrow), nn.Conv2d(narrow, wide, 2, stride=2)
             self.downsample_layers.append(nn.Sequential(*layers))
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())

@@ -14,7 +14,7 @@ _declared = None  # a Library undoes its declarations when it is deleted
 def _import_torchvision() -> None:
     global _declared
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]

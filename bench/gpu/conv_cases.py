@@ -98,7 +98,8 @@ def _own_cases(
                 on_tensor_cores(normalize),
             ),
         ]
-    return tensor + [
+    return [
+        *tensor,
         Case(f"conv_forward{prefix} {label}", plain, forward, target),
         Case(f"conv_dx_residual{prefix} {label}", residual, input_grad, target),
         Case(f"conv_normalize{prefix} {label}", bytes_moved.conv_normalize(rows, c, itemsize), normalize),

@@ -42,7 +42,7 @@ class Results:
     def save(self, indent: int | None = None) -> None:
         temporary = self.path.with_name(f".{NAME}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.data, indent=indent) + "\n")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.data["stages"].setdefault(name, {"status": "running", "result": {}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,10 +127,8 @@ def run_logged(
             return process.wait(timeout=max(1.0, limit))
         except subprocess.TimeoutExpired:
             process.send_signal(stop)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                pass
             return None
         finally:
             end(process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class Timer:
             run()
             event.record()
         self.sync()
-        return [1e-3 * a.elapsed_time(b) for a, b in zip(events[:-1], events[1:], strict=True)]
+        return [1e-3 * a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
     def _graph(self, functions: Sequence[Callable[[], object]], keep: bool) -> Callable[[], object]:
         stream = torch.cuda.Stream()

@@ -148,7 +148,7 @@ def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
     """The ``config`` of a training checkpoint, or the metadata of a safetensors file."""
     if isinstance(content.get("config"), Mapping):
         return content["config"]
-    with open(file, "rb") as start:
+    with file.open("rb") as start:
         if start.read(9)[8:] != b"{":  # of torch.save, whatever its name
             return {}
     with safetensors.safe_open(file, framework="pt") as opened:
@@ -158,7 +158,7 @@ def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -27,7 +28,7 @@ def rows_by_image(features: Tensor, layout: PatchLayout | None = None) -> Iterat
     if features.shape[0] != layout.num_patches:
         raise ValueError(f"features must hold the layout's {layout.num_patches} patches, got {list(features.shape)}")
     offsets = layout.image_offsets.tolist()
-    for begin, end in zip(offsets, offsets[1:], strict=False):
+    for begin, end in itertools.pairwise(offsets):
         yield features[begin:end].flatten(0, 2)
 
 

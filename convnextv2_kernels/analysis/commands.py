@@ -27,7 +27,7 @@ from .taps import TAPS, tapped
 def run_cosine(args: Namespace) -> int:
     """``analyze cosine``."""
     arms = networks(args)
-    names, sources, data = images_of(args)
+    _names, sources, data = images_of(args)
     crops = crops_of(args, arms, sources)
     curves = {arm.label: CosineByLayer(args.dead) for arm in arms}
 

@@ -41,7 +41,7 @@ def _check_name(name: str, source: str) -> str:
 _state.forced = _check_name(os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"), "CONVNEXTV2_KERNELS_BACKEND")
 
 
-class use_backend:  # noqa: N801  (a context manager that reads like a function, as torch.no_grad does)
+class use_backend:
     """Context manager that serves every op by the named backend: "reference", "cpu", "cuda", "triton" or "auto".
 
     Raises ValueError for an unknown name at once, and RuntimeError where an op inside cannot be served.

@@ -132,7 +132,7 @@ def _(x, slot_of_patch, grid_h, grid_w, fill):
 
 @_fake("patch_pixels")
 def _(images, patch_of_slot, grid_h, grid_w):
-    n, c, h, w = images.shape
+    n, c, h, _w = images.shape
     if patch_of_slot is None:
         return images.new_empty(n, grid_h, grid_w, c * 16)
     side = h // (4 * grid_h)

@@ -132,7 +132,7 @@ def _tuned(options: Options) -> int:
         return _run(options)
 
 
-def _run(options: Options) -> int:
+def _run(options: Options) -> int:  # noqa: C901  (to be split)
     try:
         # Before hours of measuring, not after.
         options.output.mkdir(parents=True, exist_ok=True)

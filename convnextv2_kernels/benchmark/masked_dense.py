@@ -15,6 +15,7 @@ mask products out of place after every convolution and block. It shows what the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -196,7 +197,7 @@ class MaskedDenseFCMAE(nn.Module):
         self.encoder.downsample_layers = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4), LayerNorm(dims[0]))]
         )
-        for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
+        for narrow, wide in itertools.pairwise(dims):
             self.encoder.downsample_layers.append(nn.Sequential(LayerNorm(narrow), nn.Conv2d(narrow, wide, 2, 2)))
         self.encoder.stages = nn.ModuleList(
             nn.Sequential(*(Block(width, kind) for _ in range(depth)))

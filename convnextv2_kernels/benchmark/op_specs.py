@@ -151,7 +151,7 @@ SPECS = (
     ),
     OpSpec(
         "downsample",
-        NORM + ("down_weight", "down_bias"),
+        (*NORM, "down_weight", "down_bias"),
         lambda x, p, layout: ops.downsample(x, p["ln_weight"], p["ln_bias"], p["down_weight"], p["down_bias"]),
         _both_layouts(_dense_downsample),
         lambda rows, taps, width, size: counts.downsample(rows, width, 2 * width, size),

@@ -143,17 +143,17 @@ def train_transform(
     if recount < 1:
         raise ValueError(f"recount must be at least 1, got {recount}")
     return TrainTransform(
-        dict(
-            size=tuple(size),
-            aa=aa,
-            color_jitter=color_jitter,
-            hflip=hflip,
-            scale=tuple(scale),
-            interpolation=interpolation,
-            reprob=reprob,
-            remode=remode,
-            recount=recount,
-        )
+        {
+            "size": tuple(size),
+            "aa": aa,
+            "color_jitter": color_jitter,
+            "hflip": hflip,
+            "scale": tuple(scale),
+            "interpolation": interpolation,
+            "reprob": reprob,
+            "remode": remode,
+            "recount": recount,
+        }
     )
 
 

@@ -109,7 +109,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # A damaged archive makes zipfile and the unpickler raise anything.
         raise TrainingError(f"{path}: not a readable checkpoint ({describe(error)})") from error
-    if not isinstance(state, dict) or not REQUIRED <= state.keys() or state["format"] != FORMAT:
+    if not isinstance(state, dict) or not state.keys() >= REQUIRED or state["format"] != FORMAT:
         raise TrainingError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     return state
 

@@ -13,7 +13,25 @@ from .data import describe, open_rgb
 from .errors import TrainingError
 from .progress import count
 
-IMAGE_EXTENSIONS = frozenset(".jpg .jpeg .jpe .jfif .png .webp .avif .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm".split())
+IMAGE_EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    ]
+)
 CACHE_NAME = "verified_files.json"
 IMAGES_NAME = "images.json"
 VERIFY_CHUNK = 1024  # files handed to the threads at once; millions of tasks would fill memory

@@ -32,7 +32,7 @@ class StepLog:
     def write(self, record: dict[str, Any]) -> None:
         """Append a line and hand it to the operating system."""
         if self._file is None:
-            self._file = open(self._path, "ab")
+            self._file = self._path.open("ab")
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
 

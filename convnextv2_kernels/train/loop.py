@@ -62,7 +62,7 @@ class Spread:
     The sum is the same whatever the split, up to the order of its terms.
     """
 
-    world: World = World()
+    world: World = World()  # noqa: RUF009  (immutable)
     parallel: str = "ddp"
     accumulate: int = 1
     workers: int = 0

@@ -34,8 +34,8 @@ SHARED_VALUES = (
 __all__ = [
     "build_fcmae",
     "make_config",
-    "pretrain_config",
     "prepare_output",
+    "pretrain_config",
     "resolve_device",
     "split_of",
     "storage_of",

@@ -39,7 +39,7 @@ def timm() -> ModuleType:
 def _import_torchvision() -> None:
     global _declared
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if _BROKEN not in str(error):
             raise

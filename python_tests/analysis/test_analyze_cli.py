@@ -35,7 +35,7 @@ def checkpoints(tmp_path_factory):
 
 
 def rows_of(path):
-    with open(path, newline="") as file:
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 

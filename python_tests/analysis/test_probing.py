@@ -65,7 +65,7 @@ def test_both_agree_with_hand_and_library(setting, tmp_path, capsys):
     expected = LogisticRegression(C=0.1, max_iter=1000).fit(scaled, labels).score(scaled, labels)
     probe = json.loads((tmp_path / "probe.json").read_text())
     assert probe["results"][0]["top1"] == pytest.approx(100 * expected, abs=100 / 36 + 1e-9)
-    with open(tmp_path / "probe.csv", newline="") as file:
+    with (tmp_path / "probe.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["network"] for row in table][1] == "untrained" and table[0]["converged"] == "True"
     assert "top-1" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_equals_the_direct_computation(tap, rectify, eps):
         np.testing.assert_allclose(result.index_of_unit.numpy(), expected, rtol=2e-4, atol=2e-5)
         assert (result.name, result.images, result.classes) == (layer.name, 7, 3)
         if rectify != "none":
-            assert 0 <= result.index_of_unit.min() and result.index_of_unit.max() <= 1
+            assert result.index_of_unit.min() >= 0 and result.index_of_unit.max() <= 1
 
 
 def test_values_of_the_index():

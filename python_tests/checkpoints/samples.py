@@ -49,9 +49,7 @@ def official_sparse(fcmae):
             sparse[f"{owner}.linear.{leaf}"] = value
         elif layer == "norm" or (layer == "0" and "downsample_layers" in owner):
             sparse[f"{owner}.ln.{leaf}"] = value
-        elif layer == "grn":
-            sparse[key] = value.reshape(1, -1)
-        elif leaf == "bias":
+        elif layer == "grn" or leaf == "bias":
             sparse[key] = value.reshape(1, -1)
         else:
             out, inputs, side, _ = value.shape

@@ -107,7 +107,7 @@ def linear(x, weight, bias=None):
     out = np.zeros((*x.shape[:-1], weight.shape[0]))
     for row in np.ndindex(*x.shape[:-1]):
         for o in range(weight.shape[0]):
-            out[row + (o,)] = sum(x[row] * weight[o]) + (0.0 if bias is None else bias[o])
+            out[(*row, o)] = sum(x[row] * weight[o]) + (0.0 if bias is None else bias[o])
     return out
 
 

@@ -6,7 +6,7 @@ Prints one line of JSON; wrong values end it with an AssertionError. Run by test
 from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
 
 import torch
 
@@ -38,7 +38,7 @@ SAMPLES = [
 
 def _threads() -> int | None:
     try:
-        return len(os.listdir("/proc/self/task"))
+        return len(list(Path("/proc/self/task").iterdir()))
     except OSError:
         return None
 

@@ -54,7 +54,7 @@ def test_hidden_pixels_are_not_read(backend, dtype, op, at):
 @parametrize_backends(reference=True)
 def test_convolution_after_gather(backend, at):
     """The halo of a patch holds visible neighbours and zeros, never what lies under the mask."""
-    where, s = at
+    where, _s = at
     layout = make_layout(where, backend.device)
     sample = make_sample("gather_patches", at=at, c=5).cast(F32, backend.device)
     conv = make_sample("submanifold_depthwise_conv2d", at=at, c=5, k=7).cast(F32, backend.device)

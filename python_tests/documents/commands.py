@@ -20,7 +20,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = frozenset(
-    "cmake conda ctest curl docker git make ninja nox pip pip3 pipx pytest python python3 ruff torchrun tox uv".split()
+    [
+        "cmake",
+        "conda",
+        "ctest",
+        "curl",
+        "docker",
+        "git",
+        "make",
+        "ninja",
+        "nox",
+        "pip",
+        "pip3",
+        "pipx",
+        "pytest",
+        "python",
+        "python3",
+        "ruff",
+        "torchrun",
+        "tox",
+        "uv",
+    ]
 )
 SHELLS = frozenset(("bash", "sh", "shell", "console"))
 ASSIGNMENT = re.compile(r"""([A-Za-z_]\w*)=("[^"]*"|'[^']*'|\S*)(?:\s+|$)""")

@@ -15,7 +15,20 @@ import convnextv2_kernels as ck
 from convnextv2_kernels import cli
 
 MODEL = "convnextv2_atto"
-PRETRAIN = "--epochs 1 --batch-size 4 --max-steps 1 --img-size 64 --workers 0 --device cpu".split()
+PRETRAIN = [
+    "--epochs",
+    "1",
+    "--batch-size",
+    "4",
+    "--max-steps",
+    "1",
+    "--img-size",
+    "64",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 def _picture(path: Path, index: int) -> None:

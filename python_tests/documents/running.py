@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import runpy
 import shlex
@@ -101,7 +102,7 @@ class Clone:
 
 def output_of(words: list[str]) -> str | None:
     """What a command writes to: the last place it names, or its program's own."""
-    places = [after for word, after in zip(words, words[1:], strict=False) if word in ("--output", "--out")]
+    places = [after for word, after in itertools.pairwise(words) if word in ("--output", "--out")]
     if places:
         return places[-1]
     ours = words[1:3] == PACKAGE and "--compare" not in words

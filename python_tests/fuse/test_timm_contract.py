@@ -87,7 +87,7 @@ def test_checkpointing(size):
 def test_intermediates_and_pruning(size):
     model = create(size).eval()
     images = torch.randn(1, 3, 64, 64)
-    last, maps = model.forward_intermediates(images, indices=(1, 2))
+    _last, maps = model.forward_intermediates(images, indices=(1, 2))
     assert [m.shape[1] for m in maps] == list(ck.models.CONFIGS[size].dims[1:3])
     model.prune_intermediate_layers(indices=(2,), prune_head=True)
     pruned = model.forward_intermediates(images, indices=(1, 2), intermediates_only=True)

@@ -72,7 +72,7 @@ def test_default_mask_hides_the_official_number():
     m = model()
     images = torch.randn(2, 3, 224, 224)
     torch.manual_seed(4)
-    loss, pred, mask = m(images)
+    _loss, pred, mask = m(images)
     assert pred.shape == (2, 3072, 7, 7) and mask.shape == (2, 49) and mask.dtype == torch.float32
     assert mask.sum(1).tolist() == [30, 30] and set(mask.unique().tolist()) == {0.0, 1.0}
     assert not torch.equal(mask[0], mask[1])
@@ -96,7 +96,7 @@ def test_accepted_masks_are_equivalent(images):
 def test_image_size_is_only_a_default():
     m = model(img_size=(64, 96), patch_size=32)
     assert m.grid == (2, 3)
-    loss, pred, mask = m(torch.randn(2, 3, 128, 32))
+    _loss, pred, mask = m(torch.randn(2, 3, 128, 32))
     assert pred.shape == (2, 3072, 4, 1) and mask.shape == (2, 4)
 
 

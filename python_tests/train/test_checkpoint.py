@@ -112,7 +112,7 @@ def test_log_drops_later_and_half_written_lines(tmp_path):
     for step in range(1, 5):
         log.write({"step": step, "loss": 1 / 3})
     log.close()
-    with open(path, "ab") as file:
+    with path.open("ab") as file:
         file.write(b'{"step": 5, "lo')
     StepLog(path, 5).close()
     assert len(path.read_text().splitlines()) == 4

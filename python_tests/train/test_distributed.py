@@ -158,7 +158,22 @@ def test_mixed_run_goes_on_in_one_process_with_as_many_parts(root, tmp_path, cap
 
 
 def test_torchrun_pre_trains_in_shards(root, tmp_path):
-    words = "--img-size 64 --device cpu --epochs 1 --batch-size 4 --lr 1e-3 --workers 0 --precision float64".split()
+    words = [
+        "--img-size",
+        "64",
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1e-3",
+        "--workers",
+        "0",
+        "--precision",
+        "float64",
+    ]
     command = ["pretrain", "--data", str(root / "spare"), *words, "--output"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

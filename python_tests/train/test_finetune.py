@@ -17,10 +17,32 @@ from convnextv2_kernels.train.export import export_encoder
 from convnextv2_kernels.train.labelled import EvalDataset
 
 # Everything that draws is on; two mixed parts a step, so that both seeds and parts matter.
-DRAWING = (
-    "--recipe convnextv2_nano --model convnextv2_atto --epochs 4 --batch-size 8 --lr 2e-3 --drop-path 0.3 "
-    "--ema-decay 0.8 --layer-decay 0.95 --mixup 0.5 --cutmix 0.5 --head-init-scale 1 --accumulate 2"
-).split()
+DRAWING = [
+    "--recipe",
+    "convnextv2_nano",
+    "--model",
+    "convnextv2_atto",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "8",
+    "--lr",
+    "2e-3",
+    "--drop-path",
+    "0.3",
+    "--ema-decay",
+    "0.8",
+    "--layer-decay",
+    "0.95",
+    "--mixup",
+    "0.5",
+    "--cutmix",
+    "0.5",
+    "--head-init-scale",
+    "1",
+    "--accumulate",
+    "2",
+]
 
 
 def stripes(vertical: bool, index: int) -> Image.Image:

@@ -130,10 +130,9 @@ def test_non_square_crops(folder, tmp_path):
 def test_one_run_at_a_time_in_a_folder(tmp_path):
     import multiprocessing
 
-    with folder_lock(tmp_path):
-        # Record locks belong to a process: only another one can tell.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            assert pool.apply(try_lock, (tmp_path,)) == f"{tmp_path}: another run is writing to this folder."
+    # Record locks belong to a process: only another one can tell.
+    with folder_lock(tmp_path), multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(try_lock, (tmp_path,)) == f"{tmp_path}: another run is writing to this folder."
     with folder_lock(tmp_path):
         pass
 

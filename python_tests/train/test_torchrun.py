@@ -16,10 +16,28 @@ from convnextv2_kernels.cli import main
 from .conftest import picture
 
 ROOT = Path(__file__).parents[2]
-COMMON = (
-    "--recipe default --img-size 32 --epochs 2 --batch-size 4 --lr 1e-3 --drop-path 0.4 --ema-decay 0.5 --workers 0 "
-    "--device cpu --head-init-scale 1"
-).split()
+COMMON = [
+    "--recipe",
+    "default",
+    "--img-size",
+    "32",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--lr",
+    "1e-3",
+    "--drop-path",
+    "0.4",
+    "--ema-decay",
+    "0.5",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--head-init-scale",
+    "1",
+]
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
 
 
@@ -38,10 +56,9 @@ def folder(tmp_path_factory):
 def torchrun(*words):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    return subprocess.run(
         [*launch, "-m", "convnextv2_kernels", *words], env=environment, capture_output=True, text=True, timeout=240
     )
-    return done
 
 
 def lines(path):

@@ -23,11 +23,35 @@ from .test_loop_features import other
 from .test_processes import _Poisoned, run
 
 STEPS = 6
-FINETUNE = (
-    "finetune --recipe convnextv2_nano --model convnextv2_atto --img-size 32 --epochs 2 --batch-size 8 --lr 1e-3 "
-    "--warmup-epochs 0 --drop-path 0.3 --ema-decay 0.5 --head-init-scale 1 --workers 0 --device cpu "
-    "--precision float64"
-).split()
+FINETUNE = [
+    "finetune",
+    "--recipe",
+    "convnextv2_nano",
+    "--model",
+    "convnextv2_atto",
+    "--img-size",
+    "32",
+    "--epochs",
+    "2",
+    "--batch-size",
+    "8",
+    "--lr",
+    "1e-3",
+    "--warmup-epochs",
+    "0",
+    "--drop-path",
+    "0.3",
+    "--ema-decay",
+    "0.5",
+    "--head-init-scale",
+    "1",
+    "--workers",
+    "0",
+    "--device",
+    "cpu",
+    "--precision",
+    "float64",
+]
 
 
 class _Hooked(type(tiny_model())):

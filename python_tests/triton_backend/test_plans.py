@@ -14,10 +14,10 @@ from convnextv2_kernels.cli import main
 
 pytest.importorskip("triton")
 
-from convnextv2_kernels.backends.triton import cache, plans, tiles  # noqa: E402
-from convnextv2_kernels.backends.triton.plans import KERNELS, LIBRARY, Plan, Shape, Tile  # noqa: E402
+from convnextv2_kernels.backends.triton import cache, plans, tiles
+from convnextv2_kernels.backends.triton.plans import KERNELS, LIBRARY, Plan, Shape, Tile
 
-from .available import needs_kernels  # noqa: E402
+from .available import needs_kernels
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 

@@ -11,10 +11,10 @@ from convnextv2_kernels.backends import triton
 
 pytest.importorskip("triton")
 
-from convnextv2_kernels.backends.triton import plans, products, products_backward, tiles  # noqa: E402
-from convnextv2_kernels.backends.triton.plans import Tile  # noqa: E402
+from convnextv2_kernels.backends.triton import plans, products, products_backward, tiles
+from convnextv2_kernels.backends.triton.plans import Tile
 
-from .available import needs_kernels  # noqa: E402
+from .available import needs_kernels
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 DTYPES = tuple(dtype for dtype in (F32, F16, torch.bfloat16) if dtype in triton.DTYPES)

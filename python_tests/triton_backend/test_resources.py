@@ -16,8 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-import convnextv2_kernels.backends.triton as backend  # noqa: E402
-from convnextv2_kernels.backends.triton import plans as backend_plans  # noqa: E402
+import convnextv2_kernels.backends.triton as backend
+from convnextv2_kernels.backends.triton import plans as backend_plans
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="interpreted kernels are not compiled")

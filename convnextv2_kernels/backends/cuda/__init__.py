@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
 import torch
 
@@ -20,7 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 EMULATED = bool(os.environ.get("CONVNEXTV2_KERNELS_CUDA_EMULATION"))
 if EMULATED:
     _path = os.environ["CONVNEXTV2_KERNELS_CUDA_EMULATION"]
-    if not os.path.exists(_path):
+    if not Path(_path).exists():
         raise ValueError(f"CONVNEXTV2_KERNELS_CUDA_EMULATION must name a library that exists, got {_path!r}")
     torch.ops.load_library(_path)
 

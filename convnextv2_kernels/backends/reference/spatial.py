@@ -10,7 +10,7 @@ from ...layout import PatchLayout
 
 def gather_patches(x: Tensor, layout: PatchLayout) -> Tensor:
     """``[N, Gh*s, Gw*s, C]`` -> visible patches ``[P, s, s, C]``."""
-    n, h, w, c = x.shape
+    n, h, _w, c = x.shape
     gh, gw = layout.grid
     s = h // gh
     patches = x.reshape(n, gh, s, gw, s, c).permute(0, 1, 3, 2, 4, 5).reshape(n * gh * gw, s, s, c)
@@ -22,10 +22,7 @@ def scatter_patches(x: Tensor, layout: PatchLayout, fill: Tensor | None) -> Tens
     _, s, _, c = x.shape
     gh, gw = layout.grid
     total = layout.num_images * gh * gw
-    if fill is None:
-        dense = x.new_zeros(total, s, s, c)
-    else:
-        dense = fill.to(x.dtype).reshape(1, 1, 1, c).expand(total, s, s, c)
+    dense = x.new_zeros(total, s, s, c) if fill is None else fill.to(x.dtype).reshape(1, 1, 1, c).expand(total, s, s, c)
     dense = dense.index_copy(0, layout.patch_of_slot.long(), x)
     grid = dense.reshape(layout.num_images, gh, gw, s, s, c).permute(0, 1, 3, 2, 4, 5)
     return grid.reshape(layout.num_images, gh * s, gw * s, c)

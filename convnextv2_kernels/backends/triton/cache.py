@@ -29,8 +29,8 @@ def directory() -> Path:
     given = os.environ.get("CONVNEXTV2_KERNELS_CACHE")
     if given:
         return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "convnextv2_kernels"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "convnextv2_kernels"
 
 
 @functools.lru_cache
@@ -89,7 +89,7 @@ def _alone(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

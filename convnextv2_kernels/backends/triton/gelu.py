@@ -47,7 +47,7 @@ def activate(a, ACT: tl.constexpr, NARROW: tl.constexpr):
     if ACT == "gelu":
         return a * _normal_cdf(a, NARROW)
     elif ACT == "gelu_tanh":
-        gate, slope = _tanh_parts(a)
+        gate, _slope = _tanh_parts(a)
         return a * gate
     else:
         return a

@@ -97,7 +97,7 @@ def family(index: int | None = None) -> str:
     if torch.version.hip:
         name = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
         return name if name in table() else "other"
-    major, minor = torch.cuda.get_device_capability(index)
+    major, _minor = torch.cuda.get_device_capability(index)
     # consumer GPUs of the newest generations have the shared memory of the older ones
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 

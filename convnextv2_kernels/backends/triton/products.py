@@ -67,7 +67,7 @@ def first_product_kernel(
     blocks: tl.constexpr = (H + BN - 1) // BN
     program = tl.program_id(0).to(tl.int64)
     tile = program // blocks
-    image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
+    _image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
     if rows > 0:
         columns = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
         inside = columns < H
