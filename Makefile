@@ -37,16 +37,16 @@ gate: venv
 test-emulated: $(EMULATED)
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest -n $(WORKERS) -k cuda \
-		python_tests/conformance python_tests/test_schedule.py python_tests/cuda python_tests/fuse/test_backends.py
+		python_tests/conformance python_tests/test_schedule.py python_tests/backends/cuda python_tests/fuse/test_backends.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
 		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) TRITON_INTERPRET=1 \
-		$(BIN)/python -m pytest python_tests/triton_backend/test_mixed.py
+		$(BIN)/python -m pytest python_tests/backends/triton/test_cuda_triton.py
 
 # The Triton kernels in Triton's interpreter, through the conformance suite.
 test-triton: venv
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton \
-		python_tests/conformance python_tests/test_schedule.py python_tests/triton_backend
+		python_tests/conformance python_tests/test_schedule.py python_tests/backends/triton
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.cpu import products
+from convnextv2_kernels.backends import cpu_gemm
 from convnextv2_kernels.benchmark.arms import make_batch, make_sparse
 from convnextv2_kernels.benchmark.machine import describe
 from convnextv2_kernels.benchmark.memory import saved_bytes
@@ -42,15 +42,15 @@ def measure_products(rounds: int) -> list[dict]:
             x, w1, w2, h = torch.randn(m, c), torch.randn(4 * c, c), torch.randn(c, 4 * c), torch.randn(m, 4 * c)
             calls: dict[str, Callable[[], object]] = {
                 "mm": lambda x=x, w=w1: F.linear(x, w),
-                "backend": lambda x=x, w=w1: products.linear(x, w, None),
+                "backend": lambda x=x, w=w1: cpu_gemm.linear(x, w, None),
                 "mm input gradient": lambda g=h, w=w1: g @ w,
-                "backend input gradient": lambda g=h, w=w1: products.linear_input_grad(g, w),
+                "backend input gradient": lambda g=h, w=w1: cpu_gemm.linear_input_grad(g, w),
                 "mm weight gradient": lambda x=x, g=h: g.t() @ x,
-                "backend weight gradient": lambda x=x, g=h: products.linear_weight_grad(g, x),
+                "backend weight gradient": lambda x=x, g=h: cpu_gemm.linear_weight_grad(g, x),
                 "mm second input gradient": lambda g=x, w=w2: g @ w,
-                "backend second input gradient": lambda g=x, w=w2: products.linear_input_grad(g, w),
+                "backend second input gradient": lambda g=x, w=w2: cpu_gemm.linear_input_grad(g, w),
                 "mm second weight gradient": lambda x=h, g=x: g.t() @ x,
-                "backend second weight gradient": lambda x=h, g=x: products.linear_weight_grad(g, x),
+                "backend second weight gradient": lambda x=h, g=x: cpu_gemm.linear_weight_grad(g, x),
             }
             for call in calls.values():
                 call()

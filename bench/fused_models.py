@@ -41,15 +41,15 @@ def make_model(library: str, size: str) -> nn.Module:
     """The library's model, with GRN and biases drawn at random: at zero, half of the backward pass is hidden."""
     depths, dims = ck.models.CONFIGS[size]
     if library == "official":
-        from official import OfficialConvNeXtV2
+        from helpers.official import OfficialConvNeXtV2
 
         model = OfficialConvNeXtV2(depths, dims, CLASSES)
     elif library == "timm":
-        from peers import timm  # beside any PyTorch
+        from helpers.reference_models import timm  # beside any PyTorch
 
         model = timm.create_model(size, num_classes=CLASSES)
     else:
-        from peers import transformers
+        from helpers.reference_models import transformers
 
         config = transformers.ConvNextV2Config(depths=list(depths), hidden_sizes=list(dims), num_labels=CLASSES)
         model = transformers.ConvNextV2ForImageClassification(config)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from convnextv2_kernels._atomic_io import write_json
 from convnextv2_kernels.benchmark.machine import describe
-from convnextv2_kernels.files import write_json
 
 SIZE = 96
 SEEDS = (0, 1, 2)

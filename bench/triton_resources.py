@@ -29,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.triton import operators, plans, primitives, products_backward, tiles, tune
-from convnextv2_kernels.backends.triton.runtime import Launch, recorded_launches
+from convnextv2_kernels.backends.triton import gemm_backward, gemm_tiles, operators, plans, primitives, tune
+from convnextv2_kernels.backends.triton.launch import Launch, recorded_launches
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "triton_resources.json"
@@ -95,13 +95,13 @@ def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
     total, hidden = images * rows, 4 * width
     a, d, z = meta(total, hidden, dtype=dtype), meta(total, width, dtype=dtype), meta(total, width, dtype=dtype)
     w1, w2 = meta(hidden, width, dtype=dtype), meta(width, hidden, dtype=dtype)
-    scale, segments = meta(images, hidden), tiles.Images(None, 1, images)
+    scale, segments = meta(images, hidden), gemm_tiles.Images(None, 1, images)
     small = {name: candidates[-1] for name, candidates in tune.CANDIDATES.items()}
-    products_backward.image_products(a, "gelu", d, w2, *segments, 1, small["products"])
-    products_backward.weight_product(a, "gelu", d, scale, *segments, 32, small["weight"])
+    gemm_backward.image_products(a, "gelu", d, w2, *segments, 1, small["products"])
+    gemm_backward.weight_product(a, "gelu", d, scale, *segments, 32, small["weight"])
     tile = small["hidden"]
-    cut = tiles.cut(total, segments, tile.rows, allow_flat=False)
-    products_backward.hidden_backward(a, "gelu", d, w1, w2, scale, scale, z, meta(total), cut, images, tile)
+    cut = gemm_tiles.cut(total, segments, tile.rows, allow_flat=False)
+    gemm_backward.hidden_backward(a, "gelu", d, w1, w2, scale, scale, z, meta(total), cut, images, tile)
     k.Passes.products_reduce(meta(images, width, hidden), w2)
 
 

@@ -1,11 +1,11 @@
 """Exact sparse ConvNeXt V2 and FCMAE: fused kernels over packed visible patches, forward and backward."""
 
 from . import models, nn, ops
+from ._info import info
 from .backends import use_backend
 from .checkpoints import LoadReport, convert_state_dict, load_checkpoint
 from .fuse import FuseReport, fuse, fused, unfuse
 from .graphs import make_graphed_step
-from .info import info
 from .layout import PatchLayout, random_kept, random_mask
 from .version import __version__
 

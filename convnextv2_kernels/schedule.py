@@ -2,7 +2,7 @@
 
 The MLP's hidden tensors are four times as wide as the features, so they are made for a chunk of whole images at a
 time, used, and thrown away; backward recomputes them. A chunk is sized for the last-level cache on a CPU and for a
-memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/reference/primitives.py`` for their
+memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/reference/mlp.py`` for their
 contract); this file supplies the order and the algebra, derived in ``docs/kernels.md``.
 
 Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, ``y`` with it; ``a = y W1' + b1``;
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends.reference.rows import statistics_dtype
+from .backends.reference.norm import statistics_dtype
 
 # Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
 # share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.

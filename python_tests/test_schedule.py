@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.reference import primitives
-from convnextv2_kernels.ops import library
+from convnextv2_kernels.backends.reference import mlp as reference_mlp
+from convnextv2_kernels.ops import _operators
 
 OPS = ("pointwise_mlp", "convnextv2_block")
 PLACES = [("uniform", 4), ("ragged", 4), ("empty_image", 2), ("none_visible", 2), ("dense_14x9", None), ("batch_0", 2)]
@@ -88,7 +88,7 @@ class Recorder:
         self.rows = []
 
     def __getattr__(self, name):
-        primitive = getattr(primitives, name)
+        primitive = getattr(reference_mlp, name)
         if name != "gelu_grn_linear":
             return primitive
 
@@ -186,8 +186,8 @@ def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scop
     images = t["x"].shape[0] if layout is None else layout.num_images
     geometry = (per_slot, images, scope == "batch", "gelu", 1e-6, "inputs", F64, "reference")
     mlp = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")]
-    out, norms, hidden = library.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
-    grads = library.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)
+    out, norms, hidden = _operators.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
+    grads = _operators.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)
     got = dict(zip(("out", "x", "w1", "b1", "gamma", "beta", "w2", "b2"), (out, *grads), strict=True))
     assert_close(got, {name: expected[name] for name in got}, factor=64)
 

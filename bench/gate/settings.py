@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from convnextv2_kernels.backends.cpu import products
+from convnextv2_kernels.backends import cpu_gemm
 
 _UNSET = ("CONVNEXTV2_KERNELS_SAVE", "CONVNEXTV2_KERNELS_CHUNK_BYTES")
 
@@ -41,7 +41,7 @@ def fixed() -> Iterator[None]:
     asks PyTorch's allocator for scratch memory by instruction set.
     """
     threads = torch.get_num_threads()
-    plain = mock.patch.multiple(products, _onednn=None, _onednn_backward=None, _onednn_add=None)
+    plain = mock.patch.multiple(cpu_gemm, _onednn=None, _onednn_backward=None, _onednn_add=None)
     with plain, environment(**dict.fromkeys(_UNSET)):
         torch.set_num_threads(1)
         try:

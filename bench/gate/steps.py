@@ -74,7 +74,7 @@ def _official(name: str) -> nn.Module:
     path = str(Path(__file__).resolve().parents[2] / "python_tests")
     if path not in sys.path:
         sys.path.insert(0, path)
-    from official import OfficialConvNeXtV2
+    from helpers.official import OfficialConvNeXtV2
 
     config = ck.models.get_config(name)
     return OfficialConvNeXtV2(config.depths, config.dims, CLASSES)

@@ -15,13 +15,13 @@ from .setting import Setting, Skip, first_line
 
 SHARED = ("python_tests/test_schedule.py", "python_tests/conformance")
 # by what the names of the tests contain, in order; Triton compiles at first use and gets what time is left
-PARTS = {"cuda": ("python_tests/cuda", *SHARED), "triton": ("python_tests/triton_backend", *SHARED)}
-DRY_PARTS = {"cuda": ("python_tests/cuda/test_layout_kernels.py",)}
+PARTS = {"cuda": ("python_tests/backends/cuda", *SHARED), "triton": ("python_tests/backends/triton", *SHARED)}
+DRY_PARTS = {"cuda": ("python_tests/backends/cuda/test_layout_kernels.py",)}
 # these compile, which needs time and no GPU
 LEFT_OUT = (
-    "python_tests/cuda/test_resources.py",
-    "python_tests/cuda/test_build.py",
-    "python_tests/triton_backend/test_resources.py",
+    "python_tests/backends/cuda/test_resources.py",
+    "python_tests/backends/cuda/test_build.py",
+    "python_tests/backends/triton/test_resources.py",
 )
 MAX_NAMED = 40
 LEAST = 30  # seconds kept for each later part

@@ -76,7 +76,7 @@ def flops(name: str, s: Size) -> int:
 def size_of(case, name: str, tile) -> Size:
     """Size of a kernel of a case of ``backends.triton.tune`` in a tile, with the parts the library cuts it into."""
     from convnextv2_kernels.backends.triton import fused
-    from convnextv2_kernels.backends.triton.tiles import cut
+    from convnextv2_kernels.backends.triton.gemm_tiles import cut
 
     shape, rows, images = case.shape, case.y.shape[0], case.images.count
     parts = images
@@ -92,7 +92,7 @@ def size_of(case, name: str, tile) -> Size:
 
 def vendor(case, name: str) -> Callable[[], object]:
     """The matrix products of a kernel alone, by the vendor's library."""
-    from convnextv2_kernels.backends.library_products import product
+    from convnextv2_kernels.backends.base import product
 
     a, d = case.a, case.d
     n, w1, w2 = case.images.count, case.w1, case.w2

@@ -39,7 +39,7 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> dict:
     import triton
 
     from convnextv2_kernels.backends.triton import INTERPRETED
-    from convnextv2_kernels.backends.triton.runtime import recorded_launches
+    from convnextv2_kernels.backends.triton.launch import recorded_launches
 
     if INTERPRETED:
         return {"launches": 0, "seconds": 0.0}

@@ -20,7 +20,7 @@ def find(shape, images: int, setting: Setting) -> dict:
     """The tiles that won for a shape, those of the committed plan, and microseconds of each way."""
     from convnextv2_kernels.backends.triton import DEVICE, tune
     from convnextv2_kernels.backends.triton.plans import KERNELS
-    from convnextv2_kernels.tune import tune as measure
+    from convnextv2_kernels.cli.tune import tune as measure
 
     tiles, more = Tiles.of(shape), {}
     if setting.dry_run:

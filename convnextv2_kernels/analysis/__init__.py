@@ -10,7 +10,7 @@ from typing import Any
 
 _HOMES = {
     "activations": ("ActivationMaps", "activation_maps", "save_activation_maps"),
-    "arms": ("Arm", "load_arm", "untrained_arm"),
+    "networks": ("Arm", "load_arm", "untrained_arm"),
     "channels": ("channels_near_constant", "channels_near_zero"),
     "cosine": ("CosineByLayer", "LayerCosine", "cosine_by_layer", "feature_cosine_distance"),
     "plots": ("save_cosine_plot", "save_selectivity_plot"),
@@ -22,7 +22,7 @@ _HOMES = {
         "selectivity_by_layer",
         "selectivity_density",
     ),
-    "taps": ("TAPS", "Tapped", "block_names", "hidden_features", "tapped"),
+    "layer_features": ("TAPS", "Tapped", "block_names", "hidden_features", "tapped"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

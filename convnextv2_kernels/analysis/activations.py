@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_file
-from ..train.seeds import ORDER, numpy_stream
+from .._atomic_io import atomic_file
+from ..data.rng import ORDER, numpy_stream
 from .channels import DEAD, SATURATED, channels_near_constant, channels_near_zero, rows_by_image
-from .taps import TAPS, block_names, check_taps, tapped
+from .layer_features import TAPS, block_names, check_taps, tapped
 
 ORDERS = ("first", "random")
 SCALES = ("shared", "map")
@@ -63,7 +63,7 @@ def activation_maps(
 
     Args:
         image: normalised ``[1, 3, H, W]`` or ``[3, H, W]`` on the model's device.
-        layer: name of a block, ``stages.<stage>.<block>``. tap: see :data:`.taps.TAPS`.
+        layer: name of a block, ``stages.<stage>.<block>``. tap: see :data:`.layer_features.TAPS`.
         channels: how many; all where the layer has fewer. order: the "first" ones, or "random" ones drawn by ``seed``.
         dead, saturated: thresholds, see :mod:`.channels`.
 

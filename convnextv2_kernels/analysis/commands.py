@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..train.classes import open_classes
-from ..train.files import CACHE_NAME, fingerprint
-from ..train.prepare import prepare_output
+from ..data.classes import open_classes
+from ..data.folder import CACHE_NAME, fingerprint
+from ..data.rng import ORDER, numpy_stream
 from ..train.progress import Reporter, count
-from ..train.seeds import ORDER, numpy_stream
-from .arms import Arm
+from ..train.setup import prepare_output
 from .cosine import CosineByLayer
 from .images import spread_over_folders
 from .inputs import crops_of, finish, images_of, look, networks, settings_of, size_text
+from .layer_features import TAPS, tapped
+from .networks import Arm
 from .plots import save_cosine_plot, save_selectivity_plot
 from .results import write_result, write_rows
 from .selectivity import ClassSelectivity, LayerSelectivity, selectivity_density
-from .taps import TAPS, tapped
 
 
 def run_cosine(args: Namespace) -> int:

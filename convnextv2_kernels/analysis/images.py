@@ -11,9 +11,9 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from ..train.data import Source, describe, load_crop
+from ..data.images import Source, describe, load_crop
+from ..data.rng import ORDER, numpy_stream
 from ..train.errors import TrainingError
-from ..train.seeds import ORDER, numpy_stream
 
 AHEAD = 64  # images decoded before they are needed
 

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import use_backend
+from ..data.folder import fingerprint, scan_folder
+from ..data.images import Source, normalize
+from ..data.sample_photos import load_photos
 from ..models import get_config
-from ..train.data import Source, normalize
-from ..train.files import fingerprint, scan_folder
-from ..train.photos import load_photos
-from ..train.prepare import prepare_output, resolve_device
 from ..train.progress import Reporter
-from .arms import Arm, load_arm, untrained_arm
+from ..train.setup import prepare_output, resolve_device
 from .images import Crops, spread_over_folders
+from .networks import Arm, load_arm, untrained_arm
 
 
 def networks(args: Namespace, decoder: bool = False) -> list[Arm]:

@@ -6,9 +6,9 @@ import argparse
 import os
 from pathlib import Path
 
-from ..train.arguments import BACKENDS, nonnegative_float, nonnegative_int, number, positive_float, positive_int
-from ..train.arguments import image_size as any_image_size
-from ..train.arguments import share as positive_share
+from ..cli.types import BACKENDS, nonnegative_float, nonnegative_int, number, positive_float, positive_int
+from ..cli.types import image_size as any_image_size
+from ..cli.types import share as positive_share
 
 __all__ = [
     "add_dead",

@@ -7,14 +7,14 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from ..train.data import load_crop, normalize
-from ..train.picture import Reconstruction, describe_errors, reconstruct, save_picture
+from ..data.images import load_crop, normalize
+from ..train.reconstruction import Reconstruction, describe_errors, reconstruct, save_picture
 from .activations import activation_maps, save_activation_maps
-from .arms import Arm
 from .inputs import backend, crops_of, find_image, finish, images_of, networks, settings_of, size_text
+from .layer_features import block_names
+from .networks import Arm
 from .reconstruct import draw_masks, errors_by_image
 from .results import file_name, write_result, write_rows
-from .taps import block_names
 
 
 def run_activations(args: Namespace) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .cosine import LayerCosine
+from .layer_features import TAPS
 from .selectivity import LayerSelectivity, selectivity_density
-from .taps import TAPS
 
 # Told apart by people who do not see all colours, and in grey by the markers (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1e293b")

@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ..train.augment import eval_transform
-from ..train.classes import ClassFolder, open_split
-from ..train.features import extract_features
-from ..train.files import fingerprint
-from ..train.knn import knn_classify
-from ..train.labelled import EvalDataset
-from ..train.prepare import prepare_output
-from ..train.probe import linear_probe
+from ..data.augment import eval_transform
+from ..data.classes import ClassFolder, open_split
+from ..data.folder import fingerprint
+from ..data.labelled import EvalDataset
 from ..train.progress import Reporter, count
-from .arms import Arm
+from ..train.setup import prepare_output
+from .features import extract_features
 from .inputs import backend, finish, networks
+from .knn import knn_classify
+from .linear_probe import linear_probe
+from .networks import Arm
 from .results import write_result, write_rows
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..data.rng import MASK_EVAL, torch_stream
 from ..layout import random_mask
-from ..train.picture import Reconstruction
-from ..train.seeds import MASK_EVAL, torch_stream
+from ..train.reconstruction import Reconstruction
 
 
 def draw_masks(num_images: int, grid: tuple[int, int], ratio: float, seed: int) -> Tensor:
@@ -23,7 +23,8 @@ def draw_masks(num_images: int, grid: tuple[int, int], ratio: float, seed: int) 
 def errors_by_image(result: Reconstruction, mask: Tensor) -> list[float]:
     """Mean squared error over the hidden pixels of each image, 0..1 scale; NaN where nothing is hidden.
 
-    ``mask [N, Gh, Gw]``: as given to :func:`convnextv2_kernels.train.picture.reconstruct`, which computed ``result``.
+    ``mask [N, Gh, Gw]``: as given to :func:`~convnextv2_kernels.train.reconstruction.reconstruct`, which computed
+    ``result``.
     """
     n, height, width, _ = result.originals.shape
     rows, columns = height // mask.shape[1], width // mask.shape[2]

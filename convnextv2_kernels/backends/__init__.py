@@ -113,5 +113,5 @@ def primitives(name: str) -> ModuleType:
     elif name == MIXED:
         from . import mixed as module
     else:
-        from .reference import primitives as module
+        from .reference import mlp as module
     return module

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from . import library_products
+from . import base
 from .cuda import primitives as _cuda
 from .triton.fused import fused_backward, fused_forward, scaled_weight_grad
 
@@ -17,7 +17,7 @@ class Passes(_cuda.Passes):
     scaled_weight_grad = staticmethod(scaled_weight_grad)
 
 
-gelu_grn_linear_backward = functools.partial(library_products.gelu_grn_linear_backward, Passes)
+gelu_grn_linear_backward = functools.partial(base.gelu_grn_linear_backward, Passes)
 
 
 def __getattr__(name: str):

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..files import write_json
+from .._atomic_io import write_json
 from .quantities import NotAResult, Quantity, flatten, read_result
 from .report import make_console
 

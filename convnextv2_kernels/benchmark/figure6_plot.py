@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arguments import short
 from .figure6 import peak_of
 from .figure6_report import title

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arguments import short
 from .figure6 import NOT_ASKED, peak_of
 from .report import machine_line, mebibytes

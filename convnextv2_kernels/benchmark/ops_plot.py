@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arms import SPARSE
 from .report import machine_line
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arms import SPARSE
 from .report import machine_line
 

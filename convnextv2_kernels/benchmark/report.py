@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arms import MASK_RATIO, SPARSE
 
 WIDTH_IN_FILES = 120

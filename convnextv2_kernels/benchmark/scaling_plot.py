@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 from .arguments import short
 from .arms import SPARSE
 from .report import machine_line

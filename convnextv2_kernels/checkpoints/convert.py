@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .formats import FORMATS, WRITABLE
-from .layouts import from_canonical
+from .shapes import from_canonical
 from .state import State, listing, read_checkpoint, unwrap
 from .storage import SUFFIXES, read_file, write_file
 

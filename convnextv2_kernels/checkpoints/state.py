@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .formats import WRITABLE, Format, complete, detect
-from .layouts import to_canonical
+from .shapes import to_canonical
 
 _WEIGHTS = ("model", "state_dict", "model_state_dict")
 _AVERAGED_WEIGHTS = ("model_ema", "state_dict_ema")

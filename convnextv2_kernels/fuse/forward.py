@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops.amp import product_dtype
+from ..dtypes import product_dtype
 from .checks import activation, unfit
 from .families import Family
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from .backbone import SparseEncoder
 from .config import CONFIGS, ModelConfig, get_config
 from .convnextv2 import ConvNeXtV2, ConvNeXtV2Features
-from .encoder import SparseEncoder
 from .fcmae import FCMAE
-from .pixels import patchify, unpatchify
+from .patchify import patchify, unpatchify
 
 __all__ = [
     "CONFIGS",

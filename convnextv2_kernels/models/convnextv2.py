@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..nn import GRNVariant, LayerNorm
 from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
+from .backbone import Backbone
 from .config import CONFIGS
-from .encoder import Backbone
 
 _TINY = CONFIGS["convnextv2_tiny"]
 

@@ -12,12 +12,12 @@ from ..layout import PatchLayout, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
-from . import pixels
+from . import patchify
 from ._checks import as_bool_mask, as_layout, check_images
+from .backbone import SparseEncoder
 from .config import CONFIGS
-from .encoder import SparseEncoder
 from .loss import reconstruction_loss
-from .masked_encoder import masked_dense_features
+from .masked_dense import masked_dense_features
 
 _STRIDE = 32
 ENCODINGS = ("sparse", "masked_dense")
@@ -142,11 +142,11 @@ class FCMAE(nn.Module):
 
     def patchify(self, images: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, L, patch_size^2 * C]``, see :func:`.pixels.patchify`."""
-        return pixels.patchify(images, self.patch_size)
+        return patchify.patchify(images, self.patch_size)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Inverse of :meth:`patchify`; ``grid`` is that of ``img_size`` where not given."""
-        return pixels.unpatchify(patches, self.patch_size, self.grid if grid is None else grid)
+        return patchify.unpatchify(patches, self.patch_size, self.grid if grid is None else grid)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor | PatchLayout) -> Tensor:
@@ -170,7 +170,7 @@ class FCMAE(nn.Module):
         patches = self.patchify(images)
         predicted = pred.flatten(2).transpose(1, 2).to(patches.dtype)
         if self.norm_pix_loss:
-            mean, deviation = pixels.pixel_statistics(patches)
+            mean, deviation = patchify.pixel_statistics(patches)
             predicted = predicted * deviation + mean
         return self.unpatchify(torch.where(hidden[..., None], predicted, patches), grid)
 
@@ -224,11 +224,11 @@ class FCMAE(nn.Module):
     @torch.no_grad()
     def _target(self, images: Tensor, hidden: PatchLayout) -> Tensor:
         """Pixels ``[P, patch_size^2 * in_chans]`` of the hidden patches, at least in float32."""
-        target = pixels.gather_pixels(images, hidden)
+        target = patchify.gather_pixels(images, hidden)
         if target.dtype != torch.float64:
             target = target.float()
         if self.norm_pix_loss:
-            mean, deviation = pixels.pixel_statistics(target)
+            mean, deviation = patchify.pixel_statistics(target)
             target = (target - mean) / deviation
         return target
 

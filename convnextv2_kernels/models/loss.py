@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..ops._autograd import once_differentiable
-from ..ops.amp import product_dtype
+from ..dtypes import product_dtype
+from ..ops._dispatch import once_differentiable
 
 
 class _ReconstructionLoss(torch.autograd.Function):

@@ -7,7 +7,7 @@ one.
 from .block import ConvNeXtV2Block
 from .grn_variant import GRNVariant
 from .layers import GlobalResponseNorm, LayerNorm, PointwiseMLP, SubmanifoldDepthwiseConv2d
-from .resampling import Downsample, PatchEmbed
+from .resample import Downsample, PatchEmbed
 
 __all__ = [
     "ConvNeXtV2Block",

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends.reference import grn_variants
+from ..dtypes import no_autocast
 from ..layout import PatchLayout
 from ..ops import _checks as check
-from ..ops.amp import no_autocast
 from ._checks import check_positive, check_reference, check_scope
 from .grn_variant import GRNVariant
 from .init import init_linear_map

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import backends, schedule
-from ..backends.reference import rows as ref
+from ..backends.reference import norm as ref
+from ..dtypes import no_autocast, product_dtype
 from ..layout import PatchLayout
 from . import _checks as check
-from . import library
-from ._autograd import once_differentiable
-from .amp import no_autocast, product_dtype
-from .rows import segment_args
-from .spatial import conv_neighbours, gather_patches
+from . import _operators
+from ._dispatch import once_differentiable
+from .conv import conv_neighbours, gather_patches
+from .norm import segment_args
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
@@ -26,7 +26,7 @@ class _PointwiseMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, args = inputs
-        outputs = library.mlp_forward(*tensors, *args)
+        outputs = _operators.mlp_forward(*tensors, *args)
         _PointwiseMLP.keep(ctx, tensors, args, outputs)
         return outputs[0]
 
@@ -40,7 +40,7 @@ class _PointwiseMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         grad = grad.contiguous()
-        dx, *grads, db2 = library.mlp_backward(grad, *ctx.saved_tensors, *ctx.args)
+        dx, *grads, db2 = _operators.mlp_backward(grad, *ctx.saved_tensors, *ctx.args)
         residual = grad if ctx.has_residual else None
         return dx, *grads, db2.to(ctx.b2_dtype), residual, None, None, None
 
@@ -51,7 +51,7 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *tensors, args = inputs
-        outputs = library.block_forward(*tensors, *args)
+        outputs = _operators.block_forward(*tensors, *args)
         _Block.keep(ctx, tensors, args, outputs)
         return outputs[0]
 
@@ -66,15 +66,15 @@ class _Block(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        grads = library.block_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.args)
+        grads = _operators.block_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.args)
         dx, ddw, ddb, *rest, db2 = grads
         ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
         return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None
 
 
 # For programs of torch.export, which hold the operators without the functions around them.
-library.differentiate("mlp_forward", _PointwiseMLP)
-library.differentiate("block_forward", _Block)
+_operators.differentiate("mlp_forward", _PointwiseMLP)
+_operators.differentiate("block_forward", _Block)
 
 
 def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, tuple]:

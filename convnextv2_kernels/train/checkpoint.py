@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
+from ..data.images import describe
 from .average import Average
-from .data import describe
 from .distributed import World
 from .errors import TrainingError
 

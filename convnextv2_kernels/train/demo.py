@@ -8,21 +8,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .._atomic_io import write_json
 from ..backends import use_backend
-from ..files import write_json
+from ..data.images import RepeatedCrops, load_crop
+from ..data.sample_photos import load_photos
 from .checkpoint import list_checkpoints
 from .config import environment
-from .data import RepeatedCrops, load_crop
 from .errors import TrainingError
 from .export import export_encoder
-from .loop import Spread, Storage, train
 from .options import PretrainOptions
-from .photos import load_photos
-from .picture import describe_errors, reconstruct, save_picture
-from .prepare import build_fcmae, prepare_output, pretrain_config, resolve_device
 from .pretrain_task import PretrainTask, draw_mask
 from .progress import format_seconds
-from .stopping import folder_lock
+from .reconstruction import describe_errors, reconstruct, save_picture
+from .setup import build_fcmae, prepare_output, pretrain_config, resolve_device
+from .signals import folder_lock
+from .trainer import Spread, Storage, train
 
 
 def run_demo(options: PretrainOptions) -> int:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..data.labelled import NO_LABEL, EvalDataset, LabelledSample, collate_labelled
 from .distributed import World
-from .labelled import NO_LABEL, EvalDataset, LabelledSample, collate_labelled
 from .metrics import TopK
-from .stopping import ignore_signals
+from .signals import ignore_signals
 
 
 class _Part(Dataset):

@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import atomic_file
+from .._atomic_io import atomic_file
 
 PREFIX = "encoder."
 

@@ -6,29 +6,29 @@ from contextlib import nullcontext
 import safetensors
 import torch
 
+from .._atomic_io import write_json
 from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights
 from ..checkpoints.storage import read_file
-from ..files import write_json
+from ..data.augment import eval_transform, train_transform
+from ..data.classes import ClassFolder, open_split
+from ..data.folder import SKIPPED_NAME, append_skipped
+from ..data.labelled import EvalDataset, LabelledDataset
 from ..models import ConvNeXtV2, create_model
 from ..nn import GRNVariant
-from .augment import eval_transform, train_transform
 from .checkpoint import load_checkpoint
-from .classes import ClassFolder, open_split
 from .config import FinetuneConfig
 from .distributed import World, processes
 from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
-from .files import SKIPPED_NAME, append_skipped
 from .finetune_task import FinetuneTask, metadata_of
-from .labelled import EvalDataset, LabelledDataset
-from .loop import Outcome, train
 from .options import FinetuneOptions
-from .prepare import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
 from .pretrain import print_paused, print_stopped, print_summary
 from .progress import count
-from .stopping import folder_lock
+from .setup import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
+from .signals import folder_lock
+from .trainer import Outcome, train
 
 VALUES = (
     "drop_path",

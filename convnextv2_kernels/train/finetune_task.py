@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
+from ..data.mixing import Mixing, criterion
+from ..data.rng import DROP_PATH, torch_stream
 from ..models import ConvNeXtV2
 from ..nn import ConvNeXtV2Block
 from .checkpoint import whole_model
@@ -16,12 +19,9 @@ from .config import FinetuneConfig
 from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
-from .labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
 from .layer_decay import parameter_groups
-from .loop import Trainer
-from .mixing import Mixing, criterion
-from .seeds import DROP_PATH, torch_stream
 from .task import Span
+from .trainer import Trainer
 
 
 class FinetuneTask:

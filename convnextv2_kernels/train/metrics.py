@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .labelled import NO_LABEL
+from ..data.labelled import NO_LABEL
 
 
 class TopK:

@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from ..backends import use_backend
+from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
+from ..data.images import CropDataset, load_crop
 from ..models import FCMAE
 from .checkpoint import list_checkpoints, load_checkpoint
 from .config import PretrainConfig
-from .data import CropDataset, load_crop
 from .distributed import World, processes
 from .export import export_encoder
-from .files import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
-from .loop import Outcome, train
 from .options import Options, PretrainOptions
-from .picture import reconstruct, save_picture
-from .prepare import (
+from .pretrain_task import PretrainTask, draw_mask
+from .progress import Reporter, count, format_seconds
+from .reconstruction import reconstruct, save_picture
+from .setup import (
     build_fcmae,
     parameters_of,
     prepare_output,
@@ -30,9 +31,8 @@ from .prepare import (
     storage_of,
     write_settings,
 )
-from .pretrain_task import PretrainTask, draw_mask
-from .progress import Reporter, count, format_seconds
-from .stopping import folder_lock
+from .signals import folder_lock
+from .trainer import Outcome, train
 
 NUM_PICTURES = 8
 

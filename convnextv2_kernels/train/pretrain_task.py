@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.images import Batch, CropDataset, collate, normalize
+from ..data.rng import MASK, torch_stream
 from ..layout import random_mask
 from ..models import FCMAE
 from .config import PretrainConfig
-from .data import Batch, CropDataset, collate, normalize
-from .loop import Trainer
 from .optim import parameter_groups
-from .seeds import MASK, torch_stream
 from .task import Span
+from .trainer import Trainer
 
 
 class PretrainTask:

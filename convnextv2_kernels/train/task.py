@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from .config import RunConfig
 
 if TYPE_CHECKING:
-    from .loop import Trainer
+    from .trainer import Trainer
 
 
 class Span(NamedTuple):

@@ -1,7 +1,7 @@
 // The schemas of the kernels, once for every backend that implements them as operators. The composite operators of the
-// MLP and the block (convnextv2_kernels/ops/library.py) are built from these. Contracts, tensor by tensor: the structs
+// MLP and the block (convnextv2_kernels/ops/_operators.py) are built from these. Contracts, tensor by tensor: the structs
 // of csrc/common/params.h and csrc/cuda/kernels.h, and for the MLP's parts
-// convnextv2_kernels/backends/reference/primitives.py.
+// convnextv2_kernels/backends/reference/mlp.py.
 //
 // `tanh` chooses GELU's form; a name would leak, as the stable ABI of PyTorch 2.13 frees no string argument.
 #include <string>

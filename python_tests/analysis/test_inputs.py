@@ -7,11 +7,11 @@ import torch
 from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_arm, tapped, untrained_arm
 from convnextv2_kernels.analysis.images import Crops, spread_over_folders
 from convnextv2_kernels.analysis.results import file_name, plain
+from convnextv2_kernels.data.images import load_crop
 from convnextv2_kernels.models import create_model
-from convnextv2_kernels.train.data import load_crop
 from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.export import export_encoder
-from convnextv2_kernels.train.picture import reconstruct
+from convnextv2_kernels.train.reconstruction import reconstruct
 
 from .networks import DEPTHS, DIMS, autoencoder, class_folder, images, network
 

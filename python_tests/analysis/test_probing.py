@@ -14,7 +14,7 @@ from convnextv2_kernels import use_backend
 from convnextv2_kernels.analysis import probing
 from convnextv2_kernels.backends import forced
 from convnextv2_kernels.cli import main
-from convnextv2_kernels.train.data import normalize
+from convnextv2_kernels.data.images import normalize
 
 from .networks import class_folder, network
 

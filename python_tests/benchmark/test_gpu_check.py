@@ -122,10 +122,10 @@ class Counting:
 
 def test_counted_bytes_are_those_of_the_tensors(gpu):
     """Never more than all tensors of a call have, and not much less: what is left out is small."""
-    from convnextv2_kernels.backends import cpu, extension
+    from convnextv2_kernels.backends import cpu, native
 
-    if extension.load_error is not None:
-        pytest.skip(extension.load_error)
+    if native.load_error is not None:
+        pytest.skip(native.load_error)
     assert cpu.extension is not None
     cases, conv, rows, operators = (gpu(name) for name in ("cases", "conv_cases", "row_cases", "operators"))
     counting = Counting(torch.ops.convnextv2_kernels)
@@ -218,8 +218,8 @@ def test_sanitizer_reports(gpu):
 def test_the_suite_s_parts_add_up(gpu, monkeypatch, tmp_path):
     suite, setting, results = gpu("suite"), gpu("setting"), gpu("results")
     line, _ = suite.command(tmp_path / "junit.xml", False, "triton")
-    assert line[line.index("-k") + 1] == "triton" and "python_tests/triton_backend" in line
-    assert "--ignore=python_tests/triton_backend/test_resources.py" in line
+    assert line[line.index("-k") + 1] == "triton" and "python_tests/backends/triton" in line
+    assert "--ignore=python_tests/backends/triton/test_resources.py" in line
     found = {
         "cuda": {"counts": {"passed": 5, "failed": 0, "error": 0, "skipped": 2}, "failing": {}},
         "triton": {"counts": {"passed": 3, "failed": 1, "error": 0, "skipped": 0}, "failing": {"t": "no"}},
@@ -252,7 +252,7 @@ def products(request, gpu):
 def test_bytes_and_operations_of_fused_products(products, name):
     """Bytes: exactly those of what a kernel is given and returns; operations: those of the vendor's products."""
     from convnextv2_kernels.backends.triton import plans
-    from convnextv2_kernels.backends.triton.runtime import recorded_launches
+    from convnextv2_kernels.backends.triton.launch import recorded_launches
 
     module, case, tile = products
     with recorded_launches() as launches, plans.assumed_family("sm_90"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.ops import rows
+from convnextv2_kernels.ops import norm
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = "op / convnextv2_block cpu / "
@@ -82,7 +82,7 @@ def test_every_op_and_both_kinds_of_kernels_are_counted(gate, baseline):
 
 
 def test_one_more_saved_tensor_is_caught(check, only_ops, monkeypatch):
-    function = rows._LayerNorm
+    function = norm._LayerNorm
     forward, backward = function.forward, function.backward
 
     def greedy(ctx, x, *args):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from sparse_engines import FAKES, Fault, shuffled
+from helpers.sparse_engines import FAKES, Fault, shuffled
 
 from convnextv2_kernels import random_mask
 from convnextv2_kernels.benchmark.op_bench import OpCase, pack

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from peers import timm
+from helpers.reference_models import timm
 from timm.models.convnext import checkpoint_filter_fn
 
 from convnextv2_kernels.checkpoints import convert_state_dict

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from peers import timm, transformers
+from helpers.reference_models import timm, transformers
 from torch import nn
 
 from convnextv2_kernels import PatchLayout

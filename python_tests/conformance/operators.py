@@ -281,7 +281,7 @@ def operator(name: str, backend: Backend):
 # operators that serve fewer dtypes than their backend
 ONLY = {"transpose_rows": (F32,)}
 
-# The operators of ops/library.py, which call others. They all contain matrix products: see WITH_PRODUCTS.
+# The operators of ops/_operators.py, which call others. They all contain matrix products: see WITH_PRODUCTS.
 COMPOSITE = (
     "product",
     "product_input_grad",

@@ -1,4 +1,4 @@
-"""The AMP table of ``ops/amp.py``: dtypes and values of every op under CPU autocast."""
+"""The AMP table of ``dtypes.py``: dtypes and values of every op under CPU autocast."""
 
 from __future__ import annotations
 

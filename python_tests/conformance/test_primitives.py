@@ -1,4 +1,4 @@
-"""Each primitive of a backend against its contract, ``backends/reference/primitives.py``, one at a time."""
+"""Each primitive of a backend against its contract, ``backends/reference/mlp.py``, one at a time."""
 
 from __future__ import annotations
 

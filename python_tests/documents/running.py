@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from peers import timm  # noqa: F401  (so that finetune can import it beside any PyTorch)
+from helpers.reference_models import timm  # noqa: F401  (so that finetune can import it beside any PyTorch)
 
 from convnextv2_kernels import cli
 

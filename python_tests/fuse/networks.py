@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from official import OfficialConvNeXtV2
-from peers import timm, transformers
+from helpers.official import OfficialConvNeXtV2
+from helpers.reference_models import timm, transformers
 from torch import Tensor, nn
 
 TINY_SIZES = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}

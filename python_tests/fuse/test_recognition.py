@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from official import Block
-from peers import timm
+from helpers.official import Block
+from helpers.reference_models import timm
 from torch import nn
 
 import convnextv2_kernels as ck

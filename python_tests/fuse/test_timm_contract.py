@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import timm
+from helpers.reference_models import timm
 from timm.models._features_fx import GraphExtractNet
 from timm.optim import create_optimizer_v2
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from peers import timm
+from helpers.reference_models import timm
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import convnextv2_kernels as ck

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from masked_dense import Encoder
+from helpers.masked_dense import Encoder
 
 from convnextv2_kernels.models import CONFIGS, ConvNeXtV2, ConvNeXtV2Features, create_fcmae, create_model
 

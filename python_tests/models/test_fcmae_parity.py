@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from masked_dense import MaskedDenseFCMAE
+from helpers.masked_dense import MaskedDenseFCMAE
 
 import convnextv2_kernels as ck
 from convnextv2_kernels.models import FCMAE

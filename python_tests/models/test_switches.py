@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from masked_dense import MaskedDenseFCMAE
+from helpers.masked_dense import MaskedDenseFCMAE
 
 import convnextv2_kernels as ck
 from convnextv2_kernels.models import FCMAE, ConvNeXtV2, ConvNeXtV2Features, SparseEncoder, create_fcmae, create_model

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from grn_by_hand import FORMULAS
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import nn as cnn
 from convnextv2_kernels.nn import GRNVariant
+
+from .grn_by_hand import FORMULAS
 
 
 def test_text_is_canonical_and_parses_back():

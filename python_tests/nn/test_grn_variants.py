@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conformance import brute_force, tolerance
-from grn_by_hand import FORMULAS, grn, ragged_mask, variant_text
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import nn as cnn
 from convnextv2_kernels.nn import GRNVariant
+
+from .grn_by_hand import FORMULAS, grn, ragged_mask, variant_text
 
 DIM = 5
 # Sums of a few hundred float64 numbers, and the 1 / (mean G + eps) of signed means, which can be some hundreds.

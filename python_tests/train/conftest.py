@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from convnextv2_kernels.data.folder import fingerprint
+from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.models import FCMAE
 from convnextv2_kernels.train.config import PretrainConfig
-from convnextv2_kernels.train.data import CropDataset
-from convnextv2_kernels.train.files import fingerprint
-from convnextv2_kernels.train.loop import Outcome, Spread, Storage, train
 from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.trainer import Outcome, Spread, Storage, train
 
 CONFIG = PretrainConfig(
     model="tiny test model",

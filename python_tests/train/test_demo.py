@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
 
-from .test_loop import losses
+from .test_trainer import losses
 
 
 @pytest.fixture

@@ -5,17 +5,17 @@ import json
 
 import pytest
 import torch
-from peers import timm
+from helpers.reference_models import timm
 
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.train.average import Average
 from convnextv2_kernels.train.errors import TrainingError
-from convnextv2_kernels.train.loop import Spread, Storage, train
 from convnextv2_kernels.train.optim import make_optimizer, parameter_groups, set_lr
 from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.trainer import Spread, Storage, train
 
 from .conftest import CONFIG, run_tiny, tiny_model
-from .test_loop import losses
+from .test_trainer import losses
 
 
 def stir(model, seed):
@@ -77,7 +77,7 @@ def test_clipping_bounds_the_step(tmp_path, sources):
 def test_scalars_of_a_resumed_run_have_each_step_once(tmp_path, sources):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from convnextv2_kernels.train.data import CropDataset
+    from convnextv2_kernels.data.images import CropDataset
 
     def run(stop):
         task = PretrainTask(tiny_model(), CropDataset(sources, CONFIG.img_size, CONFIG.seed), CONFIG)

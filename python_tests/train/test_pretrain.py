@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.models import create_model
 from convnextv2_kernels.train import checkpoint
-from convnextv2_kernels.train.stopping import folder_lock
+from convnextv2_kernels.train.signals import folder_lock
 
-from .test_loop import losses
+from .test_trainer import losses
 
 
 def command(folder, output, *more):

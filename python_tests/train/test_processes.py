@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from convnextv2_kernels.train.distributed import processes
 from convnextv2_kernels.train.errors import TrainingError
-from convnextv2_kernels.train.loop import Spread
+from convnextv2_kernels.train.trainer import Spread
 
 from .conftest import run_tiny, tiny_model
 

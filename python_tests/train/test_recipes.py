@@ -3,7 +3,9 @@
 import pytest
 
 from convnextv2_kernels import cli
-from convnextv2_kernels.train import finetune_arguments, pretrain_arguments, recipes
+from convnextv2_kernels.cli import finetune as finetune_cli
+from convnextv2_kernels.cli import pretrain as pretrain_cli
+from convnextv2_kernels.train import recipes
 from convnextv2_kernels.train.options import FinetuneOptions, PretrainOptions
 
 COLUMNS = (
@@ -38,13 +40,13 @@ TABLE = {
 def pretrain(*words):
     parser = cli.build_parser()
     args = parser.parse_args(["pretrain", "--data", "x", *words])
-    return PretrainOptions(**pretrain_arguments.resolve(parser, args), command=())
+    return PretrainOptions(**pretrain_cli.resolve(parser, args), command=())
 
 
 def finetune(*words):
     parser = cli.build_parser()
     args = parser.parse_args(["finetune", "--data", "x", *words])
-    return FinetuneOptions(**finetune_arguments.resolve(parser, args), command=())
+    return FinetuneOptions(**finetune_cli.resolve(parser, args), command=())
 
 
 @pytest.mark.parametrize("size", TABLE)
@@ -140,6 +142,6 @@ def test_unknown_recipe_lists_the_known(capsys):
         with pytest.raises(SystemExit, match="2"):
             parser = cli.build_parser()
             args = parser.parse_args([*words, "--recipe", "best"])
-            (pretrain_arguments if words[0] == "pretrain" else finetune_arguments).resolve(parser, args)
+            (pretrain if words[0] == "pretrain" else finetune).resolve(parser, args)
         error = capsys.readouterr().err
         assert "--recipe must be one of default," in error and "got 'best'" in error

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 
 from convnextv2_kernels.cli import main
+from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.models import FCMAE
-from convnextv2_kernels.train.data import CropDataset
 from convnextv2_kernels.train.distributed import processes
 from convnextv2_kernels.train.errors import TrainingError
-from convnextv2_kernels.train.loop import Spread, Storage, train
 from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.trainer import Spread, Storage, train
 
 from .conftest import CONFIG, tiny_model
 from .test_loop_features import other

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .. import extension as _extension
+from .. import native as _extension
 
 ISAS = ("avx512", "avx2", "baseline")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)

@@ -1,6 +1,6 @@
 """The primitives of the CPU backend: C++ operators and the vendor's matrix products.
 
-Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/common/params.h`` for the rest.
+Contracts: ``backends/reference/mlp.py`` for the MLP schedule, ``csrc/common/params.h`` for the rest.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import fakes
-from ..reference.primitives import fused_backward, fused_forward, prepare_parameters
-from .products import linear, linear_input_grad, linear_weight_grad
+from .. import _fakes
+from ..cpu_gemm import linear, linear_input_grad, linear_weight_grad
+from ..reference.mlp import fused_backward, fused_forward, prepare_parameters
 
 __all__ = [  # beside what is defined below
     "fused_backward",
@@ -40,7 +40,7 @@ gather_patches = _ops.gather_patches.default
 scatter_patches = _ops.scatter_patches.default
 patch_pixels = _ops.patch_pixels.default
 
-fakes.register("convnextv2_kernels")
+_fakes.register("convnextv2_kernels")
 
 
 def gelu_grn_linear(

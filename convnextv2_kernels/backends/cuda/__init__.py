@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ...layout import register_kernels
-from .. import extension
+from .. import native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,16 +32,16 @@ DEVICE = "cpu" if EMULATED else "cuda"
 def _find_load_error() -> str | None:
     if EMULATED:
         return None
-    if extension.load_error is not None:
-        return extension.load_error
-    if extension.module.build_info()["cuda"] is None:
+    if native.load_error is not None:
+        return native.load_error
+    if native.module.build_info()["cuda"] is None:
         return "the extension was built without CUDA (no nvcc, or a PyTorch without CUDA, at installation)"
     return None
 
 
 # found once: calls into the extension cannot be traced by torch.compile
 _load_error = _find_load_error()
-_architectures = () if EMULATED or _load_error else tuple(extension.module.build_info()["cuda_architectures"])
+_architectures = () if EMULATED or _load_error else tuple(native.module.build_info()["cuda_architectures"])
 
 
 def load_error() -> str | None:

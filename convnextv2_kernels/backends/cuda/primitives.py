@@ -1,7 +1,7 @@
 """The primitives of the CUDA backend: CUDA operators and cuBLAS.
 
-Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/common/params.h`` and
-``csrc/cuda/kernels.h`` for the rest. The MLP's algebra stands in ``backends/library_products.py``.
+Contracts: ``backends/reference/mlp.py`` for the MLP schedule, ``csrc/common/params.h`` and
+``csrc/cuda/kernels.h`` for the rest. The MLP's algebra stands in ``backends/base.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import fakes, library_products
-from ..library_products import linear, linear_input_grad, linear_weight_grad
-from ..reference.primitives import fused_backward, fused_forward
-from ..reference.rows import statistics_dtype
+from .. import _fakes, base
+from ..base import linear, linear_input_grad, linear_weight_grad
+from ..reference.mlp import fused_backward, fused_forward
+from ..reference.norm import statistics_dtype
 from . import EMULATED, NAMESPACE
 
 __all__ = [  # beside what is defined below
@@ -27,7 +27,7 @@ __all__ = [  # beside what is defined below
 
 _ops = getattr(torch.ops, NAMESPACE)
 if EMULATED:
-    fakes.register(NAMESPACE)
+    _fakes.register(NAMESPACE)
 
 # LayerNorm's affine part becomes part of the first product, so that its output is never formed
 FOLDS_LAYER_NORM = True
@@ -108,8 +108,8 @@ class Passes:
         return None
 
 
-gelu_grn_linear = functools.partial(library_products.gelu_grn_linear, Passes)
-gelu_grn_linear_backward = functools.partial(library_products.gelu_grn_linear_backward, Passes)
+gelu_grn_linear = functools.partial(base.gelu_grn_linear, Passes)
+gelu_grn_linear_backward = functools.partial(base.gelu_grn_linear_backward, Passes)
 
 
 def normalized_backward(

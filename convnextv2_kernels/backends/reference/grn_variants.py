@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...layout import PatchLayout
-from .rows import image_sums, layer_norm, linear, safe_sqrt, spread_over_rows, statistics_dtype
-from .spatial import depthwise_conv2d
+from .conv import depthwise_conv2d
+from .norm import image_sums, layer_norm, linear, safe_sqrt, spread_over_rows, statistics_dtype
 
 AGGREGATIONS = ("l2", "l1", "mean")
 NORMALIZERS = ("divisive", "standardize", "inverse")

@@ -21,12 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.rows import statistics_dtype
-from .conv_pixels import Geometry, place_of, source_line, source_pixel
+from ..reference.norm import statistics_dtype
+from .conv_addressing import Geometry, place_of, source_line, source_pixel
 from .gelu import widen
-from .norm_rows import layer_norm_forward
+from .launch import accumulator, cdiv, launch, next_power_of_2
+from .norm import layer_norm_forward
 from .operators import operator
-from .runtime import accumulator, cdiv, launch, next_power_of_2
 
 # the widest rows whose LayerNorm is fused: 8 warps with four channels a thread
 _MOST_FUSED = 1024

@@ -1,6 +1,6 @@
 """The fused products in their order: the MLP's forward and backward where the plan of its shape says so.
 
-Contracts in ``backends/reference/primitives.py``, kernels in ``products.py`` and ``products_backward.py``, choice in
+Contracts in ``backends/reference/mlp.py``, kernels in ``products.py`` and ``products_backward.py``, choice in
 ``plans.py``. ``forward_by`` and ``backward_by`` take a plan, for ``tune`` and the benchmarks.
 """
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from . import plans
-from .column_sums import column_sum
+from .gemm_backward import hidden_backward, image_products, weight_product
+from .gemm_forward import first_product, second_product
+from .gemm_tiles import MOST_IMAGES, Images, cut
+from .launch import cdiv
 from .mlp_rows import finish_statistics, mlp_backward_statistics
-from .parameters import products_weight
-from .products import first_product, second_product
-from .products_backward import hidden_backward, image_products, weight_product
-from .runtime import cdiv
-from .tiles import MOST_IMAGES, Images, cut
+from .reduce import column_sum
+from .weights import products_weight
 
 # so many programs keep the largest GPU busy, and parts of fewer rows than this would be mostly sums to add
 _PROGRAMS, _LEAST_ROWS = 512, 512

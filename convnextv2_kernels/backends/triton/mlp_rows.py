@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.rows import statistics_dtype
-from .column_sums import SIZES, add_partials, part_and_columns, part_rows, partial_sums, row_pass
+from ..reference.norm import statistics_dtype
 from .gelu import activate, activate_with_slope, widen
-from .runtime import accumulator, launch, next_power_of_2
+from .launch import accumulator, launch, next_power_of_2
+from .reduce import SIZES, add_partials, part_and_columns, part_rows, partial_sums, row_pass
 
 _READ_BY_ONE = 32768  # partial sums of a segment that its one program adds itself
 

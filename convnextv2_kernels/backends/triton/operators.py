@@ -1,7 +1,7 @@
 """Kernels as operators ``torch.ops.convnextv2_kernels_triton``: opaque to torch.compile and torch.export.
 
 A function's annotations are its schema; names, arguments and results are those of ``csrc/torch/schemas.cpp``, and so
-the fakes of ``backends/fakes.py`` serve both.
+the fakes of ``backends/_fakes.py`` serve both.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from .. import fakes
+from .. import _fakes
 
 NAMESPACE = "convnextv2_kernels_triton"
 # the functions behind the operators, which on the device "meta" would be answered by their fakes
@@ -24,5 +24,5 @@ def operator(function):
     FUNCTIONS[name] = function
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))
     _library.impl(name, function, "CompositeExplicitAutograd")
-    fakes.register(NAMESPACE, name)
+    _fakes.register(NAMESPACE, name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -146,9 +146,9 @@ def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
     if wanted == "fused":
         plan = _everything(table().get(name, []), shape)
     else:
-        from . import cache
+        from . import plan_cache
 
-        plan = cache.measured(shape, index) or from_table(table().get(name, []), shape)
+        plan = plan_cache.measured(shape, index) or from_table(table().get(name, []), shape)
     if max(shape.width, shape.out) > _WIDEST_BACKWARD:
         plan = plan._replace(products=None, hidden=None)
     return plan

@@ -1,6 +1,6 @@
 """The primitives of the Triton backend: Triton kernels, and products by the vendor's library where those are faster.
 
-Contracts: ``backends/reference/primitives.py`` for the MLP schedule, ``csrc/common/params.h`` and
+Contracts: ``backends/reference/mlp.py`` for the MLP schedule, ``csrc/common/params.h`` and
 ``csrc/cuda/kernels.h`` for the rest. Which products are fused: ``plans.py``.
 """
 
@@ -10,18 +10,18 @@ import functools
 
 from torch import Tensor
 
-from .. import library_products
-from ..library_products import linear, linear_input_grad, linear_weight_grad
-from . import mlp_rows, norm_backward, parameters
-from .column_sums import column_sum
+from .. import base
+from ..base import linear, linear_input_grad, linear_weight_grad
+from . import mlp_rows, norm_grad, weights
 from .conv import depthwise_conv_forward, depthwise_conv_normalize
 from .conv_grad import depthwise_conv_backward_weight
-from .copies import gather_patches, patch_pixels, scatter_patches
 from .fused import fused_backward, fused_forward, scaled_weight_grad
-from .grn_rows import grn_backward, grn_forward
-from .norm_backward import layer_norm_backward, space_to_depth_normalize_backward
-from .norm_rows import layer_norm_forward, space_to_depth_normalize
-from .parameters import mlp_parameters, unfold_layer_norm
+from .grn import grn_backward, grn_forward
+from .norm import layer_norm_forward, space_to_depth_normalize
+from .norm_grad import layer_norm_backward, space_to_depth_normalize_backward
+from .patches import gather_patches, patch_pixels, scatter_patches
+from .reduce import column_sum
+from .weights import mlp_parameters, unfold_layer_norm
 
 __all__ = [
     "column_sum", "depthwise_conv_backward_weight", "depthwise_conv_forward", "depthwise_conv_normalize",
@@ -40,13 +40,13 @@ class Passes:
     gelu_scale = staticmethod(mlp_rows.gelu_scale)
     mlp_backward_statistics = staticmethod(mlp_rows.mlp_backward_statistics)
     mlp_backward_pointwise = staticmethod(mlp_rows.mlp_backward_pointwise)
-    products_reduce = staticmethod(parameters.products_reduce)
-    products_weight = staticmethod(parameters.products_weight)
+    products_reduce = staticmethod(weights.products_reduce)
+    products_weight = staticmethod(weights.products_weight)
     scaled_weight_grad = staticmethod(scaled_weight_grad)
 
 
-gelu_grn_linear = functools.partial(library_products.gelu_grn_linear, Passes)
-gelu_grn_linear_backward = functools.partial(library_products.gelu_grn_linear_backward, Passes)
+gelu_grn_linear = functools.partial(base.gelu_grn_linear, Passes)
+gelu_grn_linear_backward = functools.partial(base.gelu_grn_linear_backward, Passes)
 
 
 def prepare_parameters(
@@ -62,5 +62,5 @@ def normalized_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Without a weight (folded into the products) only the gradient of what was normalised."""
     if weight is None:
-        return norm_backward.normalized_backward_input(dy, z, rstd), None, None
-    return norm_backward.normalized_backward(dy, z, rstd, weight)
+        return norm_grad.normalized_backward_input(dy, z, rstd), None, None
+    return norm_grad.normalized_backward(dy, z, rstd, weight)

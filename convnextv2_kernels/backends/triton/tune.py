@@ -16,12 +16,12 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from .. import library_products
+from .. import base
 from . import INTERPRETED, fused
+from .gemm_backward import hidden_backward, image_products, weight_product
+from .gemm_forward import first_product, second_product
+from .gemm_tiles import Images, cut
 from .plans import KERNELS, Plan, Shape, Tile
-from .products import first_product, second_product
-from .products_backward import hidden_backward, image_products, weight_product
-from .tiles import Images, cut
 
 # rows, columns, depth, warps, stages; 8 warps wherever a tile has 128 x 128 results, or registers spill
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
@@ -124,7 +124,7 @@ class Case:
             return lambda: fused.backward_by(plan, *inputs, *rest)
 
         def run():
-            da, *_ = library_products.gelu_grn_linear_backward(k.Passes, *inputs, self.w2, True, *self.images)
+            da, *_ = base.gelu_grn_linear_backward(k.Passes, *inputs, self.w2, True, *self.images)
             return k.normalized_backward(k.linear_input_grad(da, self.w1), self.y, self.rstd, None)
 
         return run

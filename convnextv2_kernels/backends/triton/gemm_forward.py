@@ -1,0 +1,193 @@
+"""The two matrix products of the MLP's forward with their neighbours in them.
+
+Between them exists one hidden tensor, written once and read once, where products by a library with element-wise passes
+write it twice and read it three times:
+
+* the first product adds its bias, applies the activation, sums the squares of each image's rows for GRN, and stores the
+  activations h, or a itself where backward wants it;
+* the second scales them on their way into the product (from a it applies the activation once more), and adds bias,
+  ``W2 beta``, drop path and the residual on the way out.
+
+Neighbouring programs share a tile of rows and take the next columns, so that rows come from the cache and the weights,
+which fit it, stay there.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import plans
+from .gelu import activate, widen
+from .gemm_tiles import Tiles, image_sums, tile_rows
+from .launch import cdiv, launch
+from .plans import Tile
+
+# sizes that change from call to call: kernels are not compiled anew for each
+SIZES = ["M", "images", "each"]
+# up to so many images in a tile their rows are summed one image after the other, beyond it by one product
+_FEW_IMAGES = 3
+
+
+@triton.jit
+def _store_image_sums(
+    squares, row, rows, tile, partials, columns, inside, each, W: tl.constexpr,
+    SPAN: tl.constexpr, FEW: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Column sums ``[tile, SPAN, W]`` of the rows of each image that a tile spans; rows beyond its last are zero."""
+    base = partials + tl.cast(tile, tl.int64) * (SPAN * W) + columns
+    if SPAN == 1:
+        tl.store(base, tl.sum(squares, axis=0), mask=inside)
+    else:
+        offset = tl.arange(0, BM)
+        image = (row + offset) // each - row // each
+        if SPAN <= FEW:
+            for i in tl.static_range(SPAN):
+                mine = tl.sum(tl.where((image == i)[:, None], squares, 0.0), axis=0)
+                tl.store(base + i * W, mine, mask=inside)
+        else:
+            span = tl.arange(0, 16)
+            chosen = tl.where(span[:, None] == image[None, :], 1.0, 0.0)
+            # three products of tf32 parts, or float32: one of tf32 would cut off what these sums are kept for
+            sums = tl.dot(chosen, squares, input_precision=PRECISION)
+            out = base[None, :] + span[:, None] * W
+            tl.store(out, sums, mask=inside[None, :] & (span < SPAN)[:, None])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def first_product_kernel(
+    y, w1, b1, out, partials, M, images, each, owner, first, begin,
+    C: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, KEEP: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``out [M, H]`` = a, or act(a) unless KEEP, of ``a = y [M, C] w1 [H, C]' + b1``; sums of act(a)^2 per image."""
+    blocks: tl.constexpr = (H + BN - 1) // BN
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // blocks
+    _image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
+    if rows > 0:
+        columns = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
+        inside = columns < H
+        offset = tl.arange(0, BM)
+        valid = offset < rows
+        k = tl.arange(0, BK)
+        left = y + row * C + (offset[:, None] * C + k[None, :])
+        right = w1 + (columns[None, :] * C + k[:, None])
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k0 in range(0, C, BK):
+            if C % BK == 0:
+                u = tl.load(left + k0, mask=valid[:, None], other=0.0)
+                v = tl.load(right + k0, mask=inside[None, :], other=0.0)
+            else:
+                u = tl.load(left + k0, mask=valid[:, None] & (k0 + k < C)[None, :], other=0.0)
+                v = tl.load(right + k0, mask=inside[None, :] & (k0 + k < C)[:, None], other=0.0)
+            acc = tl.dot(u, v, acc, input_precision=PRECISION)
+        a = acc + widen(tl.load(b1 + columns, mask=inside, other=0.0))[None, :]
+        # backward starts from a as it is stored: so do the sums
+        a = a.to(out.dtype.element_ty)
+        h = activate(widen(a), ACT, NARROW)
+        place = out + row * H + (offset[:, None] * H + columns[None, :])
+        stored = a if KEEP else h.to(out.dtype.element_ty)
+        tl.store(place, stored, mask=valid[:, None] & inside[None, :])
+        h = tl.where(valid[:, None], h, 0.0)  # after the activation: that of b1 is not zero
+        _store_image_sums(h * h, row, rows, tile, partials, columns, inside, each, H, SPAN, FEW, BM, SUMS)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def second_product_kernel(
+    a, w2, b2, scale, residual, factors, out, M, images, each, owner, first, begin,
+    H: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, ONE_SCALE: tl.constexpr,
+    KIND: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``out [M, O] = residual + factor * ((act(a) scale) w2 [O, H]' + b2)``; ``scale [images, H]``, or ``[1, H]`` for
+    all images with ONE_SCALE."""
+    blocks: tl.constexpr = (OUT + BN - 1) // BN
+    program = tl.program_id(0).to(tl.int64)
+    tile = program // blocks
+    image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
+    if rows > 0:
+        columns = (program % blocks).to(tl.int32) * BN + tl.arange(0, BN)
+        inside = columns < OUT
+        offset = tl.arange(0, BM)
+        valid = offset < rows
+        owners = image
+        if KIND == "flat":
+            owners = tl.minimum((row + offset) // each, images - 1).to(tl.int32)
+        k = tl.arange(0, BK)
+        left = a + row * H + (offset[:, None] * H + k[None, :])
+        right = w2 + (columns[None, :] * H + k[:, None])
+        acc = tl.zeros([BM, BN], tl.float32)
+        for k0 in range(0, H, BK):
+            deep = k0 + k < H
+            if H % BK == 0:
+                u = tl.load(left + k0, mask=valid[:, None], other=0.0)
+                v = tl.load(right + k0, mask=inside[None, :], other=0.0)
+            else:
+                u = tl.load(left + k0, mask=valid[:, None] & deep[None, :], other=0.0)
+                v = tl.load(right + k0, mask=inside[None, :] & deep[:, None], other=0.0)
+            h = activate(widen(u), ACT, NARROW)
+            if KIND == "flat" and not ONE_SCALE:
+                if SPAN <= FEW:
+                    # a vector per image: a gathered tile of float32 would take three times the operand's shared memory
+                    for i in tl.static_range(SPAN):
+                        which = tl.minimum(image + i, images - 1)
+                        s = tl.load(scale + which * H + k0 + k, mask=deep, other=0.0)[None, :]
+                        h = tl.where((owners == image + i)[:, None], h * s, h)
+                else:
+                    h *= tl.load(scale + (owners[:, None] * H + (k0 + k)[None, :]), mask=deep[None, :], other=0.0)
+            else:
+                which = 0 if ONE_SCALE else image
+                h *= tl.load(scale + which * H + k0 + k, mask=deep, other=0.0)[None, :]
+            acc = tl.dot(h.to(w2.dtype.element_ty), v, acc, input_precision=PRECISION)
+        result = acc + widen(tl.load(b2 + columns, mask=inside, other=0.0))[None, :]
+        if factors is not None:
+            f = widen(tl.load(factors + owners))
+            result *= f[:, None] if KIND == "flat" else f
+        mask = valid[:, None] & inside[None, :]
+        place = row * OUT + (offset[:, None] * OUT + columns[None, :])
+        if residual is not None:
+            result += widen(tl.load(residual + place, mask=mask, other=0.0))
+        tl.store(out + place, result.to(out.dtype.element_ty), mask=mask)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """What float32 operands may be rounded to, as PyTorch's own setting says; 16-bit operands are taken as they are."""
+    if dtype == torch.float32 and plans.has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def first_product(
+    y: Tensor, w1: Tensor, b1: Tensor, act: str, out: Tensor, keep_a: bool, tiles: Tiles, images: int, tile: Tile
+) -> Tensor:
+    """Writes ``out [M, H]``; returns the sums of squares ``[images, H]`` in float32."""
+    (rows, width), hidden = y.shape, w1.shape[0]
+    partials = torch.empty(tiles.count, tiles.span, hidden, dtype=torch.float32, device=y.device)
+    launch(
+        first_product_kernel, (tiles.count * cdiv(hidden, tile.columns),),
+        num_warps=tile.warps, num_stages=tile.stages,
+        y=y, w1=w1, b1=b1, out=out, partials=partials, M=rows, images=images, C=width, H=hidden,
+        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=keep_a, FEW=_FEW_IMAGES,
+        PRECISION=precision(y.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
+        BN=tile.columns, BK=tile.depth, **tiles.arguments,
+    )  # fmt: skip
+    return image_sums(partials, tiles, rows, images)
+
+
+def second_product(
+    a: Tensor, act: str, w2: Tensor, b2: Tensor, scale: Tensor, residual: Tensor | None, factors: Tensor | None,
+    out: Tensor, tiles: Tiles, images: int, tile: Tile,
+) -> None:  # fmt: skip
+    """Writes ``out [M, O]`` from a, or from activations with ``act`` "none"."""
+    (rows, hidden), out_c = a.shape, w2.shape[0]
+    launch(
+        second_product_kernel, (tiles.count * cdiv(out_c, tile.columns),),
+        num_warps=tile.warps, num_stages=tile.stages,
+        a=a, w2=w2, b2=b2, scale=scale, residual=residual, factors=factors, out=out, M=rows, images=images,
+        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, ONE_SCALE=scale.shape[0] == 1,
+        FEW=_FEW_IMAGES, PRECISION=precision(a.dtype), BN=tile.columns, BK=tile.depth, **tiles.arguments,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Gradients of LayerNorm: of its rows, of rows kept normalised, and of the downsampling's 2x2 pixels.
+
+With ``z = (x - mean) rstd`` and ``g = grad weight``: ``dx = rstd (g - mean(g) - z mean(g z))``, ``dweight`` is the sum
+of ``grad z`` over all rows and ``dbias`` that of grad. Bound by memory: two reads and one write per element.
+
+A program walks over every ``splits``-th block of rows with the sums of its columns in registers, 8 elements a thread
+and sum, and leaves one partial sum per column; a second kernel adds those. The loads of the next block are under way
+while one is computed. Splits follow from the shape: at most 512, about four for each multiprocessor of a large GPU,
+each of enough rows that its partial sums cost little. Rows beyond 4096 columns do not fit that scheme: a pass of its
+own takes their two means, and then programs take blocks of columns.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.norm import statistics_dtype
+from .gelu import widen
+from .launch import accumulator, cdiv, launch
+from .norm import dense_row, row_tile
+from .operators import operator
+from .reduce import add_pair
+
+_MOST_SPLITS = 512
+
+
+@triton.jit
+def _gradient_and_z(grad, x, mean, r, row, at, columns, valid, C: tl.constexpr):
+    """grad and z of a tile; zeros where there is none."""
+    inside = valid[:, None] & (columns < C)[None, :]
+    place = (row * C)[:, None] + columns[None, :]
+    d = widen(tl.load(grad + place, mask=inside, other=0.0))
+    z = widen(tl.load(x + place, mask=inside, other=0.0))
+    if mean is not None:
+        mu = tl.load(mean + at, mask=valid, other=0.0)
+        z = tl.where(inside, (z - mu[:, None]) * r[:, None], 0.0)
+    return d, z
+
+
+@triton.jit
+def _weighted(d, w):
+    if w is None:
+        return d
+    else:
+        return d * w[None, :]
+
+
+@triton.jit
+def row_means_kernel(
+    grad, x, mean, rstd, weight, means, rows, half_width,
+    C: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """``means [rows, 2]``: mean(g) and mean(g z) of each row."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    valid = row < rows
+    at = dense_row(row, half_width)
+    r = tl.load(rstd + at, mask=valid, other=0.0)
+    total = tl.zeros([BM, BC], ACC)
+    dot = tl.zeros([BM, BC], ACC)
+    for first in range(0, C, BC):
+        columns = first + tl.arange(0, BC)
+        d, z = _gradient_and_z(grad, x, mean, r, row, at, columns, valid, C)
+        w = None
+        if weight is not None:
+            w = tl.load(weight + columns, mask=columns < C, other=0.0)
+        g = _weighted(d, w)
+        total += g
+        dot += g * z
+    tl.store(means + row * 2, tl.sum(total, axis=1) / C, mask=valid)
+    tl.store(means + row * 2 + 1, tl.sum(dot, axis=1) / C, mask=valid)
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad, x, mean, rstd, weight, means, dx, partials, rows, splits, half_width,
+    C: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """dx, and ``partials [2, splits, C]`` of dweight and dbias unless None. Rows of grad and x lie as forward's y,
+    those of mean, rstd and dx as its x. mean None: x is z; weight None: 1; means None: whole rows are here."""
+    split = tl.program_id(0)
+    columns = tl.program_id(1) * BC + tl.arange(0, BC)
+    held = columns < C
+    w = None
+    if weight is not None:
+        w = tl.load(weight + columns, mask=held, other=0.0)
+    dweight = tl.zeros([BM, BC], ACC)
+    dbias = tl.zeros([BM, BC], ACC)
+    for block in tl.range(split, tl.cdiv(rows, BM), splits, num_stages=STAGES):
+        row = tl.cast(block, tl.int64) * BM + tl.arange(0, BM)
+        valid = row < rows
+        at = dense_row(row, half_width)
+        r = tl.load(rstd + at, mask=valid, other=0.0)
+        d, z = _gradient_and_z(grad, x, mean, r, row, at, columns, valid, C)
+        g = _weighted(d, w)
+        if means is None:
+            of_g = tl.sum(g, axis=1) / C
+            of_gz = tl.sum(g * z, axis=1) / C
+        else:
+            of_g = tl.load(means + row * 2, mask=valid, other=0.0)
+            of_gz = tl.load(means + row * 2 + 1, mask=valid, other=0.0)
+        if partials is not None:
+            dweight += d * z
+            dbias += d
+        result = r[:, None] * (g - of_g[:, None] - z * of_gz[:, None])
+        place = (at * C)[:, None] + columns[None, :]
+        tl.store(dx + place, result.to(dx.dtype.element_ty), mask=valid[:, None] & held[None, :])
+    if partials is not None:
+        out = partials + split.to(tl.int64) * C + columns
+        tl.store(out, tl.sum(dweight, axis=0), mask=held)
+        tl.store(out + tl.cast(splits, tl.int64) * C, tl.sum(dbias, axis=0), mask=held)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, channels: int,
+    half_width: int | None = None, parameters: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx ``[*rstd.shape, channels]``, and dweight and dbias if the parameters' gradients are wanted."""
+    rows, stat = rstd.numel(), statistics_dtype(x.dtype)
+    tile = row_tile(channels, each=8, widest=4096)
+    dx = x.new_empty(*rstd.shape, channels)
+    common = {
+        "grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight, "rows": rows, "half_width": half_width,
+        "C": channels, "ACC": accumulator(x.dtype), "BM": tile.rows, "BC": tile.columns,
+    }  # fmt: skip
+    means = dweight = dbias = partials = None
+    if channels > tile.columns:
+        means = x.new_empty(rows, 2, dtype=stat)
+        launch(row_means_kernel, (cdiv(rows, tile.rows),), num_warps=tile.warps, means=means, **common)
+    splits = cdiv(rows, tile.rows)
+    if parameters:
+        splits = max(1, min(_MOST_SPLITS, rows // max(8, 2 * tile.rows)))
+        partials = x.new_empty(2, splits, channels, dtype=stat)
+    launch(
+        norm_backward_kernel, (splits, cdiv(channels, tile.columns)), num_warps=tile.warps,
+        means=means, dx=dx, partials=partials, splits=splits, STAGES=2 if parameters else 1, **common,
+    )  # fmt: skip
+    if parameters:
+        dweight, dbias = add_pair(partials)
+    return dx, dweight, dbias
+
+
+@operator
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad, ``x [..., C]``, mean, rstd ``[...]``, weight ``[C]`` -> dx like x, dweight and dbias ``[C]``."""
+    return _backward(grad, x, mean, rstd, weight, x.shape[-1])
+
+
+@operator
+def normalized_backward(dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from the normalised rows z."""
+    return _backward(dy, z, None, rstd, weight, z.shape[-1])
+
+
+def normalized_backward_input(dy: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
+    """dx alone, without a weight."""
+    return _backward(dy, z, None, rstd, None, z.shape[-1], parameters=False)[0]
+
+
+@operator
+def space_to_depth_normalize_backward(
+    dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, ``z [maps, h, w, 4C]``, rstd ``[maps, 2h, 2w]``, weight ``[C]`` -> dx ``[maps, 2h, 2w, C]``, dweight and
+    dbias ``[C]``."""
+    return _backward(dy, z, None, rstd, weight, weight.numel(), half_width=rstd.shape[2] // 2)

@@ -1,0 +1,195 @@
+"""The command line of ``finetune``: its options, and the settings they resolve to."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..train import recipes
+from .pretrain import require_warmup
+from .types import (
+    add_machine,
+    add_model,
+    add_schedule,
+    add_storage,
+    nonnegative_float,
+    output_of,
+    places,
+    positive_float,
+    positive_int,
+    probability,
+    share,
+)
+
+OUTPUT = "finetune_output"
+# Options that a recipe does not hold and that only fine-tuning has.
+OWN: dict[str, Any] = {
+    "val": None,
+    "val_share": 0.1,
+    "init": None,
+    "use_ema": False,
+    "crop_pct": None,
+    "eval_only": False,
+    "eval_every": 1,
+}
+
+
+def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
+    """Add the subcommand; return its parser."""
+    recipe = recipes.FINETUNE["convnextv2_atto"].values
+    parser = commands.add_parser(
+        "finetune",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --data FOLDER [--init WEIGHTS] [options]",
+        help="train a classifier on a folder of classes, from pre-trained weights",
+        description=(
+            "Train a ConvNeXt V2 classifier. FOLDER holds one subfolder of images for each class, or train/ and val/\n"
+            'with such subfolders. Needs timm for augmentation: pip install "convnextv2_kernels[train]".'
+        ),
+        epilog=(
+            "examples:\n"
+            f"  {prog} finetune --data flowers --init run1/encoder.safetensors --output flowers1\n"
+            f"  {prog} finetune --data imagenet --model convnextv2_base --init convnextv2_base_1k_224_fcmae.pt --amp\n"
+            f"  {prog} finetune --data flowers --init flowers1/best.safetensors --eval-only\n\n"
+            "A run writes checkpoints, log.jsonl, metrics.jsonl, config.json, classes.json, best.safetensors and at\n"
+            "the end model.safetensors to --output. Run the same command again to go on after an interruption."
+        ),
+    )
+    _add_data(parser)
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="where values that are not given come from; the one called like --model by default. All: "
+        + ", ".join(recipes.FINETUNE),
+    )
+    _add_regularization(add_model(parser), recipe)
+    add_schedule(parser.add_argument_group("training (defaults of the recipe 'convnextv2_atto')"), recipe)
+    _add_augmentation(parser, recipe)
+    add_machine(parser)
+    add_storage(parser)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes, see above")
+    parser.add_argument(
+        "--val",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of classes to evaluate on (default: FOLDER/val, or a share of each class)",
+    )
+    parser.add_argument(
+        "--val-share",
+        type=share,
+        metavar="R",
+        help=f"share of each class to evaluate on where there is no such folder (default: {OWN['val_share']})",
+    )
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="WEIGHTS",
+        help="weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official "
+        "code, timm or transformers; its head is left out (default: random weights)",
+    )
+    parser.add_argument(
+        "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
+    parser.add_argument(
+        "--eval-only", action="store_const", const=True, help="evaluate --init, head included, and train nothing"
+    )
+    parser.add_argument("--eval-every", type=positive_int, metavar="N", help="epochs between evaluations (default: 1)")
+
+
+def _add_regularization(group: argparse._ArgumentGroup, recipe: Any) -> None:
+    group.add_argument(
+        "--drop-path",
+        type=probability,
+        metavar="P",
+        help=f"drop path of the last block (default: {recipe['drop_path']})",
+    )
+    group.add_argument(
+        "--head-init-scale",
+        type=positive_float,
+        metavar="X",
+        help=f"factor on the first weights of the head (default: {recipe['head_init_scale']})",
+    )
+    group.add_argument(
+        "--layer-decay",
+        type=positive_float,
+        metavar="X",
+        help=f"factor of the learning rate from a layer to the one below (default: {recipe['layer_decay']})",
+    )
+    group.add_argument(
+        "--layer-decay-kind",
+        choices=("single", "group"),
+        help="what counts as a layer: a block, or the official 12 groups for base and large",
+    )
+
+
+def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
+    group = parser.add_argument_group("augmentation (by timm) and loss")
+    group.add_argument("--aa", metavar="POLICY", help=f"timm's name of a policy, or 'none' (default: {recipe['aa']})")
+    group.add_argument(
+        "--color-jitter", type=nonnegative_float, metavar="X", help="instead of a policy (default: none)"
+    )
+    group.add_argument(
+        "--crop-scale", type=share, metavar="R", help=f"smallest share of a crop (default: {recipe['crop_scale']})"
+    )
+    group.add_argument(
+        "--hflip",
+        type=probability,
+        metavar="P",
+        help=f"share of images that is mirrored; 0 for digits and text (default: {recipe['hflip']})",
+    )
+    group.add_argument(
+        "--reprob", type=probability, metavar="P", help=f"share with an erased box (default: {recipe['reprob']})"
+    )
+    group.add_argument(
+        "--mixup", type=nonnegative_float, metavar="A", help=f"alpha of Mixup (default: {recipe['mixup']})"
+    )
+    group.add_argument(
+        "--cutmix", type=nonnegative_float, metavar="A", help=f"alpha of CutMix (default: {recipe['cutmix']})"
+    )
+    group.add_argument(
+        "--mix-prob", type=probability, metavar="P", help=f"share of mixed batches (default: {recipe['mix_prob']})"
+    )
+    group.add_argument(
+        "--switch-prob",
+        type=probability,
+        metavar="P",
+        help=f"share of CutMix where both are on (default: {recipe['switch_prob']})",
+    )
+    group.add_argument(
+        "--smoothing", type=probability, metavar="X", help=f"label smoothing (default: {recipe['smoothing']})"
+    )
+    group.add_argument(
+        "--crop-pct",
+        type=positive_float,
+        metavar="R",
+        help="evaluation: side of the crop as a share of the resized image (default: 224/256 below 384 px)",
+    )
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of :class:`.options.FinetuneOptions`; ends with a usage error where options clash."""
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "recipe") and v is not None}
+    where = places(given)
+    name = args.recipe or (where["model"] if where["model"] in recipes.FINETUNE else "default")
+    if given.get("aa") == "none":
+        given["aa"] = ""
+    try:
+        resolved = recipes.resolve(recipes.FINETUNE, name, given)
+    except ValueError as error:
+        parser.error(str(error))
+    if resolved.values["epochs"]:
+        require_warmup(parser, resolved)
+    values = resolved.values
+    if values["color_jitter"] and values["aa"]:
+        parser.error(
+            f"--color-jitter {values['color_jitter']:g} has no effect beside --aa {values['aa']}; add --aa none"
+        )
+    if args.eval_only and args.init is None:
+        parser.error("--eval-only evaluates the weights of --init, which is missing")
+    where["output"] = output_of(given, OUTPUT)
+    own = {key: given.get(key, value) for key, value in OWN.items()}
+    return {**where, **own, "resolved": resolved}

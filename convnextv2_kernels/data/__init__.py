@@ -1,0 +1,1 @@
+"""Images for training: folders, classes, augmentation, mixing, random streams."""

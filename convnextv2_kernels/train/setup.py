@@ -1,0 +1,155 @@
+"""The steps that every run begins with: device, model, output folder, settings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._atomic_io import write_json
+from ..data.folder import fingerprint
+from ..models import FCMAE, create_fcmae
+from ..nn import GRNVariant
+from .checkpoint import list_checkpoints
+from .config import PretrainConfig, RunConfig, environment, require_same_config
+from .distributed import resolve_device
+from .errors import TrainingError
+from .options import Options, PretrainOptions
+from .trainer import Spread, Storage
+
+MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
+SHARED_VALUES = (
+    "epochs",
+    "batch_size",
+    "min_lr",
+    "betas",
+    "weight_decay",
+    "warmup_epochs",
+    "clip_grad",
+    "ema_decay",
+    "precision",
+)
+
+__all__ = [
+    "build_fcmae",
+    "make_config",
+    "prepare_output",
+    "pretrain_config",
+    "resolve_device",
+    "split_of",
+    "storage_of",
+    "write_settings",
+]
+
+
+def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
+    """Create the FCMAE of a run on its device, initialised from its seed."""
+    torch.manual_seed(options.seed)
+    values = options.resolved.values
+    try:
+        model = create_fcmae(
+            options.model,
+            img_size=options.img_size,
+            grn=options.grn,
+            encoding=options.encoding,
+            **{name: values[name] for name in MODEL_VALUES},
+        )
+    except (ValueError, TypeError) as error:
+        raise TrainingError(str(error)) from error
+    return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
+
+
+def make_config(
+    kind: type[RunConfig], options: Options, device: str, data: str, images: list[str], **more: Any
+) -> RunConfig:
+    """Return the settings of a run on ``images``; ``data`` says where they come from, ``more`` is the kind's own."""
+    values = options.resolved.values
+    if values["min_lr"] > options.lr:
+        raise TrainingError(
+            f"--min-lr {values['min_lr']:g} must be at most the peak learning rate, which is {options.lr:.3g} for "
+            f"{options.batch_size} images a step."
+        )
+    return kind(
+        model=options.model,
+        img_size=options.img_size,
+        grn=str(GRNVariant.of(options.grn)),
+        lr=options.lr,
+        seed=options.seed,
+        backend=options.backend,
+        device=torch.device(device).type,
+        data=data,
+        num_images=len(images),
+        images_sha256=fingerprint(images),
+        **{name: values[name] for name in SHARED_VALUES},
+        **more,
+    )
+
+
+def pretrain_config(
+    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str], processes: int = 1
+) -> PretrainConfig:
+    """:func:`make_config` of pre-training."""
+    values = options.resolved.values
+    parts = processes * options.accumulate
+    micro_batch = options.batch_size // parts if values["grn_scope"] == "batch" else None
+    own = (*MODEL_VALUES, "hflip", "decay")
+    return make_config(
+        PretrainConfig,
+        options,
+        device,
+        data,
+        images,
+        patch_size=patch_size,
+        encoding=options.encoding,
+        micro_batch=micro_batch,
+        **{name: values[name] for name in own},
+    )
+
+
+def storage_of(options: Options) -> Storage:
+    """Where and how often the run is stored."""
+    return Storage(options.output, options.save_every, options.keep, tensorboard=options.tensorboard)
+
+
+def split_of(options: Options, world: Any) -> Spread:
+    """How the run's steps are split."""
+    return Spread(world, options.parallel, options.accumulate, options.workers)
+
+
+def write_settings(options: Options, config: RunConfig) -> None:
+    """Write config.json: the settings that decide the losses, where each came from, and the rest.
+
+    Raises TrainingError, and leaves the file as it is, where the folder's checkpoints are of other settings.
+    """
+    path = options.output / "config.json"
+    if list_checkpoints(options.output):
+        try:
+            saved = json.loads(path.read_text())["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{options.output} holds checkpoints, but config.json beside them cannot be read ({error}); give "
+                "another --output to start afresh."
+            ) from error
+        require_same_config(saved, config, str(path))
+    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
+    resolved = {
+        "config": config.to_dict(),
+        "recipe": {"name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins},
+        "environment": environment(),
+        "storage": {name: getattr(options, name) for name in rest},
+    }
+    write_json(path, resolved)
+
+
+def prepare_output(path: Path) -> None:
+    """Create the output folder; raise TrainingError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"--output {path}: cannot be made a folder ({error.strerror}).") from error
+
+
+def parameters_of(model: nn.Module) -> str:
+    """The number of parameters, in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"

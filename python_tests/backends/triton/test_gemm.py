@@ -1,0 +1,203 @@
+"""The fused products, kernel by kernel, against float64 in plain PyTorch: every way of cutting rows into tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conformance.samples import make_sample
+
+from convnextv2_kernels.backends import triton
+
+pytest.importorskip("triton")
+
+from convnextv2_kernels.backends.triton import gemm_backward, gemm_forward, gemm_tiles, plans
+from convnextv2_kernels.backends.triton.plans import Tile
+
+from .available import needs_kernels
+
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+DTYPES = tuple(dtype for dtype in (F32, F16, torch.bfloat16) if dtype in triton.DTYPES)
+# name: (slot counts of images, rows of a slot, rows of a tile, whether all slots are images of equal size)
+ROWS = {
+    "short_last_tile": ((2, 2, 2), 35, 32, True),
+    "one_tile_an_image": ((1, 1, 1), 16, 16, True),
+    "one_image": ((1,), 53, 16, True),
+    "two_images_a_tile": ((1,) * 5, 19, 16, True),
+    "three_images_a_tile": ((1,) * 5, 19, 32, True),
+    "many_images_a_tile": ((1,) * 11, 5, 16, True),
+    "ragged": ((5, 0, 1, 7), 4, 16, False),
+}
+WIDTHS = ((24, 24, 96), (5, 3, 20), (48, 40, 44))  # C, O, H: whole tiles, less than one, and cut in two
+
+
+class Case:
+    """Random tensors of one kind of rows, and what images they belong to."""
+
+    def __init__(self, name: str, widths: tuple[int, int, int], dtype: torch.dtype):
+        counts, per_slot, self.tile, uniform = ROWS[name]
+        self.c, self.o, self.h = widths
+        self.dtype, self.device = dtype, triton.DEVICE
+        rows_of = torch.tensor(counts) * per_slot
+        self.rows, self.count = int(rows_of.sum()), len(counts)
+        self.owner = torch.arange(self.count).repeat_interleave(rows_of)
+        # offsets of a chunk in the middle of a batch: they do not start at zero
+        offsets = None if uniform else torch.tensor([3, *(3 + torch.tensor(counts).cumsum(0))], dtype=torch.int32)
+        offsets = None if offsets is None else offsets.to(self.device)
+        self.images = gemm_tiles.Images(offsets, 1 if uniform else per_slot, self.count)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=self.generator, dtype=F64) * scale
+        return values.to(self.device, dtype or self.dtype)
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.full(shape, float("nan"), device=self.device).to(self.dtype)
+
+    def sums(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.new_zeros(self.count, rows.shape[1]).index_add(0, self.owner, rows)
+
+
+def close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype, roundings: int) -> None:
+    """Within as many roundings of the largest value as the way to it has, of dtype."""
+    assert got.shape == exact.shape
+    error = (got.double().cpu() - exact).abs().max()
+    bound = roundings * torch.finfo(dtype).eps * exact.abs().max()
+    assert error <= bound, f"off by {float(error):.3e}, more than {float(bound):.3e}"
+
+
+every_case = [
+    pytest.param(name, widths, dtype, id=f"{name}-{widths[0]}-{str(dtype)[6:]}")
+    for name in ROWS
+    for widths in WIDTHS
+    for dtype in DTYPES
+    if dtype == F32 or widths[0] == 24
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "widths", "dtype"), every_case)
+@pytest.mark.parametrize("keep", (True, False))
+def test_forward(name, widths, dtype, keep):
+    case = Case(name, widths, dtype)
+    y, w1 = case.draw(case.rows, case.c), case.draw(case.h, case.c, scale=case.c**-0.5)
+    w2, b1, b2 = case.draw(case.o, case.h, scale=case.h**-0.5), case.draw(case.h), case.draw(case.o)
+    one, tile = keep, Tile(case.tile, 32, 16, 4, 2)
+    scale = case.draw(1 if one else case.count, case.h, dtype=F32)
+    factors, residual = case.draw(case.count, dtype=F32), case.draw(case.rows, case.o)
+    hidden, out = case.empty(case.rows, case.h), case.empty(case.rows, case.o)
+    cut = gemm_tiles.cut(case.rows, case.images, case.tile)
+    squares = gemm_forward.first_product(y, w1, b1, "gelu", hidden, keep, cut, case.count, tile)
+    act = "gelu" if keep else "none"
+    gemm_forward.second_product(hidden, act, w2, b2, scale, residual, factors, out, cut, case.count, tile)
+
+    a = F.linear(y.double(), w1.double(), b1.double()).cpu()
+    h = F.gelu(a)
+    close(hidden, a if keep else h, dtype, 4)
+    close(squares, case.sums(h * h), dtype, 4)
+    scaled = h * scale.double().cpu().expand(case.count, -1)[case.owner]
+    product = F.linear(scaled, w2.double().cpu(), b2.double().cpu())
+    close(out, residual.double().cpu() + factors.double().cpu()[case.owner, None] * product, dtype, 6)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("name", "widths", "dtype"), every_case)
+@pytest.mark.parametrize("act", ("gelu", "gelu_tanh"))
+def test_backward(name, widths, dtype, act):
+    case = Case(name, widths, dtype)
+    one = act == "gelu_tanh"
+    a, d, z = case.draw(case.rows, case.h), case.draw(case.rows, case.o), case.draw(case.rows, case.c)
+    w1, w2 = case.draw(case.h, case.c, scale=case.c**-0.5), case.draw(case.o, case.h, scale=case.h**-0.5)
+    count = 1 if one else case.count
+    scale, kappa = case.draw(count, case.h, dtype=F32), case.draw(count, case.h, dtype=F32)
+    rstd = case.draw(case.rows, dtype=F32).abs()
+    segments = (None, 1, 1) if one else case.images
+    g, t = gemm_backward.image_products(a, act, d, w2, *segments, 2, Tile(16, 32, 0, 4, 2))
+    cut = gemm_tiles.cut(case.rows, case.images, case.tile, allow_flat=False)
+    args = (a, act, d, w1, w2, scale, kappa)
+    tile = Tile(case.tile, 32, 0, 4, 2)
+    da, dx, sums = gemm_backward.hidden_backward(*args, z, rstd, cut, case.count, tile)
+    dz = gemm_backward.hidden_backward(*args, None, None, cut, case.count, tile)[1]
+    parts = gemm_backward.weight_product(a, act, d, scale, *segments, 3, Tile(16, 32, 16, 4, 2))
+
+    owner = torch.zeros_like(case.owner) if one else case.owner
+    wide = a.double().cpu().requires_grad_()
+    h = F.gelu(wide, approximate="tanh" if one else "none")
+    slope = torch.autograd.grad(h.sum(), wide)[0]
+    h, d, w1, w2, scale, kappa, z, rstd = (t.detach().double().cpu() for t in (h, d, w1, w2, scale, kappa, z, rstd))
+    chosen = F.one_hot(owner, count).double()
+    exact = torch.einsum("mn,mh,mo->nho", chosen, h, d)
+    close(g.sum(1), exact, dtype, 4)
+    close(t.sum(1), torch.einsum("nho,oh->nh", exact, w2), dtype, 4)
+    exact_da = (d @ w2 * scale[owner] + h * kappa[owner]) * slope
+    close(da, exact_da, dtype, 4)
+    close(sums.sum(0), exact_da.sum(0), F32, 16)
+    exact_dz = exact_da @ w1
+    close(dz, exact_dz, dtype, 4)
+    mean, along = exact_dz.mean(1, keepdim=True), (exact_dz * z).mean(1, keepdim=True)
+    close(dx, rstd[:, None] * (exact_dz - mean - z * along), dtype, 4)
+    close(parts.sum(0), d.t() @ (h * scale[owner]), dtype, 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (1, (16, 0)),
+        (16, (16, 0)),
+        (24, (32, 0)),
+        (40, (32, 16)),
+        (48, (32, 16)),
+        (80, (64, 16)),
+        (96, (64, 32)),
+        (128, (128, 0)),
+        (192, (128, 64)),
+        (255, (256, 0)),
+        (256, (256, 0)),
+    ],
+)
+def test_a_width_is_cut_into_powers_of_two(width, expected):
+    assert gemm_backward.halves(width) == expected
+    assert sum(expected) >= width
+
+
+def test_float32_products_follow_pytorch_s_own_setting():
+    with plans.assumed_family("sm_90"):
+        try:
+            torch.set_float32_matmul_precision("high")
+            assert gemm_forward.precision(F32) == "tf32" and gemm_forward.precision(F16) == "ieee"
+            torch.set_float32_matmul_precision("highest")
+            assert gemm_forward.precision(F32) == "ieee"
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            assert gemm_forward.precision(F32) == "tf32"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+    with plans.assumed_family("gfx942"):
+        assert gemm_forward.precision(F32) == "ieee"
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ROWS)
+def test_no_tile_spans_more_images_than_it_says(kind):
+    case = Case(kind, WIDTHS[0], F32)
+    cut = gemm_tiles.cut(case.rows, case.images, case.tile)
+    starts = [t * case.tile for t in range(-(-case.rows // case.tile))]
+    if cut.kind == "flat":
+        spans = [int(case.owner[s : s + case.tile].unique().numel()) for s in starts]
+        assert cut.count == len(starts) and max(spans) <= cut.span
+    else:
+        assert cut.span == 1
+
+
+@needs_kernels
+def test_images_are_the_same_bits_in_any_chunk(monkeypatch):
+    """Forward and the gradient of the features: what belongs to an image does not depend on the images beside it."""
+    sample = make_sample("convnextv2_block", at=("uniform", 8), c=24)
+    dtype = F32 if triton.INTERPRETED else torch.bfloat16
+    sample = sample.rounded(dtype).cast(dtype, triton.DEVICE)
+    cotangent = torch.randn(sample.tensors["x"].shape).to(triton.DEVICE, dtype)
+    results = []
+    for size in (1, 1 << 30):
+        monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(size))
+        results.append(sample.run("triton", cotangent))
+    for name in ("out", "x"):
+        assert torch.equal(results[0][name], results[1][name]), name
