@@ -1,4 +1,6 @@
-"""The one exception whose text is meant for the person at the terminal."""
+"""The one exception whose text is meant for the person at the terminal, and other exceptions in a few words."""
+
+import textwrap
 
 
 class UserError(Exception):
@@ -14,3 +16,9 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.code)
+
+
+def describe_error(error: Exception) -> str:
+    """Return an exception as one short line."""
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

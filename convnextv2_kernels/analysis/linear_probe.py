@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..data.images import describe
-from ..errors import UserError
+from ..errors import UserError, describe_error
 from .knn import check_labelled_features
 
 TOP = 5
@@ -54,7 +53,7 @@ def linear_probe(
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
         raise UserError(
-            f"the linear probe needs scikit-learn, which cannot be imported ({describe(error)}); "
+            f"the linear probe needs scikit-learn, which cannot be imported ({describe_error(error)}); "
             "install it with pip install scikit-learn."
         ) from error
     solver = LogisticRegression(C=C, max_iter=max_iter)

@@ -132,7 +132,7 @@ def add_activations(commands: Any) -> None:
         metavar="X",
         help="a map is saturated if its deviation is at most this share of its mean (default: %(default)s)",
     )
-    parser.set_defaults(run=_run("run_activations", "pictures"))
+    parser.set_defaults(run=_run("run_activations"))
 
 
 def add_reconstruct(commands: Any) -> None:
@@ -153,7 +153,7 @@ def add_reconstruct(commands: Any) -> None:
         metavar="R",
         help="hidden share of the patches (default: that of the training)",
     )
-    parser.set_defaults(run=_run("run_reconstruct", "pictures"))
+    parser.set_defaults(run=_run("run_reconstruct"))
 
 
 def add_knn(commands: Any) -> None:
@@ -176,7 +176,7 @@ def add_knn(commands: Any) -> None:
         metavar="T",
         help="a neighbour of similarity s weighs exp(s / T) (default: %(default)s)",
     )
-    parser.set_defaults(run=_run("run_knn", "probing"))
+    parser.set_defaults(run=_run("run_knn"))
 
 
 def add_probe(commands: Any) -> None:
@@ -203,7 +203,7 @@ def add_probe(commands: Any) -> None:
     parser.add_argument(
         "--max-iter", type=positive_int, default=1000, metavar="N", help="of L-BFGS (default: %(default)s)"
     )
-    parser.set_defaults(run=_run("run_probe", "probing"))
+    parser.set_defaults(run=_run("run_probe"))
 
 
 ANALYSES: tuple[Callable[[Any], None], ...] = (
@@ -346,13 +346,13 @@ def _image_size(text: str) -> tuple[int, int]:
     return size
 
 
-def _run(name: str, module: str = "commands") -> Callable[[argparse.Namespace], int]:
-    """The function ``name`` of a module of the analyses, which is imported when it is called."""
+def _run(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function ``name`` of :mod:`convnextv2_kernels.analysis.commands`, which is imported when it is called."""
 
     def run(args: argparse.Namespace) -> int:
         require_packages(f"analyze {args.analysis}", PACKAGES)
         with user_errors(OSError, ValueError):
-            return getattr(import_module(f"convnextv2_kernels.analysis.{module}"), name)(args)
+            return getattr(import_module("convnextv2_kernels.analysis.commands"), name)(args)
 
     return run
 

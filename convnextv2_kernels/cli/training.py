@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None:
+def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> None:
     """Add the options of optimiser and schedule. ``recipe`` holds the default one's values."""
     group.add_argument(
         "--epochs",

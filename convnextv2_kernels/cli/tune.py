@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     ratio = None if args.dense else args.mask_ratio
     with user_errors(OSError, ValueError, RuntimeError):
         shapes = mlp_shapes(args.model, args.img_size, ratio, getattr(torch, args.dtype))
-        tune(shapes, args.batch_size, keep=not args.dry_run)
+        tune(shapes, args.batch_size, save=not args.dry_run)
     return OK
 
 
@@ -103,8 +103,8 @@ def unavailable() -> str | None:
     return backends.why_not("triton", triton.DEVICE, torch.float32)
 
 
-def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep: bool = True, **options) -> dict:
-    """Measures shapes with so many images, and writes their plans, to serve any number of them, if ``keep``;
+def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, save: bool = True, **options) -> dict:
+    """Measures shapes with so many images, and writes their plans, to serve any number of them, if ``save``;
     ``{shape: Finding}``.
 
     ``options`` go to ``backends.triton.tune.find``. Raises RuntimeError where Triton cannot run."""
@@ -120,7 +120,7 @@ def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep
     for shape in shapes:
         findings[shape] = find(shape, images, k, triton.DEVICE, **options)
         say(describe(shape, images, findings[shape]))
-    if keep and findings:
+    if save and findings:
         say(f"written to {plan_cache.write({shape: finding.plan for shape, finding in findings.items()})}")
     return findings
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._progress import Progress
-from ..errors import UserError
+from ..errors import UserError, describe_error
 from .folder import CACHE_NAME, fingerprint, scan_folder, verify_files
-from .images import describe
 from .rng import SPLIT, numpy_stream
 
 HELD_OUT_NAMES = ("val", "validation", "test")  # in order of preference
@@ -107,7 +106,7 @@ def _subfolders(folder: Path, flag: str, exclude: Path | None) -> list[str]:
     except NotADirectoryError:
         raise UserError(f"{flag} {folder}: expected a folder of classes, but this is a file.") from None
     except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot read the folder ({describe(error)}).") from None
+        raise UserError(f"{flag} {folder}: cannot read the folder ({describe_error(error)}).") from None
     return sorted(entry.name for entry in entries if entry.resolve() != excluded)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .._atomic_io import atomic_file, write_json
 from .._progress import count
-from ..errors import UserError
-from .images import describe, open_rgb
+from ..errors import UserError, describe_error
+from .images import open_rgb
 
 IMAGE_EXTENSIONS = frozenset(
     [
@@ -77,7 +77,7 @@ def scan_folder(folder: Path, exclude: Path | None = None, flag: str = "--data")
 
 def _walk(folder: Path, excluded: Path | None, flag: str) -> Iterator[tuple[Path, list[str]]]:
     def fail(error: OSError) -> None:
-        raise UserError(f"{flag} {folder}: cannot read the folder ({describe(error)}).")
+        raise UserError(f"{flag} {folder}: cannot read the folder ({describe_error(error)}).")
 
     seen = set()
     for root, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
@@ -98,7 +98,7 @@ def check_image(path: Path) -> str | None:
     try:
         image = open_rgb(path)
     except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-        return describe(error)
+        return describe_error(error)
     return None if min(image.size) > 0 else "the image has no pixels"
 
 
@@ -116,7 +116,7 @@ def verify_files(
         try:
             stat = (folder / name).stat()
         except OSError as error:
-            verdicts[name] = describe(error)
+            verdicts[name] = describe_error(error)
             continue
         stamps[name] = [stat.st_size, stat.st_mtime_ns]
         known = cache.get(name)
@@ -221,7 +221,7 @@ def _saved(output: Path) -> tuple[list[str], list[tuple[str, str]]]:
         return images, [(str(name), str(reason)) for name, reason in saved["skipped"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe(error)}), "
+            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe_error(error)}), "
             "without which it cannot be resumed; use another --output to start afresh."
         ) from None
 

@@ -61,6 +61,7 @@ class PretrainOptions(TrainOptions):
 class FinetuneOptions(TrainOptions):
     """Of ``finetune``. ``val`` None: the folder's own validation part, or a share ``val_share`` of its images."""
 
+    data: Path
     val: Path | None
     val_share: float
     init: Path | None

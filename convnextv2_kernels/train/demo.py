@@ -14,10 +14,9 @@ from ..backends import use_backend
 from ..data.images import RepeatedCrops, load_crop
 from ..data.sample_photos import load_photos
 from ..errors import UserError
-from .checkpoint import list_checkpoints
+from .checkpoint import export_encoder, list_checkpoints
 from .config import PretrainOptions, environment
-from .export import export_encoder
-from .pretrain_task import PretrainTask, draw_mask
+from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
 from .setup import build_fcmae, prepare_output, pretrain_config, resolve_device
 from .signals import folder_lock

@@ -1,4 +1,4 @@
-"""``pretrain --data FOLDER``: FCMAE on a folder of the user's images, from scan to export."""
+"""FCMAE pre-training: the :class:`~.trainer.Task`, and ``pretrain --data FOLDER``, from scan to export."""
 
 import shlex
 import signal
@@ -6,19 +6,22 @@ import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .._progress import Progress, count, format_seconds
 from ..backends import use_backend
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
-from ..data.images import CropDataset, load_crop
+from ..data.images import Batch, CropDataset, collate, load_crop, normalize
+from ..data.rng import MASK, torch_stream
+from ..layout import random_mask
 from ..models import FCMAE
-from .checkpoint import list_checkpoints, load_checkpoint
-from .config import PretrainConfig, PretrainOptions, TrainOptions
+from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
+from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes
-from .export import export_encoder
-from .pretrain_task import PretrainTask, draw_mask
+from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
 from .setup import (
     build_fcmae,
@@ -31,7 +34,51 @@ from .setup import (
     write_settings,
 )
 from .signals import folder_lock
-from .trainer import Outcome, train
+from .trainer import Outcome, Span, Trainer, train
+
+
+class PretrainTask:
+    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image)."""
+
+    def __init__(self, model: FCMAE, dataset: CropDataset, config: PretrainConfig):
+        self.model, self.dataset, self.config = model, dataset, config
+        self.collate = collate
+        self._mask: tuple[int, Tensor] | None = None
+
+    def parameter_groups(self) -> list[dict]:
+        """Decayed or not, as the config says."""
+        return parameter_groups(self.model, self.config.weight_decay, self.config.decay)
+
+    def placeholder(self, count: int) -> Batch:
+        """Black crops."""
+        return Batch(torch.zeros(count, *self.config.img_size, 3, dtype=torch.uint8), [])
+
+    def loss(self, network: nn.Module, batch: Batch, first: int, span: Span) -> Tensor:
+        """Reconstruction loss of ``span``."""
+        device = next(self.model.parameters()).device
+        pixels = batch.images[first : first + span.end - span.begin].to(device, non_blocking=True)
+        if self._mask is None or self._mask[0] != span.step:
+            self._mask = span.step, draw_mask(self.config, self.config.batch_size, span.step)
+        mask = self._mask[1][span.begin : span.end].to(device)
+        loss, _, _ = network(normalize(pixels).to(self.config.dtype), mask)
+        return loss
+
+    def epoch_done(self, trainer: Trainer, epoch: int) -> None:
+        """Nothing to do: the log has the losses."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to remember: masks and crops are functions of the step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing was remembered."""
+
+
+def draw_mask(config: PretrainConfig, num_images: int, step: int) -> Tensor:
+    """Return the mask [N, Gh, Gw] of a 0-based step, True = hidden: a function of (seed, step)."""
+    generator = torch_stream(config.seed, MASK, step)
+    return random_mask(num_images, config.grid, ratio=config.mask_ratio, generator=generator)
+
 
 NUM_PICTURES = 8
 
@@ -120,7 +167,7 @@ def _conclude(
         print_paused(outcome)
 
 
-def print_summary(config: PretrainConfig, outcome: Outcome) -> None:
+def print_summary(config: RunConfig, outcome: Outcome) -> None:
     """Say how much was done and how fast."""
     if outcome.losses:
         last = outcome.losses[-min(100, len(outcome.losses)) :]

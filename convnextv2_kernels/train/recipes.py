@@ -26,9 +26,9 @@ class Recipe:
 
     def but(self, source: str, note: str = "", assumed: tuple[str, ...] | None = None, **values: Any) -> "Recipe":
         """Another recipe of ``source``, which differs in ``values``."""
-        kept = tuple(name for name in self.assumed if name not in values) if assumed is None else assumed
+        still_assumed = tuple(name for name in self.assumed if name not in values) if assumed is None else assumed
         origins = {name: origin for name, origin in self.origins.items() if name not in values}
-        return Recipe(source, {**self.values, **values}, note, kept, origins)
+        return Recipe(source, {**self.values, **values}, note, still_assumed, origins)
 
 
 # ---- pre-training ----

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ SHARED_VALUES = (
     "ema_decay",
     "precision",
 )
+
+Config = TypeVar("Config", bound=RunConfig)
 
 __all__ = [
     "build_fcmae",
@@ -60,8 +62,8 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
 
 
 def make_config(
-    kind: type[RunConfig], options: TrainOptions, device: str, data: str, images: list[str], **more: Any
-) -> RunConfig:
+    kind: type[Config], options: TrainOptions, device: str, data: str, images: list[str], **more: Any
+) -> Config:
     """Return the settings of a run on ``images``; ``data`` says where they come from, ``more`` is the kind's own."""
     values = options.resolved.values
     if values["min_lr"] > options.lr:

@@ -1,26 +1,28 @@
-"""The training loop: exact resume, atomic checkpoints, a clean stop on a signal, on any number of processes.
+"""The training loop and the tasks it trains: exact resume, atomic checkpoints, a clean stop on a signal, on any number
+of processes.
 
 Steps are counted by the number completed: after step k the weights have been updated k times, the
 log has k lines, and checkpoint-k.pt holds all that step k + 1 depends on.
 """
 
+from __future__ import annotations
+
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
 from ..errors import UserError
-from .average import Average
-from .board import Board
 from .checkpoint import (
     gather_state,
     newest_valid,
@@ -31,26 +33,78 @@ from .checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
-from .config import environment, environment_notes, require_same_config
+from .config import RunConfig, environment, environment_notes, require_same_config
 from .distributed import World, gradient_sync, spread
-from .loggers import StepLog
+from .loggers import Board, StepLog
 from .nonfinite import first_gradient, first_in_forward
-from .optim import lr_at_step, make_optimizer, set_lr
+from .optim import Average, lr_at_step, make_optimizer, set_lr
 from .signals import StopRequest, ignore_signals
-from .task import Span, Task
+
+
+class Span(NamedTuple):
+    """Images ``begin`` to ``end`` of the batch of 0-based ``step``, as all processes together see it."""
+
+    step: int
+    begin: int
+    end: int
+
+
+class Task(Protocol):
+    """A model, its data and its loss. The loop knows nothing else of what is trained.
+
+    ``dataset`` is addressed by (epoch, index); ``collate`` makes of its samples a batch with ``images`` (None where
+    they could not be read) and ``failures``. Everything random is a function of the seed and a :class:`Span`, never of
+    how the batch is split.
+    """
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, on its device."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """See above."""
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """See above."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Groups for the optimiser, with their weight decay."""
+
+    def placeholder(self, count: int) -> Any:
+        """A batch of ``count`` blank images, which stands in where images could not be read."""
+
+    def loss(self, network: nn.Module, batch: Any, first: int, span: Span) -> Tensor:
+        """Mean loss of the images ``span`` of a step, which are ``batch``'s from ``first`` on. ``network`` is the model
+        as it is spread over processes."""
+
+    def epoch_done(self, trainer: Trainer, epoch: int) -> None:
+        """Called in all processes after the last step of a 0-based epoch, before its checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must remember of the task."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` returned."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """Where and how often a run is stored; none of it changes a loss.
 
-    ``save_every`` 0 means at the end of an epoch only; ``checkpoints`` False, not at all. ``tensorboard`` writes
+    ``save_every`` 0 means at the end of an epoch only; ``checkpoints`` False, not at all. Only the last
+    ``max_checkpoints`` stay on disk. ``tensorboard`` writes
     scalars to a folder of that name.
     """
 
     output: Path
     save_every: int = 0
-    keep: int = 3
+    max_checkpoints: int = 3
     checkpoints: bool = True
     tensorboard: bool = False
 
@@ -66,6 +120,31 @@ class Spread:
     parallel: str = "ddp"
     accumulate: int = 1
     workers: int = 0
+
+
+class StepStatus(NamedTuple):
+    """What each process reports of a step, float64, in the order of ranks: the same in all processes.
+
+    ``signum [size]``: of a signal to stop, 0 without. ``unreadable [size]``: 1 where there were no images.
+    ``failures [size]``: files that could not be read. ``losses [size, accumulate]``: of each part of the images.
+    """
+
+    signum: Tensor
+    unreadable: Tensor
+    failures: Tensor
+    losses: Tensor
+
+    @classmethod
+    def gather(
+        cls, world: World, signum: int | None, unreadable: bool, failures: int, losses: Sequence[float]
+    ) -> StepStatus:
+        """Exchange the processes' reports in one message; all must call it."""
+        table = world.gather([signum or 0, unreadable, failures, *losses])
+        return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3:])
+
+    def mean_loss(self) -> float:
+        """The loss of the whole batch."""
+        return float(self.losses.flatten().sum()) / self.losses.numel()
 
 
 @dataclass
@@ -209,7 +288,7 @@ class Trainer:
             extra = {"epoch": epoch, "position": position, "rng": rng_state(), "task": self.task.state()}
             extra.update(config=config.to_dict(), environment=self.environment)
             path = write_checkpoint(self.storage.output, outcome.step, {**state, **extra})
-            prune_checkpoints(self.storage.output, outcome.step, self.storage.keep)
+            prune_checkpoints(self.storage.output, outcome.step, self.storage.max_checkpoints)
             return path
 
         outcome.checkpoint = self.world.from_main(write)
@@ -239,14 +318,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # One wait for the device: losses and norm are read back together.
         *losses, norm = torch.cat([self._gradients(batch), self._gradient_norm()[None]]).tolist()
-        told = self.world.gather([request.signum or 0, unreadable, len(failures), *losses])
-        if told[:, 2].any():
+        status = StepStatus.gather(self.world, request.signum, unreadable, len(failures), losses)
+        if status.failures.any():
             self._report_failures(failures)
-        if told[:, 1].any():
+        if status.unreadable.any():
             self._data_is_gone(failures)
-        if not told[:, 3:].isfinite().all() or not math.isfinite(norm):
-            self._not_finite(batch, told[:, 3:], lr)
-        if signum := int(told[:, 0].max()):
+        if not status.losses.isfinite().all() or not math.isfinite(norm):
+            self._not_finite(batch, status.losses, lr)
+        if signum := int(status.signum.max()):
             self.outcome.stop_signal = signum
         if config.clip_grad is not None:
             total = torch.tensor(norm, dtype=config.dtype)
@@ -254,7 +333,7 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.task.model)
-        return float(told[:, 3:].flatten().sum()) / told[:, 3:].numel(), norm
+        return status.mean_loss(), norm
 
     def _gradients(self, batch: Any) -> torch.Tensor:
         """Forward and backward of each part of this process's images; return the losses, float64."""

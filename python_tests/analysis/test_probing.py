@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from convnextv2_kernels import use_backend
-from convnextv2_kernels.analysis import probing
+from convnextv2_kernels.analysis import commands
 from convnextv2_kernels.backends import forced
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import normalize
@@ -113,8 +113,8 @@ def test_kernels_are_those_asked_for(setting, tmp_path, monkeypatch):
         seen.append(forced())
         return extract(*args, **kwargs)
 
-    extract = probing.extract_features
-    monkeypatch.setattr(probing, "extract_features", spy)
+    extract = commands.extract_features
+    monkeypatch.setattr(commands, "extract_features", spy)
     words = ["analyze", "knn", str(root / "network.pt"), "--data", str(folder), "--output", str(tmp_path)]
     for outer, more, expected in (("reference", [], "reference"), ("auto", ["--backend", "reference"], "reference")):
         seen.clear()
@@ -127,10 +127,10 @@ def test_kernels_are_those_asked_for(setting, tmp_path, monkeypatch):
 def test_table_tells_what_fell_short():
     row = {"network": "a", "top1": 50.0, "top5": 100.0, "images": 4}
     note = "k = 20 is more than the 3 training images; k = 3 was used"
-    lines = probing.table([{**row, "k": 3, "note": note}, {**row, "network": "longer", "k": 3, "note": note}])
+    lines = commands.table([{**row, "k": 3, "note": note}, {**row, "network": "longer", "k": 3, "note": note}])
     assert [line.split() for line in lines[1:3]] == [[n, "50.00", "100.00", "4", "3"] for n in ("a", "longer")]
     assert lines[3:] == [f"note: {note}"] and len({len(line) for line in lines[:3]}) == 1
-    lines = probing.table([{**row, "converged": False, "iterations": 1}])
+    lines = commands.table([{**row, "converged": False, "iterations": 1}])
     assert lines[1].endswith("stopped after 1 iteration") and "--max-iter" in lines[2]
 
 

@@ -10,9 +10,8 @@ from PIL import Image
 from train.conftest import picture
 
 from convnextv2_kernels.data import timm_library
-from convnextv2_kernels.data.augment import covering_size, eval_transform, seeded_globals, train_transform
+from convnextv2_kernels.data.augment import covering_size, eval_transform, seeded_globals, timm, train_transform
 from convnextv2_kernels.data.images import denormalize
-from convnextv2_kernels.data.timm_library import timm
 from convnextv2_kernels.errors import UserError
 
 SIZES = [(80, 72), (61, 200), (333, 97), (500, 375), (224, 224), (40, 31), (257, 256)]  # width, height
@@ -187,7 +186,6 @@ def test_seeded_globals_put_everything_back():
         ("interpolation", "cubic"),
         ("reprob", -0.1),
         ("remode", "grey"),
-        ("recount", 0),
     ],
 )
 def test_bad_arguments_are_named(argument, value):

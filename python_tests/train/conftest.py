@@ -13,7 +13,7 @@ from convnextv2_kernels.data.folder import fingerprint
 from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.models import FCMAE
 from convnextv2_kernels.train.config import PretrainConfig
-from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.pretrain import PretrainTask
 from convnextv2_kernels.train.trainer import Outcome, Spread, Storage, train
 
 CONFIG = PretrainConfig(

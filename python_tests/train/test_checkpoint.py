@@ -102,7 +102,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_pruning_keeps_the_last_and_spares_later_ones(tmp_path):
     for step in (2, 4, 10, 100):
         save(tmp_path, step)
-    checkpoint.prune_checkpoints(tmp_path, newest=10, keep=2)
+    checkpoint.prune_checkpoints(tmp_path, newest=10, max_checkpoints=2)
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [100, 10, 4]
 
 

@@ -12,9 +12,8 @@ from convnextv2_kernels.data.images import CropDataset, StepSampler, normalize
 from convnextv2_kernels.data.rng import MASK, torch_stream
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.layout import random_mask
-from convnextv2_kernels.train.average import Average
 from convnextv2_kernels.train.nonfinite import first_gradient, first_in_forward
-from convnextv2_kernels.train.optim import lr_at_step
+from convnextv2_kernels.train.optim import Average, lr_at_step
 
 from .conftest import CONFIG, run_tiny, tiny_model
 

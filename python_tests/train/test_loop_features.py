@@ -9,9 +9,8 @@ from helpers.reference_models import timm
 
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.errors import UserError
-from convnextv2_kernels.train.average import Average
-from convnextv2_kernels.train.optim import make_optimizer, parameter_groups, set_lr
-from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.optim import Average, make_optimizer, parameter_groups, set_lr
+from convnextv2_kernels.train.pretrain import PretrainTask
 from convnextv2_kernels.train.trainer import Spread, Storage, train
 
 from .conftest import CONFIG, run_tiny, tiny_model

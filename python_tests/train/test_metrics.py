@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from convnextv2_kernels.train.metrics import TopK
+from convnextv2_kernels.train.evaluate import TopK
 
 
 def sample(count=37, classes=9, seed=0):

@@ -15,7 +15,7 @@ from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import FCMAE
 from convnextv2_kernels.train.distributed import processes
-from convnextv2_kernels.train.pretrain_task import PretrainTask
+from convnextv2_kernels.train.pretrain import PretrainTask
 from convnextv2_kernels.train.trainer import Spread, Storage, train
 
 from .conftest import CONFIG, tiny_model
