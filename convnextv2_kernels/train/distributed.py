@@ -64,10 +64,10 @@ class World:
             try:
                 outcome = [function(), None]
             except UserError as error:
-                outcome = [None, str(error)]
+                outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise UserError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     @contextmanager

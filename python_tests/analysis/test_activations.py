@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers.networks import images, network
 from PIL import Image
 
 from convnextv2_kernels.analysis import (
@@ -10,8 +11,6 @@ from convnextv2_kernels.analysis import (
     save_activation_maps,
     tapped,
 )
-
-from .networks import images, network
 
 LAYER = "stages.1.1"
 RED, ORANGE = np.array([0xDC, 0x26, 0x26]), np.array([0xF5, 0x9E, 0x0B])

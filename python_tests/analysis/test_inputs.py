@@ -3,6 +3,8 @@
 import pytest
 import safetensors.torch
 import torch
+from helpers.networks import DEPTHS, DIMS, autoencoder, images, network
+from helpers.pictures import class_folder
 
 from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_network, tapped, untrained_network
 from convnextv2_kernels.analysis.inputs import Crops, spread_over_folders
@@ -12,8 +14,6 @@ from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import create_model
 from convnextv2_kernels.train.checkpoint import export_encoder
 from convnextv2_kernels.train.reconstruction import reconstruct
-
-from .networks import DEPTHS, DIMS, autoencoder, class_folder, images, network
 
 
 def training_checkpoint(path, network, /, **config):

@@ -4,13 +4,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.networks import DEPTHS, DIMS, autoencoder, images, network, stir
 
 from convnextv2_kernels import PatchLayout, analysis, random_mask
 from convnextv2_kernels.analysis import TAPS, block_names, hidden_features, tapped
 from convnextv2_kernels.cli import analyze
 from convnextv2_kernels.models import SparseEncoder
-
-from .networks import DEPTHS, DIMS, autoencoder, images, network, stir
 
 
 def layout_of(n: int) -> PatchLayout:

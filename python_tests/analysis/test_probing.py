@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from helpers.networks import network
+from helpers.pictures import class_folder
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -15,8 +17,6 @@ from convnextv2_kernels.analysis import commands
 from convnextv2_kernels.backends import forced
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import normalize
-
-from .networks import class_folder, network
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from analysis.networks import autoencoder, class_folder, network
+from helpers.networks import autoencoder, network
+from helpers.pictures import class_folder
 from PIL import Image
 
 from convnextv2_kernels import cli

@@ -2,7 +2,7 @@ import random
 from pathlib import Path
 
 import pytest
-from train.conftest import picture
+from helpers.pictures import picture
 
 from convnextv2_kernels.data.classes import ClassFolder, hold_out, open_classes, split_train_val
 from convnextv2_kernels.errors import UserError

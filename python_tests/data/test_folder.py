@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from train.conftest import picture
+from helpers.pictures import picture
 
 from convnextv2_kernels.data import folder as image_folder
 from convnextv2_kernels.errors import UserError

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import picture
 from PIL import Image
 from torch.utils.data import DataLoader
-from train.conftest import picture
 
 from convnextv2_kernels.analysis.features import extract_features, labelled_loader
 from convnextv2_kernels.data.augment import eval_transform, train_transform

@@ -2,14 +2,13 @@ import os
 
 import pytest
 import torch
+from helpers.training import CONFIG, tiny_model
 
 from convnextv2_kernels import _atomic_io
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import checkpoint
 from convnextv2_kernels.train.loggers import StepLog
 from convnextv2_kernels.train.optim import make_optimizer, parameter_groups
-
-from .conftest import CONFIG, tiny_model
 
 
 def save(folder, step, model=None):

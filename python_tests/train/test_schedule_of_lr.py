@@ -1,5 +1,4 @@
-"""The loop against a loop written by hand: schedule with a floor, decay, clipping, averages; and what it says of a
-number that is not finite."""
+"""The learning rate by step, alone and in a run against a loop written by hand: warm-up, floor, decay, clipping."""
 
 import dataclasses
 import json
@@ -7,15 +6,12 @@ import math
 
 import pytest
 import torch
+from helpers.training import CONFIG, run_tiny, tiny_model
 
 from convnextv2_kernels.data.images import CropDataset, StepSampler, normalize
 from convnextv2_kernels.data.rng import MASK, torch_stream
-from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.layout import random_mask
-from convnextv2_kernels.train.nonfinite import first_gradient, first_in_forward
-from convnextv2_kernels.train.optim import Average, lr_at_step
-
-from .conftest import CONFIG, run_tiny, tiny_model
+from convnextv2_kernels.train.optim import lr_at_step
 
 SETTINGS = {
     "precision": "float64",
@@ -87,58 +83,3 @@ def test_floor_of_the_schedule():
     rates = [lr_at_step(step, 50, 5, 1.0, 0.1) for step in range(51)]
     assert rates[0] == 0 and rates[5] == 1.0 and rates[50] == pytest.approx(0.1) and min(rates[5:]) >= 0.1 - 1e-12
     assert rates[27] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 22 / 45)))
-
-
-def test_average_gives_back_the_weights_bit_for_bit_after_an_error():
-    model = tiny_model()
-    average = Average(model, 0.9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.25).add_(0.1)
-    average.update(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    held = {name: tensor.clone() for name, tensor in average.tensors.items()}
-    with pytest.raises(RuntimeError, match="evaluation"), average.applied(model):
-        assert all(torch.equal(p, held[name]) for name, p in model.named_parameters())
-        raise RuntimeError("evaluation")
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert all(torch.equal(tensor, held[name]) for name, tensor in average.tensors.items())
-
-
-def test_overflow_names_the_layer_where_it_begins(tmp_path, sources):
-    model = tiny_model()
-    with torch.no_grad():
-        model.encoder.downsample_layers[2][1].weight.fill_(3e38)  # finite, but its products are not
-    name = r"step 1 .*the output of encoder\.downsample_layers\.2 \(\w+\) .* values, while its inputs reach [\d.]+\."
-    with pytest.raises(UserError, match=name) as caught:
-        run_tiny(tmp_path, sources, model=model)
-    assert "parameter " not in str(caught.value) and "No checkpoint had been written yet" in str(caught.value)
-    assert not list(tmp_path.glob("checkpoint-*"))
-
-
-class _Chain(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)
-        self.steep = torch.nn.Parameter(torch.zeros(2))
-
-    def forward(self, x):
-        return self.second(self.first(x).tanh()) + self.steep.sqrt()
-
-
-def test_report_counts_what_is_not_finite():
-    model, x = _Chain(), torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    assert first_in_forward(model, lambda: model(x).mean()) is None
-    x[1, 2], hooks = float("inf"), sum(len(m._forward_hooks) for m in model.modules())
-    found = first_in_forward(model, lambda: model(x).mean())
-    assert found == "the output of first (Linear) [5, 4]: 4 infinite of 20 values, while its inputs reach inf"
-    assert sum(len(m._forward_hooks) for m in model.modules()) == hooks  # none is left behind
-    x[1, 2] = 0.5
-    assert first_in_forward(model, lambda: model(x).mean() * float("nan")) == "the loss itself: 1 NaN of 1 values"
-    model(x).backward(torch.randn(5, 2, generator=torch.Generator().manual_seed(1)))
-    # backward reaches `second` last of all: the root at zero alone has a gradient that is not finite
-    assert first_gradient(model).startswith("the gradient of steep [2]: 2 infinite")
-    with torch.no_grad():
-        model.second.weight[0, 1] = float("nan")
-    found = first_in_forward(model, lambda: model(x).mean())
-    assert found == "parameter second.weight [2, 4]: 1 NaN of 8 values"

@@ -1,10 +1,6 @@
-"""Tiny networks whose GRN does something, and pictures of classes."""
+"""Tiny networks whose GRN does something."""
 
-from pathlib import Path
-
-import numpy as np
 import torch
-from PIL import Image
 
 from convnextv2_kernels.models import FCMAE, ConvNeXtV2
 
@@ -32,20 +28,3 @@ def autoencoder(seed: int = 0, **changes: object) -> FCMAE:
 
 def images(n: int, height: int = 64, width: int = 64, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def picture(index: int, size: tuple[int, int] = (80, 72)) -> Image.Image:
-    """A smooth picture of (width, height), different for each index."""
-    width, height = size
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin((index + 1 + c) * x / 23 + c) * np.cos((index + 2) * y / 19) for c in range(3)]
-    return Image.fromarray(((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8))
-
-
-def class_folder(folder: Path, classes: int = 3, each: int = 4) -> Path:
-    """``each`` pictures in each of the subfolders class0, class1, ..."""
-    for label in range(classes):
-        (folder / f"class{label}").mkdir(parents=True)
-        for number in range(each):
-            picture(label * each + number).save(folder / f"class{label}" / f"{number}.png")
-    return folder

@@ -1,6 +1,5 @@
-"""Fine-tuning under ``torchrun`` on two processes against one process, through the real command."""
+"""Training under ``torchrun`` on two processes against one process, through the real command."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,37 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers.pictures import class_folder, picture
+from helpers.training import lines
 from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
 
-from .conftest import picture
+from .two_processes import needs_gloo
 
 ROOT = Path(__file__).parents[2]
-COMMON = [
-    "--recipe",
-    "default",
-    "--img-size",
-    "32",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "4",
-    "--lr",
-    "1e-3",
-    "--drop-path",
-    "0.4",
-    "--ema-decay",
-    "0.5",
-    "--workers",
-    "0",
-    "--device",
-    "cpu",
-    "--head-init-scale",
-    "1",
-]
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
+COMMON = (
+    "--recipe default --img-size 32 --epochs 2 --batch-size 4 --lr 1e-3 --drop-path 0.4 --ema-decay 0.5 --workers 0 "
+    "--device cpu --head-init-scale 1"
+).split()
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +41,6 @@ def torchrun(*words):
     return subprocess.run(
         [*launch, "-m", "convnextv2_kernels", *words], env=environment, capture_output=True, text=True, timeout=240
     )
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_two_processes_are_one(folder, tmp_path, capsys):
@@ -94,6 +72,22 @@ def test_mixed_images_are_those_of_one_process_with_two_parts(folder, tmp_path):
     assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_pre_training_in_shards(tmp_path):
+    eight = class_folder(tmp_path / "eight", classes=2, each=4)
+    words = "--img-size 64 --device cpu --epochs 1 --batch-size 4 --lr 1e-3 --workers 0 --precision float64".split()
+    command = ["pretrain", "--data", str(eight), *words, "--output"]
+    done = torchrun(*command, str(tmp_path / "two"), "--parallel", "fsdp")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(done.stdout.count(text) == 1 for text in ("settings (recipe", "2 processes (fsdp)", "picture: "))
+    assert main([*command, str(tmp_path / "one")]) == 0
+    ours, theirs = (lines(tmp_path / name / "log.jsonl") for name in ("two", "one"))
+    assert [r["step"] for r in ours] == [1, 2]
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-9)  # float64, order of sums
+    a, b = (load_file(tmp_path / name / "encoder.safetensors") for name in ("two", "one"))
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
 
 
 def test_an_error_of_the_first_process_ends_all_with_one_sentence(tmp_path):
