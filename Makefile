@@ -69,7 +69,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	@# PyTorch is named again, as it is installed: torchvision, which timm needs, must not bring another
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,test,timm,train,transformers]" \
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench,demo,test,timm,train,transformers]" \
 		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 	touch $@
 

@@ -34,7 +34,7 @@ def test_schedule():
     assert rates[0] == 0 and rates[5] == 1.0 and rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0)
     assert rates[99] == pytest.approx(1 + math.cos(math.pi * 89 / 90)) and rates[100] == 0
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert lr_at_step(0, 100, 0, 2.0) == 2.0
 
 
