@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from .. import ops
 from ..data.labelled import NO_LABEL, EvalDataset, LabelledBatch, collate_labelled
 from ..layout import PatchLayout
-from ..models._checks import check_images, check_layout
 from ..models.backbone import Backbone
 from ..models.fcmae import FCMAE
 from ..nn import ConvNeXtV2Block
+from ..ops._checks import check_images, check_layout_of_images
 from ..train.signals import ignore_signals
 
 TAPS = {
@@ -106,7 +106,7 @@ def tapped(
     check_taps(taps)
     check_images(images, backbone.in_chans, 32, any_size=layout is None)
     if layout is not None:
-        check_layout(layout, images)
+        check_layout_of_images(layout, images)
     x = images if backbone.feature_dtype is None else images.to(backbone.feature_dtype)
     training = {module: module.training for module in backbone.modules()}
     backbone.eval()

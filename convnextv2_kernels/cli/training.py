@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import settings
 from ..train.recipes import Resolved
 from .types import BACKENDS, decay, image_size, nonnegative_float, nonnegative_int, positive_float, positive_int, share
 
@@ -196,7 +197,7 @@ def require_warmup(parser: argparse.ArgumentParser, resolved: Resolved) -> None:
 
 def places(given: dict[str, Any]) -> dict[str, Any]:
     """The values of :data:`PLACES`, backend and device, as given or by default."""
-    defaults = {**PLACES, "backend": os.environ.get(BACKEND_VARIABLE, "auto"), "device": "auto"}
+    defaults = {**PLACES, "backend": settings.current.backend, "device": "auto"}
     return {name: given.get(name) if given.get(name) is not None else value for name, value in defaults.items()}
 
 
