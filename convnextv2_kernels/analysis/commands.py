@@ -306,12 +306,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     notes: list[str] = []
     for row in rows:
         if last == "k":
-            told = str(row["k"])
+            outcome = str(row["k"])
         else:
-            told = f"{'converged' if row['converged'] else 'stopped'} after {count(row['iterations'], 'iteration')}"
+            outcome = f"{'converged' if row['converged'] else 'stopped'} after {count(row['iterations'], 'iteration')}"
             if not row["converged"]:
                 notes.append("a solver stopped at --max-iter before it converged: give it more")
-        lines.append([row["network"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["images"]), told])
+        lines.append([row["network"], f"{row['top1']:.2f}", f"{row['top5']:.2f}", str(row["images"]), outcome])
         notes += [row["note"]] if row.get("note") else []
     first, *widths = (max(map(len, column)) for column in zip(*lines, strict=True))
     shown = ["  ".join([line[0].ljust(first), *map(str.rjust, line[1:], widths)]) for line in lines]

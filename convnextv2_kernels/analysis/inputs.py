@@ -143,7 +143,7 @@ def images_of(args: Namespace, spread: bool = True) -> tuple[list[str], list[Sou
 
 
 def crops_of(args: Namespace, networks: list[Network], sources: list[Source]) -> Crops:
-    """Centred crops of the sources, in the size asked for or that of the first network's training."""
+    """Centred crops of the sources, in the requested size, or the size of the first network's training."""
     return Crops(sources, args.img_size or networks[0].img_size, args.batch_size, args.images, args.workers)
 
 
@@ -169,7 +169,7 @@ def run_batches(
 
 @contextmanager
 def backend(args: Namespace) -> Iterator[None]:
-    """The kernels of ``--backend``; that they cannot serve is an error of the command line."""
+    """Run by ``--backend``; where it cannot run an op, that is an error of the command line."""
     if args.backend is None:
         yield
         return

@@ -46,10 +46,10 @@ def load_network(
     decoder: bool = False,
     device: str | torch.device = "cpu",
 ) -> Network:
-    """The network of a checkpoint. Its widths and depths are those of the weights, so nothing need be said about it.
+    """The network of a checkpoint. Widths and depths are read from the weights.
 
     A checkpoint of this library's training also tells its GRN, sizes and normalisation of the target, in ``config``; an
-    ``encoder.safetensors`` its GRN, in the metadata. What is not told is the paper's default.
+    ``encoder.safetensors`` its GRN, in the metadata. Anything else has the paper's default.
 
     Args:
         path: a file or folder as :func:`convnextv2_kernels.load_checkpoint` takes it.
@@ -59,7 +59,7 @@ def load_network(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, one that is no ConvNeXt V2 or not ``model_name``, or one without what is asked for.
+        ValueError: a damaged file, no ConvNeXt V2, not ``model_name``, or without the requested part.
     """
     file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
     content = read_file(file)

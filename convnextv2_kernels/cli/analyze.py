@@ -241,7 +241,7 @@ def _add_networks(parser: argparse.ArgumentParser, random: bool) -> None:
         )
     parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="of all draws (default: 0)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
-    parser.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the fastest that serve)")
+    parser.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the fastest that can run)")
 
 
 def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | None, several: bool = True) -> None:

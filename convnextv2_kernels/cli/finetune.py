@@ -51,7 +51,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
             f"  {prog} finetune --data imagenet --model convnextv2_base --init convnextv2_base_1k_224_fcmae.pt --amp\n"
             f"  {prog} finetune --data flowers --init flowers1/best.safetensors --eval-only\n\n"
             "A run writes checkpoints, log.jsonl, metrics.jsonl, config.json, classes.json, best.safetensors and at\n"
-            "the end model.safetensors to --output. Run the same command again to go on after an interruption."
+            "the end model.safetensors to --output. Re-run the same command to resume after an interruption."
         ),
     )
     _add_data(parser)
@@ -140,7 +140,7 @@ def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
         "--hflip",
         type=probability,
         metavar="P",
-        help=f"share of images that is mirrored; 0 for digits and text (default: {recipe['hflip']})",
+        help=f"share of images that are mirrored; 0 for digits and text (default: {recipe['hflip']})",
     )
     group.add_argument(
         "--reprob", type=probability, metavar="P", help=f"share with an erased box (default: {recipe['reprob']})"

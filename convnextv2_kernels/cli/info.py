@@ -12,8 +12,8 @@ def add_parser(commands: Any, prog: str) -> None:
     """Add the subcommand."""
     parser = commands.add_parser(
         "info",
-        help="show versions, the machine and which kernels serve it",
-        description="Show versions, the machine, and which backend serves each operation.",
+        help="show versions, the machine and which backend runs each op",
+        description="Show versions, the machine, and which backend runs each op, and why.",
     )
     parser.set_defaults(run=run)
 

@@ -51,8 +51,8 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
             f"  {prog} pretrain --data photos --epochs 100 --batch-size 64 --output run1\n"
             "  torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data photos --recipe paper --amp\n\n"
             "A run writes checkpoints, log.jsonl, config.json and at the end encoder.safetensors\n"
-            "to --output. Run the same command again to go on after an interruption: the losses\n"
-            "are exactly those of a run that was never interrupted. The number of processes may change."
+            "to --output. Re-run the same command to resume after an interruption: the losses are\n"
+            "exactly those of an uninterrupted run. The number of processes may change."
         ),
     )
     what = parser.add_argument_group("what to train on (one of the two)")
@@ -93,7 +93,7 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
         "--mask-ratio",
         type=share,
         metavar="R",
-        help=f"share of the patches that is hidden (default: {recipe['mask_ratio']})",
+        help=f"share of the patches that are hidden (default: {recipe['mask_ratio']})",
     )
     group.add_argument(
         "--norm-pix-loss",
@@ -124,14 +124,14 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
     group.add_argument(
         "--grn-scope",
         choices=("image", "batch"),
-        help="GRN's norm over an image's visible pixels (paper) or over those of the batch of a process (official "
+        help="GRN's norm over the visible pixels of an image (paper) or of a process's whole batch (official "
         f"code) (default: {recipe['grn_scope']})",
     )
     group.add_argument(
         "--hflip",
         type=probability,
         metavar="P",
-        help=f"share of the crops that is mirrored (default: {recipe['hflip']})",
+        help=f"share of the crops that are mirrored (default: {recipe['hflip']})",
     )
     group.add_argument(
         "--decay",

@@ -75,7 +75,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> N
     )
     rate.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate itself, instead of --blr")
     group.add_argument(
-        "--min-lr", type=nonnegative_float, metavar="X", help=f"rate at the end (default: {recipe['min_lr']})"
+        "--min-lr", type=nonnegative_float, metavar="X", help=f"learning rate at the end (default: {recipe['min_lr']})"
     )
     group.add_argument(
         "--weight-decay",
@@ -107,7 +107,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> N
     precision.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float64"),
-        help="bfloat16: matrix products in it, the rest in float32 (default: float32)",
+        help="bfloat16: matrix products in bfloat16, the rest in float32 (default: float32)",
     )
     precision.add_argument(
         "--amp", action="store_const", dest="precision", const="bfloat16", help="the same as --precision bfloat16"
@@ -116,7 +116,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> N
         "--max-steps",
         type=positive_int,
         metavar="N",
-        help="stop after N steps; the schedule still spans --epochs, and a later run goes on (default: none)",
+        help="stop after N steps; the schedule still spans --epochs, and a later run resumes (default: none)",
     )
     group.add_argument(
         "--seed",
@@ -134,12 +134,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         choices=BACKENDS,
-        help="kernels to use; auto takes the fastest that serves (default: the variable "
+        help="kernels to use; auto takes the fastest that can run (default: the variable "
         f"{BACKEND_VARIABLE}, else auto)",
     )
     group.add_argument(
         "--device",
-        help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun that of the process "
+        help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun the one of each process "
         "(default: auto)",
     )
     group.add_argument(
@@ -163,22 +163,25 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what is kept."""
+    """Add the options of checkpoints and logs."""
     group = parser.add_argument_group("checkpoints and logs")
     group.add_argument(
         "--save-every",
         type=positive_int,
         metavar="N",
-        help="write a checkpoint every N steps besides that at the end of each epoch (default: off)",
+        help="write a checkpoint every N steps besides the one at the end of each epoch (default: off)",
     )
     group.add_argument(
-        "--keep", type=positive_int, metavar="N", help=f"how many of the last ones to keep (default: {PLACES['keep']})"
+        "--keep",
+        type=positive_int,
+        metavar="N",
+        help=f"how many checkpoints to keep, the latest (default: {PLACES['keep']})",
     )
     group.add_argument(
         "--tensorboard",
         action="store_const",
         const=True,
-        help="write scalars for TensorBoard to OUTPUT/tensorboard, besides log.jsonl",
+        help="write scalars for TensorBoard to OUTPUT/tensorboard, beside log.jsonl",
     )
 
 

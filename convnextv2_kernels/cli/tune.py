@@ -1,4 +1,4 @@
-"""``tune``: measures on this machine which matrix products of the MLP Triton should fuse, and keeps the answer."""
+"""``tune``: measures on this GPU which GEMMs of the MLP Triton should fuse, and saves the result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def add_parser(commands: Any, prog: str) -> None:
     parser = commands.add_parser(
         "tune",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        help="measure on this GPU which products Triton should fuse, and keep the answer",
+        help="measure on this GPU which GEMMs Triton should fuse, and save the result",
         description=(
-            "Measure on this GPU, for the MLPs of a model, whether matrix products fused in Triton or those of the\n"
-            "vendor's library are faster, and in which tiles. Later processes on this machine use the answer; without\n"
-            "it a table that comes with the library decides. Takes minutes, most of them compilation."
+            "Measure on this GPU, for the MLPs of a model, whether GEMMs fused in Triton or the vendor's (cuBLAS) are\n"
+            "faster, and in which tiles. Later processes on this machine use the result; without it a table that\n"
+            "comes with this package decides. Takes minutes, most of them compilation."
         ),
         epilog=(
             "examples:\n"
@@ -56,9 +56,9 @@ def add_parser(commands: Any, prog: str) -> None:
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
         default="bfloat16",
-        help="of the products (default: bfloat16)",
+        help="of the GEMMs (default: bfloat16)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
+    parser.add_argument("--dry-run", action="store_true", help="measure, but save nothing")
     parser.set_defaults(run=run)
 
 
@@ -104,8 +104,9 @@ def unavailable() -> str | None:
 
 
 def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, save: bool = True, **options) -> dict:
-    """Measures shapes with so many images, and writes their plans, to serve any number of them, if ``save``;
-    ``{shape: Finding}``.
+    """Measure shapes at this number of images; with ``save``, write their plans, which later runs use at any number.
+
+    Returns ``{shape: Finding}``.
 
     ``options`` go to ``backends.triton.tune.find``. Raises RuntimeError where Triton cannot run."""
     reason = unavailable()

@@ -93,7 +93,7 @@ def _walk(folder: Path, excluded: Path | None, flag: str) -> Iterator[tuple[Path
 def check_image(path: Path) -> str | None:
     """Decode a file completely; return None, or one line that says why it cannot be used.
 
-    Reading the header is not enough: a truncated JPEG has a sound one.
+    Reading the header is not enough: a truncated JPEG has a valid one.
     """
     try:
         image = open_rgb(path)
@@ -107,7 +107,7 @@ def verify_files(
 ) -> dict[str, str | None]:
     """Return for each name None or the reason why it does not decode.
 
-    Verdicts are cached in ``cache_path`` by name, size and time of change. ``advance`` is told how
+    Verdicts are cached in ``cache_path`` by name, size and time of change. ``advance`` is called with how
     many files are done.
     """
     cache = _read_cache(cache_path)

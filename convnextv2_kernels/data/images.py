@@ -20,7 +20,7 @@ from .rng import AUGMENT, ORDER, numpy_stream
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 EXIF_ORIENTATION = 0x0112
-# Images in a row that may fail before the run is told that its data is gone.
+# Images in a row that may fail before the data counts as gone.
 MAX_SUBSTITUTES = 20
 
 Box = tuple[float, float, float, float]

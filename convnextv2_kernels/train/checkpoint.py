@@ -79,7 +79,7 @@ def restore_state(
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
 
-    Raises UserError where a weight is not finite (a run resumed from it could not go on) or the file cannot be
+    Raises UserError where a weight is not finite (nothing could resume from it) or the file cannot be
     written.
     """
     for name, tensor in state["model"].items():
@@ -116,7 +116,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def newest_valid(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """Load the newest sound checkpoint of a folder.
+    """Load the newest valid checkpoint of a folder.
 
     Returns (state, path, warnings), one warning for each damaged checkpoint passed over, and
     (None, None, []) where there is none at all. Raises UserError where all are damaged: to

@@ -188,7 +188,7 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
         differences.append("images: the list of files is not that of the checkpoint")
     if differences:
         raise UserError(
-            f"{where} was written with other settings, so this run cannot go on from it; "
+            f"{where} was written with other settings, so this run cannot resume from it; "
             + "; ".join(differences)
             + ". Restore these settings, or give a new --output."
         )

@@ -13,7 +13,7 @@ from ..errors import UserError
 class StepLog:
     """Append one JSON object a step to a file.
 
-    Opened for a run that stands after ``step`` steps, it first drops the lines of later steps (and
+    Opened for a run that has done ``step`` steps, it first drops the lines of later steps (and
     a last line cut short by a kill): a resumed run writes them again. The file is made by the first line.
     """
 
@@ -52,7 +52,7 @@ class StepLog:
 class Board:
     """Write scalars to ``folder``, one point a step; without a folder, write nothing.
 
-    Opened for a run that stands after ``step`` steps, points of later steps that an interrupted run left are hidden.
+    Opened for a run that has done ``step`` steps; points of later steps that an interrupted run left are hidden.
     """
 
     def __init__(self, folder: Path | None, step: int):

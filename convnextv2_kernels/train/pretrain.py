@@ -141,7 +141,7 @@ def _describe(
     )
     checkpoints = list_checkpoints(options.output)
     if checkpoints:
-        print(f"going on in {options.output} (newest checkpoint: step {checkpoints[0][0]})")
+        print(f"resuming in {options.output} (newest checkpoint: step {checkpoints[0][0]})")
 
 
 def _relative(failures: dict[str, str], folder: Path) -> list[tuple[str, str]]:
@@ -181,24 +181,24 @@ def print_summary(config: RunConfig, outcome: Outcome) -> None:
 
 
 def print_stopped(options: TrainOptions, outcome: Outcome) -> None:
-    """Say what a signal left, and how to go on."""
+    """Say what a signal left, and how to resume."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)
     print(f"Stopped by {name} after step {outcome.step} of {outcome.total_steps}, which is saved.")
-    print(f"To go on from there, run the same command again:\n  {command}")
+    print(f"To resume from there, run the same command again:\n  {command}")
 
 
 def print_paused(outcome: Outcome) -> None:
     """Say that ``--max-steps`` ended the run."""
     print(f"Stopped at --max-steps {outcome.step} of {outcome.total_steps} steps.")
-    print("To go on, run the same command with more --max-steps, or without.")
+    print("To resume, run the same command with a larger --max-steps, or without it.")
 
 
 def _finish(
     options: PretrainOptions, config: PretrainConfig, outcome: Outcome, found: FolderImages, device: str
 ) -> None:
     state = load_checkpoint(outcome.checkpoint)
-    # Made anew: the model that was trained may lie in shards.
+    # Built again: the trained model may be in shards.
     model = build_fcmae(options, device)
     model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"

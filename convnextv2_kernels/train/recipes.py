@@ -178,8 +178,8 @@ class Resolved:
 def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) -> Resolved:
     """Take a recipe's values, then what was given instead.
 
-    Where the number of epochs is given but not the warm-up, the warm-up keeps its share of them; a given ``lr`` stands
-    in for ``blr``.
+    Where the number of epochs is given but not the warm-up, the warm-up keeps its share of them; a given ``lr``
+    replaces ``blr``.
 
     Raises:
         ValueError: no recipe of that name; the message lists them.

@@ -77,7 +77,7 @@ class Task(Protocol):
         """Groups for the optimiser, with their weight decay."""
 
     def placeholder(self, count: int) -> Any:
-        """A batch of ``count`` blank images, which stands in where images could not be read."""
+        """A batch of ``count`` blank images, in place of images that could not be read."""
 
     def loss(self, network: nn.Module, batch: Any, first: int, span: Span) -> Tensor:
         """Mean loss of the images ``span`` of a step, which are ``batch``'s from ``first`` on. ``network`` is the model
@@ -170,7 +170,7 @@ def train(
 ) -> Outcome:
     """Train ``task.model`` until ``task.config`` is fulfilled; say what happened.
 
-    Goes on from the newest sound checkpoint in ``storage.output``, if there is one, with losses
+    Resumes from the newest valid checkpoint in ``storage.output``, if there is one, with losses
     bitwise equal to those of a run that was never interrupted. ``max_steps`` ends the run early
     without changing the schedule. On SIGINT or SIGTERM the step at hand is finished and saved and
     ``Outcome.stop_signal`` is set. Raises UserError where the settings differ from the
@@ -210,7 +210,7 @@ class Trainer:
         self.share = config.batch_size // world.size
 
     def resume(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one."""
+        """Resume from the newest valid checkpoint, if there is one."""
         if not self.storage.checkpoints:
             return
         state: dict[str, Any] | None = None
