@@ -3,7 +3,7 @@
 The MLP's hidden tensors are four times as wide as the features, so they are made for a chunk of whole images at a
 time, used, and thrown away; backward recomputes them. A chunk is sized for the last-level cache on a CPU and for a
 memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/reference/mlp.py`` for their
-contract); this file supplies the order and the algebra, derived in ``docs/kernels.md``.
+contract); this file supplies the order and the algebra, derived in ``docs/kernels/math.md``.
 
 Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, ``y`` with it; ``a = y W1' + b1``;
 ``h = act(a)``, act a form of GELU; GRN is ``h * scale + beta`` with one scale per image and channel; ``d`` the gradient
@@ -22,7 +22,7 @@ from torch import Tensor
 from .backends.reference.norm import statistics_dtype
 
 # Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
-# share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.
+# share the last-level cache (measured, docs/kernels/math.md); GPU: chunking only bounds memory.
 _DEFAULT_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 30}
 
 

@@ -1,7 +1,7 @@
 """The MLP's products by the vendor's library (cuBLAS, rocBLAS) with passes over the hidden rows between them.
 
 Shared by the GPU backends, each of which brings the passes: :class:`RowPasses`. The algebra is derived in
-``docs/kernels.md`` 9: beta never touches a hidden tensor, and where an image has many more rows than the block has
+``docs/kernels/mlp.md``: beta never touches a hidden tensor, and where an image has many more rows than the block has
 channels, GRN's scale goes into the second weight and its gradient comes from a product of its own.
 """
 

@@ -21,7 +21,7 @@ __all__ = [  # beside what is defined below
     "prepare_parameters",
 ]
 
-FOLDS_LAYER_NORM = False  # a pass over the weights costs more than it saves at a CPU's batch sizes (docs/kernels.md 3)
+FOLDS_LAYER_NORM = False  # at a CPU's batch sizes folding costs more than it saves (docs/kernels/math.md)
 
 _ops = torch.ops.convnextv2_kernels
 

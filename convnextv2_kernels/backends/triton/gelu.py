@@ -1,4 +1,4 @@
-"""GELU(a) = a gate(a) and its slope gate(a) + a gate'(a), in the accumulators' dtype; see ``docs/kernels.md`` 9.
+"""GELU(a) = a gate(a) and its slope gate(a) + a gate'(a), in the accumulators' dtype; see ``docs/kernels/mlp.md``.
 
 ``ACT`` is "gelu", "gelu_tanh" or "none". ``NARROW`` says that the result is rounded to bfloat16: the exact form then
 follows a polynomial of nine odd terms where the library's erf takes 32 issue slots per element; its error, below 4e-5,
