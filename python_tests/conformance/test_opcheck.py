@@ -41,6 +41,6 @@ def test_opcheck(backend, name, dtype, optional):
 @pytest.mark.parametrize("name", ["mlp_forward", "mlp_backward", "block_forward", "block_backward"])
 @parametrize_backends()
 def test_opcheck_of_other_save_policies(backend, name, policy, monkeypatch):
-    """The fakes have to foresee what each policy keeps."""
+    """The fakes must predict the tensors that each policy saves."""
     monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
     test_opcheck(backend, name, F32, True)

@@ -105,7 +105,7 @@ def run(function, module, x, layout, cotangent):
 @pytest.mark.parametrize("scope", ("image", "batch"))
 @pytest.mark.parametrize("packed", (True, False))
 def test_default_through_the_variant_code_is_the_fused_op(packed, scope):
-    """Within the rule of the kernels: twice the error of plain PyTorch, which the variant code is, and rounding."""
+    """Within the rule for kernels: twice the error of plain PyTorch (here the variant's code), plus rounding."""
     block = randomised(cnn.ConvNeXtV2Block(8, scope=scope), torch.float32)
     x, layout = inputs(ragged_mask() if packed else None, dim=8, dtype=torch.float32)
     cotangent = torch.randn_like(x)
@@ -123,7 +123,7 @@ def test_default_through_the_variant_code_is_the_fused_op(packed, scope):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_autocast_is_that_of_the_reference(dtype):
-    """Matrix products and hidden activations narrow, everything else as it is; gradients in the parameters' dtype."""
+    """GEMMs and hidden activations in 16 bits, everything else unchanged; gradients in the parameters' dtype."""
     block = randomised(cnn.ConvNeXtV2Block(8), torch.float32)
     x, layout = inputs(ragged_mask(), dim=8, dtype=torch.float32)
     cotangent = torch.randn_like(x)
@@ -235,7 +235,7 @@ def test_forced_backend_is_refused(formula):
 
 
 def test_brute_force_knows_the_default():
-    """The loops here agree with those of the conformance suite where both have the formula."""
+    """The loops here agree with the conformance suite's where both implement the formula."""
     mask, rng = ragged_mask(), np.random.default_rng(0)
     x, gamma, beta = rng.normal(size=(10, 2, 2, 3)), rng.normal(size=3), rng.normal(size=3)
     for scope in ("image", "batch"):
