@@ -13,8 +13,7 @@ from ..ops._dispatch import once_differentiable
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """Autograd would save the difference and keep the target alive besides; only the difference is
-    needed."""
+    """Saves only the difference; autograd would also keep the target alive."""
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
@@ -39,6 +38,6 @@ def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
     the wider of the two dtypes. One ``[P, D]`` tensor is saved for the backward pass, in the dtype
     of matrix products, which are all that its gradient goes into.
     """
-    if backends.forced() == "reference":  # plain PyTorch throughout, so that it has higher derivatives
+    if backends.forced() == "reference":  # plain PyTorch, which has higher derivatives
         return (pred - target).square().sum(dim=-1).sum() / max(pred.numel(), 1)
     return _ReconstructionLoss.apply(pred, target)

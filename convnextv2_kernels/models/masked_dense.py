@@ -20,10 +20,10 @@ from .backbone import Backbone
 def masked_dense_features(encoder: Backbone, images: Tensor, layout: PatchLayout) -> Tensor:
     """Features ``[N, H/32, W/32, dims[3]]`` of ``images [N, in_chans, H, W]``, zero where hidden.
 
-    At visible sites they are those of ``encoder(images, layout)``, for its GRN, scope, drop path and feature dtype.
+    At visible sites they equal ``encoder(images, layout)``, for its GRN, scope, drop path and feature dtype.
 
     Raises:
-        TypeError, ValueError: images of another shape or dtype; a layout that is not of these images.
+        TypeError, ValueError: images of another shape or dtype; a layout of other images.
         RuntimeError: another backend than the reference is forced.
     """
     check_reference("the encoding 'masked_dense'")

@@ -14,7 +14,7 @@ from . import INTERPRETED
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that decides how it is compiled. ``arguments`` by name, constants among them."""
+    """A kernel with everything that determines its compilation. ``arguments`` by name, including constants."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler. Fused multiply-adds are meant: Triton 3.10 turns them off unless asked."""
+        """Options of the compiler. We want fused multiply-adds, which Triton 3.10 disables by default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -33,7 +33,7 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run: their launches are collected. Works with tensors on the device "meta"."""
+    """Inside, kernels do not run: their launches are recorded. Works with tensors on the device "meta"."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -43,7 +43,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments) -> None:
-    """Runs a kernel on the current stream of its tensors' device. A grid with a zero is no work."""
+    """Runs a kernel on the current stream of its tensors' device. A grid with a zero has no work."""
     if 0 in grid:
         return
     call = Launch(kernel, grid, arguments, num_warps, num_stages)
@@ -55,7 +55,7 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
 
 
 def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Makes the device of the tensors the current one, which is where Triton launches."""
+    """Makes the device of the tensors current, because Triton launches on the current device."""
     if not INTERPRETED:
         index = next(a.device.index for a in arguments.values() if isinstance(a, Tensor))
         if index != torch.cuda.current_device():
@@ -68,10 +68,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n: the sizes Triton's tiles may have."""
+    """The smallest power of two that is at least n: Triton's tiles have such sizes."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What sums of features of a dtype are kept in, as a constant for a kernel."""
+    """The dtype of sums over features of a dtype, as a constant for a kernel."""
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -1,7 +1,7 @@
-"""GELU and GRN on the rows of a hidden tensor ``[M, H]`` in segments, between the MLP's products.
+"""GELU and GRN on the rows of a hidden tensor ``[M, H]`` in segments, between the MLP's GEMMs.
 
-Contracts: ``csrc/cuda/kernels.h``. Bound by memory. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
-scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are cut as in ``column_sums.py``: a program stays in one
+Contracts: ``csrc/cuda/kernels.h``. Bandwidth-bound. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
+scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are cut as in ``reduce.py``: a program stays in one
 segment and one block of columns, so that scale and kappa are read once and kept. What needs a mean over H is one
 program per segment that goes through the columns in blocks, twice.
 """
@@ -18,7 +18,7 @@ from .gelu import activate, activate_with_slope, widen
 from .launch import accumulator, launch, next_power_of_2
 from .reduce import SIZES, add_partials, part_and_columns, part_rows, partial_sums, row_pass
 
-_READ_BY_ONE = 32768  # partial sums of a segment that its one program adds itself
+_READ_BY_ONE = 32768  # partial sums of a segment that a single program adds
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 from .. import _fakes
 
 NAMESPACE = "convnextv2_kernels_triton"
-# the functions behind the operators, which on the device "meta" would be answered by their fakes
+# the functions behind the operators, whose fakes would answer on the device "meta"
 FUNCTIONS: dict[str, Callable] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 

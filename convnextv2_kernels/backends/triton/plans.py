@@ -21,7 +21,7 @@ from . import INTERPRETED
 
 
 class Tile(NamedTuple):
-    """Shape of a product's tile, and how many warps work on it in how many pipeline stages."""
+    """Shape of a GEMM's tile, with its numbers of warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 class Plan(NamedTuple):
     """Tiles of each fused product (``products.py``, ``products_backward.py``), or None where the library's is taken.
 
-    ``source`` says where the choice comes from."""
+    ``source`` states the origin of the choice."""
 
     first: Tile | None = None
     second: Tile | None = None
@@ -53,12 +53,12 @@ class Plan(NamedTuple):
 
 KERNELS = Plan._fields[:-1]
 LIBRARY = Plan(source="library")
-_WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both in registers
+_WIDEST_BACKWARD = 256  # of C and O: hidden_backward holds whole rows of both in registers
 
 
 class Shape(NamedTuple):
-    """What decides: dtype, widths, and rows of an image (on average where they differ). Not the number of images, as
-    results must not depend on how a batch is cut into chunks."""
+    """The inputs of the choice: dtype, widths, and rows of an image (on average where they differ). Not the number of
+    images, because results must not depend on the partition of a batch into chunks."""
 
     dtype: torch.dtype
     width: int
@@ -80,7 +80,7 @@ _assumed: str | None = None
 
 @contextlib.contextmanager
 def assumed_family(name: str) -> Iterator[None]:
-    """Inside, plans are those of the committed table for a family, whatever the machine: to compile without a GPU."""
+    """Inside, plans come from the committed table for a family, whatever the machine: to compile without a GPU."""
     global _assumed
     before, _assumed = _assumed, name
     try:
@@ -91,7 +91,7 @@ def assumed_family(name: str) -> Iterator[None]:
 
 @functools.lru_cache
 def family(index: int | None = None) -> str:
-    """Row of the table for a GPU: shared memory and matrix units are alike within a family."""
+    """The GPU's family: shared memory and matrix units are alike within one."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip:
@@ -103,7 +103,7 @@ def family(index: int | None = None) -> str:
 
 
 def has_tf32() -> bool:
-    """Whether matrix units take float32 by tf32 parts: NVIDIA's."""
+    """Whether the matrix units compute float32 from tf32 parts: NVIDIA's do."""
     return (_assumed or family()).startswith("sm_")
 
 
@@ -132,7 +132,7 @@ def _fits(row: dict, shape: Shape) -> bool:
 
 
 def from_table(rows: list[dict], shape: Shape) -> Plan:
-    """The first row that fits, else the library."""
+    """The first row that matches, otherwise unfused."""
     for row in rows:
         if _fits(row, shape):
             return plan_of(row, row["source"])
@@ -155,7 +155,7 @@ def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
 
 
 def forget() -> None:
-    """Plans are looked up again: measured ones have changed."""
+    """Makes plans be looked up again, after measured ones have changed."""
     _choose.cache_clear()
 
 

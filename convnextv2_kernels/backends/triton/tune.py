@@ -23,7 +23,7 @@ from .gemm_forward import first_product, second_product
 from .gemm_tiles import Images, cut
 from .plans import KERNELS, Plan, Shape, Tile
 
-# rows, columns, depth, warps, stages; 8 warps wherever a tile has 128 x 128 results, or registers spill
+# rows, columns, depth, warps, stages; tiles of 128 x 128 results need 8 warps, or registers spill
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "first": (
         Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3),
@@ -78,7 +78,7 @@ class Case:
         self.d_sum = self.d.sum(0, dtype=f32)
 
     def kernel(self, name: str, tile: Tile) -> Callable[[], object] | None:
-        """One fused kernel in a tile, or None where it cannot be."""
+        """One fused kernel with a tile, or None if impossible."""
         s, n = self.shape, self.images.count
         rows = self.y.shape[0]
         if name in ("products", "hidden") and max(s.width, s.out) > 256:
@@ -155,7 +155,7 @@ class _With:
 
 
 def _seconds(functions: Mapping, repetitions: int) -> dict:
-    """Median seconds of each call, interleaved; what the GPU cannot hold or the compiler refuses is left out."""
+    """Median seconds of each call, interleaved; calls that exceed the GPU's memory or fail to compile are skipped."""
     ready = {}
     for key, function in functions.items():
         try:
@@ -171,8 +171,8 @@ def _seconds(functions: Mapping, repetitions: int) -> dict:
 
 
 def _repeated(function: Callable[[], object]) -> Callable[[], float]:
-    """Runs a function and returns its seconds. On a GPU several calls in a graph: small kernels would otherwise be
-    measured by how fast they are launched."""
+    """Runs a function and returns its seconds. On a GPU several calls run in a graph: otherwise launch overhead would
+    dominate small kernels."""
     if INTERPRETED:
 
         def run():
