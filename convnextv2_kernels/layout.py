@@ -11,7 +11,7 @@ _INT32_MAX = 2**31 - 1
 
 
 class LayoutKernels(Protocol):
-    """The two kernels that build a layout in one launch each: they return what the methods below compute."""
+    """The two kernels that build a layout in one launch each, with the same results as the methods below."""
 
     def builds_layouts(self, device: torch.device) -> bool:
         """Whether they run on a device."""
@@ -23,7 +23,7 @@ class LayoutKernels(Protocol):
     ) -> Tensor: ...
 
 
-# By device type; ``backends`` enters those that it has.
+# By device type; ``backends`` registers the available ones.
 KERNELS: dict[str, LayoutKernels] = {}
 
 

@@ -1,7 +1,7 @@
 """The FCMAE encoder on dense maps that are multiplied by the mask, in plain PyTorch (ConvNeXt V2 paper, A.2).
 
-It computes what the sparse encoder computes, and the hidden sites besides: the baseline of Figure 6, for comparisons
-and as a check. Hidden pixels are zero from the start, so that not even a NaN among them gets through.
+It computes the features of the sparse encoder, and hidden sites as well: an ablation (Figure 6) and a check of the
+sparse encoder. Hidden pixels are zeroed at the start, so that not even a NaN among them has an effect.
 """
 
 from __future__ import annotations

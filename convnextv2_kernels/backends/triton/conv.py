@@ -1,7 +1,7 @@
 """Depthwise K x K convolution of dense maps and of packed patches, and the same with LayerNorm.
 
 A program owns a tile of runs (``conv_addressing.py``) x channels, with one accumulator per pixel of a run. For each of
-the K rows of taps it reads RUN + K - 1 pixels and K weights. For K = 7, runs of 8 and bfloat16, an output value costs 49
+the K rows of taps it reads RUN + K - 1 pixels and K weights. For K = 7, runs of 8 and bfloat16, an output costs 49
 multiply-adds, 12.3 input values and 6.1 weights: 49 bytes from L1, where a program that reads every tap reads 98 for
 input alone. The compiled loop has 1.8 instructions per multiply-add, 89 per value (float32: 74), so it is bound by
 instruction issue. By count, not by measurement, that is about twice the time of a copy of the map for bfloat16, and the

@@ -1,8 +1,8 @@
 """Gradients of the depthwise convolution's weight and bias.
 
 A program owns a share of the runs (``conv_addressing.py``) and a block of channels. The rows of its tile are the K
-lines of taps, with one accumulator per tap of a line: a thread keeps its own sums from the first run to the last, and none
-cross threads. Per run it reads RUN values of the gradient, the same for all lines of taps, and RUN + K - 1 pixels for
+lines of taps, with one accumulator per tap of a line: a thread keeps its own sums from first to last run, and no sum
+crosses threads. Per run it reads RUN values of the gradient, the same for all lines of taps, and RUN + K - 1 pixels for
 RUN * K multiply-adds. The lines of taps read neighbouring lines of x, which L1 keeps for the next runs, so that beyond
 it grad moves about once and x about twice. For K = 7, runs of 8 and bfloat16 a value costs 56 multiply-adds (the tile
 has 8 lines) and 118 instructions, 218 and 304 in patches of side 2 and 1.

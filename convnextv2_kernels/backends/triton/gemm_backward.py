@@ -201,9 +201,9 @@ def weight_product_kernel(
 def image_products(
     a: Tensor, act: str, d: Tensor, w2: Tensor, segments: Segments, splits: int, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, both to be summed over the splits of an image's rows.
+    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, to be summed over the splits of an image's rows.
 
-    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not cut."""
+    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not split."""
     (rows, hidden), out_c, count = a.shape, d.shape[1], segments.count
     g = torch.empty(count, splits, hidden, out_c, dtype=torch.float32, device=a.device)
     t = torch.empty(count, splits, hidden, dtype=torch.float32, device=a.device)

@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 
 
 def partition(rows: int, images: Segments, size: int, allow_flat: bool = True) -> Tiles:
-    """Tiles of a chunk's rows, of which there is at least one; flat where cutting every image would waste much."""
+    """Tiles of a chunk's rows (at least one); flat where tiling every image by itself would waste much."""
     each = images.rows_each(rows)
     if each is None:
         return _table(rows, images, size)

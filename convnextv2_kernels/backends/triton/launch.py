@@ -1,6 +1,6 @@
-"""Launches and operators, each in one place: tests and the compiler's report see every launch as it is made; kernels
-that are called from outside the schedule are operators ``torch.ops.convnextv2_kernels_triton``, opaque to torch.compile
-and torch.export."""
+"""Launches and operators. All launches go through one function, so that tests and the compiler's report see every one.
+Kernels that are called from outside the schedule are operators ``torch.ops.convnextv2_kernels_triton``, opaque to
+torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
 
 
 NAMESPACE = "convnextv2_kernels_triton"
-# the functions behind the operators, which on the device "meta" would be answered by their fakes
+# the functions behind the operators, whose fakes would answer on the device "meta"
 FUNCTIONS: dict[str, Callable] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -89,8 +89,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def operator(function):
     """Registers a function that only reads its arguments and returns new tensors, and returns the operator.
 
-    Its annotations are the schema; names, arguments and results are those of the operator of the same name in
-    ``csrc/torch``, and so one fake serves both."""
+    Its annotations are the schema; names, arguments and results match the operator of the same name in ``csrc/torch``,
+    so that both share one fake."""
     name = function.__name__
     FUNCTIONS[name] = function
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))

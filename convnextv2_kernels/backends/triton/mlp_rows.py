@@ -1,9 +1,9 @@
 """GELU and GRN on the rows of a hidden tensor ``[M, H]`` in segments, between the MLP's GEMMs.
 
-Contracts: ``csrc/cuda/kernels.h``. Bandwidth-bound. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
-scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are cut as in ``reduce.py``: a program stays in one
-segment and one block of columns, so that scale and kappa are read once and kept. What needs a mean over H is one
-program per segment that goes through the columns in blocks, twice.
+Contracts: ``backends/base.py``. Bandwidth-bound. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
+scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are partitioned as in ``reduce.py``: a program stays in
+one segment and one block of columns, so that scale and kappa are read once and kept. Quantities that need a mean over H
+are computed by one program per segment, which goes through the columns in blocks, twice.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def finish_statistics(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tenso
 def gelu_statistics(
     a: Tensor, h: Tensor | None, gamma: Tensor, eps: float, act: str, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """norm and scale ``A[segments, H]`` of act(a), which goes to h, perhaps a itself, unless that is None."""
+    """norm and scale ``A[segments, H]`` of act(a), which is written to h unless None; h may be a."""
     squares = partial_sums(a, None, h, act, True, False, segments)
     return finish_statistics(squares.squeeze(2), gamma, eps)
 

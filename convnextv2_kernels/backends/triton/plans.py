@@ -1,7 +1,7 @@
 """Which of the MLP's GEMMs are fused with the element-wise work around them, and the shape of their tiles.
 
-Measured choices come first: those of ``python -m convnextv2_kernels tune`` on this very machine, then the committed
-table ``plans.json``, a list per GPU family of which the first row that fits is taken. Training steps never measure.
+Measurements by ``python -m convnextv2_kernels tune`` on this machine take precedence over the committed table
+``plans.json``, a list per GPU family whose first matching row applies. Training steps never measure.
 ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS`` = ``library`` or ``fused`` overrides both.
 
 Measured plans are on disk, one file per GPU, driver, and versions of PyTorch, Triton and this library, in
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 KERNELS = Plan._fields[:-1]
 UNFUSED = Plan(source="library")
-_WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both in registers
+_WIDEST_BACKWARD = 256  # of C and O: hidden_backward holds whole rows of both in registers
 
 
 class Shape(NamedTuple):
@@ -85,7 +85,7 @@ _given: Plan | None = None
 
 @contextlib.contextmanager
 def using(plan: Plan) -> Iterator[None]:
-    """Inside, every shape has this plan: to time and to test one."""
+    """Inside, every shape uses this plan: for timing and for tests."""
     global _given
     before, _given = _given, plan
     try:
@@ -200,7 +200,7 @@ def directory() -> Path:
 
 @functools.lru_cache
 def machine(index: int | None = None) -> dict[str, str]:
-    """What a measurement holds for."""
+    """The GPU, driver and versions that a measurement is valid for."""
     versions = {"torch": torch.__version__, "triton": version(), "library": __version__}
     if INTERPRETED:
         return {"gpu": "Triton's interpreter", "driver": "none", **versions}
@@ -208,7 +208,7 @@ def machine(index: int | None = None) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Version of the GPU driver; where the system does not tell, of the newest CUDA it knows, or of ROCm."""
+    """Version of the GPU driver; if the system does not report it, of the newest CUDA it supports, or of ROCm."""
     try:
         return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
     except (OSError, TypeError):
@@ -224,7 +224,7 @@ def path(index: int | None = None) -> Path:
 
 
 def _key(shape: Shape) -> tuple:
-    """Shapes with the same key share a plan: the same widths, and rows of an image to a factor of two."""
+    """Shapes with the same key share a plan: the same widths, and rows of an image within a factor of two."""
     dtype = str(shape.dtype).removeprefix("torch.")
     return dtype, shape.width, shape.hidden, shape.out, shape.rows_each.bit_length()
 
@@ -248,7 +248,7 @@ def measured(shape: Shape, index: int | None = None) -> Plan | None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer at a time, where the system has file locks."""
+    """One writer at a time, if the system has file locks."""
     try:
         import fcntl
     except ImportError:
@@ -260,7 +260,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
-    """Adds plans to those measured before; other processes that run already keep what they have read."""
+    """Adds plans to those measured before; running processes keep the plans that they have read."""
     file = path(index)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file.parent):

@@ -1,4 +1,4 @@
-"""Column sums over the rows of each segment, and the way all passes over rows are passes.
+"""Column sums over the rows of each segment, and the partition that all row passes share.
 
 Bandwidth-bound: every element is read once, 2 to 4 bytes. A program is a block of columns of one part of a segment: it
 walks down its rows in tiles of 16 elements per thread (8 of float64), with the sums in registers and the next tiles
@@ -51,7 +51,7 @@ def _tile(rows: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def row_pass(x: Tensor, segments: Segments) -> RowPass:
-    """How a pass over ``x [..., H]`` in segments is partitioned."""
+    """The partition of a pass over ``x [..., H]`` in segments."""
     offsets, rows_per_slot, count = segments
     channels = x.shape[-1]
     rows = x.numel() // channels
@@ -89,7 +89,7 @@ def column_sums_kernel(
     BOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """``partials [count * splits, 1 or 2, H]`` of act(x) or its SQUARE, with grad of grad * act(x), or of BOTH that and
-    grad; act(x) goes to h unless None."""
+    grad; act(x) is written to h unless None."""
     part, columns = part_and_columns(H, BN)
     begin, rows = part_rows(part, offsets, rows_per_slot, M, count, splits, BM)
     held = columns < H
@@ -122,7 +122,7 @@ def column_sums_kernel(
 def partial_sums(
     x: Tensor, grad: Tensor | None, h: Tensor | None, act: str, square: bool, both: bool, segments: Segments
 ) -> Tensor:
-    """``[segments, splits, 1 or 2, H]``: what :func:`column_sums_kernel` sums."""
+    """``[segments, splits, 1 or 2, H]``: the sums of :func:`column_sums_kernel`."""
     passes = row_pass(x, segments)
     shape = (segments.count, passes.splits, 2 if both else 1, x.shape[-1])
     partials = x.new_empty(shape, dtype=statistics_dtype(x.dtype))

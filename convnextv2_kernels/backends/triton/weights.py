@@ -61,7 +61,7 @@ def mlp_parameters_kernel(
 def mlp_parameters(params: MLPParams, layer_norm: NormParams | None, like: Tensor) -> MLPParams:
     """``w1 [H, C]``, ``b1 [H]``, ``w2 [O, H]``, ``b2 [O]`` or None, ``beta [H]`` and LN's weight and bias ``[C]``, of
     any float dtype, -> ``w1 * gain``, ``b1 + w1 shift``, w2, ``b2 + w2 beta`` in the dtype of ``like``. A weight that
-    would stay the same is returned itself."""
+    would not change is returned itself."""
     w1, b1, gamma, beta, w2, b2 = params
     (hidden, width), out = w1.shape, w2.shape[0]
     gain, shift = (None, None) if layer_norm is None else (t.contiguous() for t in layer_norm)
