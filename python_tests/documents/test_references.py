@@ -13,6 +13,7 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 # A folder, with a slash at its end, or a file of the kinds that are sources or documents.
 NAMED = re.compile(r"(?<![\w./<-])((?:[\w-]+/)*(?:[\w-]+/|\w[\w.-]*\.(?:py|cpp|h|inl|cu|cuh|md|sh)))(?![\w./{*-])")
 FOLDERS = ("convnextv2_kernels", "csrc", "bench", "docs", "examples", "python_tests", "tools")
+SOURCES = {".py", ".cpp", ".h", ".inl", ".cu", ".cuh", ".txt"}
 ELSEWHERE = {"main_pretrain.py", "main_finetune.py", "TRAINING.md"}  # of the official code
 
 
@@ -64,6 +65,13 @@ def test_links_resolve(document):
 @pytest.mark.parametrize("document", TEXTS)
 def test_named_files_exist(document):
     assert not missing_paths(TEXTS[document], repository_paths())
+
+
+def test_documents_named_in_sources_exist():
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.*") if path.suffix in SOURCES]
+    named = {(name, path) for path in sources for name in re.findall(r"\bdocs/[\w/]+\.md", path.read_text())}
+    assert any(name == "docs/kernels/math.md" for name, _ in named)
+    assert not {f"{path.relative_to(ROOT)}: {name}" for name, path in named if not (ROOT / name).exists()}
 
 
 def test_wrong_links_and_names_are_found():
