@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.backends import cpu
+from convnextv2_kernels.backends import native
 
 from .backends import BF16, F32, F64
 from .samples import make_sample
@@ -71,7 +71,7 @@ def main() -> None:
     for op, axes in SAMPLES:
         for dtype in (F32, BF16, F64):
             check(make_sample(op, **axes), "cpu", dtype)
-    print(json.dumps({"isa": cpu.extension.cpu_isa()[0], "threads": threads, "fakes": fakes}))
+    print(json.dumps({"isa": native.module.cpu_isa()[0], "threads": threads, "fakes": fakes}))
 
 
 if __name__ == "__main__":
