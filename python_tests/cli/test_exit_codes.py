@@ -1,5 +1,6 @@
 """How every command ends: exit codes, one sentence on standard error, no traceback where nobody reads on."""
 
+import os
 import pickle
 import subprocess
 import sys
@@ -65,8 +66,10 @@ def test_errors_travel_between_processes():
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("words", ["info", "--help", "analyze cosine --help", "bench --help"])
 def test_a_pipe_that_nobody_reads_ends_quietly(words, unbuffered):
-    command = [sys.executable, *(["-u"] if unbuffered else []), "-m", "convnextv2_kernels", *words.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "convnextv2_kernels", *words.split()]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
         process.stdout.close()  # before anything is written, as by `| head -0`
         error = process.stderr.read()
     # argparse ignores an error of its own print
