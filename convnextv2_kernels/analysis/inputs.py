@@ -24,7 +24,8 @@ from ..data.rng import ORDER, numpy_stream
 from ..data.sample_photos import load_photos
 from ..errors import UserError, describe_error
 from ..models import get_config
-from ..train.setup import prepare_output, resolve_device
+from ..train.distributed import resolve_device
+from ..train.setup import prepare_output
 from .networks import Network, load_network, untrained_network
 
 AHEAD = 64  # images decoded before they are needed

@@ -16,9 +16,10 @@ from ..data.sample_photos import load_photos
 from ..errors import UserError
 from .checkpoint import export_encoder, list_checkpoints
 from .config import PretrainOptions, environment
+from .distributed import resolve_device
 from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
-from .setup import build_fcmae, prepare_output, pretrain_config, resolve_device
+from .setup import build_fcmae, prepare_output, pretrain_config
 from .signals import folder_lock
 from .trainer import Spread, Storage, train
 

@@ -28,11 +28,11 @@ from ..models import ConvNeXtV2, create_model
 from ..nn import ConvNeXtV2Block, GRNVariant
 from .checkpoint import export_weights, load_checkpoint, whole_model
 from .config import FinetuneConfig, FinetuneOptions
-from .distributed import World, processes
+from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
 from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
-from .setup import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
+from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 

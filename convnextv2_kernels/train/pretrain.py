@@ -20,19 +20,10 @@ from ..layout import random_mask
 from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
-from .distributed import World, processes
+from .distributed import World, processes, resolve_device
 from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
-from .setup import (
-    build_fcmae,
-    parameters_of,
-    prepare_output,
-    pretrain_config,
-    resolve_device,
-    split_of,
-    storage_of,
-    write_settings,
-)
+from .setup import build_fcmae, parameters_of, prepare_output, pretrain_config, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 

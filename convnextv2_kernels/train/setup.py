@@ -14,7 +14,7 @@ from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions, environment, require_same_config
-from .distributed import resolve_device
+from .distributed import World
 from .trainer import Spread, Storage
 
 MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
@@ -31,17 +31,6 @@ SHARED_VALUES = (
 )
 
 Config = TypeVar("Config", bound=RunConfig)
-
-__all__ = [
-    "build_fcmae",
-    "make_config",
-    "prepare_output",
-    "pretrain_config",
-    "resolve_device",
-    "split_of",
-    "storage_of",
-    "write_settings",
-]
 
 
 def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
@@ -113,7 +102,7 @@ def storage_of(options: TrainOptions) -> Storage:
     return Storage(options.output, options.save_every, options.keep, tensorboard=options.tensorboard)
 
 
-def split_of(options: TrainOptions, world: Any) -> Spread:
+def split_of(options: TrainOptions, world: World) -> Spread:
     """How the run's steps are split."""
     return Spread(world, options.parallel, options.accumulate, options.workers)
 
