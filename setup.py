@@ -26,12 +26,13 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+INCLUDE = "-Icsrc/include"  # cnx/*.h, the C++ API; commands run in ROOT
+BASE_FLAGS = ["-std=c++17", INCLUDE, "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses a function boundary here
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", INCLUDE, "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # type punning is what vector accesses of device code are
-EMULATION_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DCNX_EMULATION"]
-EMULATION_FLAGS += ["-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
+EMULATION_FLAGS = ["-std=c++17", INCLUDE, "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
@@ -142,7 +143,7 @@ class Build:
             return list(pool.map(lambda item: self._compile_one(*item), commands))
 
     def _compile_one(self, command: list[str], source: Path) -> str:
-        target = self.folder / f"{source.parent.name}_{source.stem}.o"
+        target = self.folder / ("_".join(source.with_suffix(".o").parts[1:]))
         key_file, key = target.with_suffix(".key"), self._key(command, source)
         if not (target.exists() and key_file.exists() and key_file.read_text() == key):
             key_file.unlink(missing_ok=True)
@@ -152,7 +153,7 @@ class Build:
 
     def _key(self, command: list[str], source: Path) -> str:
         digest = hashlib.sha256(json.dumps([*command, str(source)]).encode())
-        for path in (source, *sorted(p for p in CSRC.glob("*/*") if p.suffix in (".h", ".inl", ".cuh"))):
+        for path in (source, *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cuh"))):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 

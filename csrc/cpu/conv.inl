@@ -1,8 +1,8 @@
 // Depthwise convolution: forward (also the gradient with respect to x, with flipped taps), fused LayerNorm, and the
 // gradients of weight and bias.
-#include "conv_rows.h"
-#include "conv_small.h"
-#include "conv_taps.h"
+#include "conv_generic.h"
+#include "conv_small_patch.h"
+#include "conv_tile.h"
 #include "norm.inl"
 
 namespace cnx {

@@ -1,7 +1,7 @@
 // GELU(a) = a * gate(a) and its derivative gate(a) + a * gate'(a).
 //
 // Exact: the gate is the normal distribution Phi, its slope the density. float: Phi(-|a|) = exp(-a^2/2) * t * P(t),
-// t = 1 / (1 + 0.33 |a|); the coefficients come from fit_gelu.py, maximum relative error 5.5e-8. The exponential is
+// t = 1 / (1 + 0.33 |a|); the coefficients come from tools/fit_gelu.py, maximum relative error 5.5e-8. The exponential is
 // shared with the density. double: the C library, lane by lane.
 //
 // Tanh form: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), 2u = sqrt(8/pi) (a + 0.044715 a^3). From e = exp(-|2u|), which
@@ -11,8 +11,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../common/params.h"
-#include "vec.h"
+#include "cnx/params.h"
+#include "simd.h"
 
 namespace cnx {
 namespace CNX_ISA {

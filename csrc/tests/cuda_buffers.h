@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 namespace test {

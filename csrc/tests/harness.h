@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "cnx/cpu.h"
 
 namespace test {
 

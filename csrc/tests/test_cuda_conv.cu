@@ -6,7 +6,7 @@
 #include <set>
 #include <string>
 
-#include "conv_geometry.cuh"
+#include "../cuda/conv/warp.cuh"
 #include "harness.h"
 
 using namespace cnx;

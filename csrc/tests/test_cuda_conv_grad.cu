@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 using namespace cnx;

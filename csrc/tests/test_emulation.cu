@@ -1,6 +1,6 @@
 // The emulation of the CUDA execution model: that it computes what a GPU would, and that it finds what it is for.
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 #include <cstdlib>

@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/params.h"
+#include "cnx/params.h"
 
 namespace cnx {
 namespace binding {

@@ -1,8 +1,8 @@
 // The CPU as a device of the bindings: the kernel table of this processor, run by PyTorch's thread pool.
 #pragma once
 
-#include "../cpu/kernels.h"
 #include "binding.h"
+#include "cnx/cpu.h"
 
 namespace cnx {
 namespace binding {

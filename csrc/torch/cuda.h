@@ -3,8 +3,8 @@
 // (csrc/emulation).
 #pragma once
 
-#include "../cuda/kernels.h"
 #include "binding.h"
+#include "cnx/cuda.h"
 
 #if defined(CNX_EMULATION)
 #define CNX_CUDA_KEY CPU

@@ -1,6 +1,6 @@
 // The schemas of the kernels, once for every backend that implements them as operators. The composite operators of the
-// MLP and the block (convnextv2_kernels/ops/_operators.py) are built from these. Contracts, tensor by tensor: the structs
-// of csrc/common/params.h and csrc/cuda/kernels.h, and for the MLP's parts
+// MLP and the block (convnextv2_kernels/ops/_operators.py) are built from these. Contracts, tensor by tensor: the
+// structs of csrc/include/cnx/params.h and csrc/include/cnx/cuda.h, and for the MLP's parts
 // convnextv2_kernels/backends/reference/mlp.py.
 //
 // `tanh` chooses GELU's form; a name would leak, as the stable ABI of PyTorch 2.13 frees no string argument.
