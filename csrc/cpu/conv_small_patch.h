@@ -11,7 +11,7 @@ namespace cnx {
 namespace CNX_ISA {
 
 template <int kSide>
-struct Small {
+struct SmallPatch {
   static constexpr int reach = (kRadius + kSide - 1) / kSide;
   static constexpr int window = 2 * reach + 1;
   static constexpr int neighbours = window * window;
@@ -37,9 +37,9 @@ CNX_INLINE void unroll(const F& f, std::integer_sequence<int, n...>) {
 
 // Sums of all pixels of one patch over `kGroup` vectors of channels; weights as vectors [block][tap].
 template <class T, int kSide, int kGroup, class Lanes>
-CNX_INLINE void convolve_small(const ConvGeometry& g, const T* x, int64_t patch, const Lanes& lanes, const Vec<T>* w,
-                               Vec<T> (*sums)[kGroup]) {
-  using S = Small<kSide>;
+CNX_INLINE void convolve_small_patch(const ConvGeometry& g, const T* x, int64_t patch, const Lanes& lanes,
+                                     const Vec<T>* w, Vec<T> (*sums)[kGroup]) {
+  using S = SmallPatch<kSide>;
   const int32_t* around = g.neighbours + patch * S::neighbours;
   const int64_t stride = g.channels;
   unroll(
@@ -65,9 +65,9 @@ CNX_INLINE void convolve_small(const ConvGeometry& g, const T* x, int64_t patch,
 
 // dw[tap] += over patches [first, last): neighbour by neighbour, so that its few sums stay in registers.
 template <class T, int kSide, class Lanes>
-CNX_INLINE void accumulate_small(const ConvGeometry& g, const T* x, const T* grad, int64_t first, int64_t last,
-                                 const Lanes& lanes, Vec<T>* dw) {
-  using S = Small<kSide>;
+CNX_INLINE void accumulate_small_patch(const ConvGeometry& g, const T* x, const T* grad, int64_t first, int64_t last,
+                                       const Lanes& lanes, Vec<T>* dw) {
+  using S = SmallPatch<kSide>;
   const int64_t stride = g.channels;
   unroll(
       [&](auto constant) __attribute__((always_inline)) {
@@ -99,10 +99,6 @@ CNX_INLINE void accumulate_small(const ConvGeometry& g, const T* x, const T* gra
           }
       },
       std::make_integer_sequence<int, S::neighbours>{});
-}
-
-CNX_INLINE bool serves_small(const ConvGeometry& g) {
-  return g.kernel_size == kTap && g.neighbours && g.height <= 2;
 }
 
 }  // namespace CNX_ISA

@@ -115,10 +115,5 @@ CNX_INLINE void with_tile(int size, const F& f) {
   }
 }
 
-// Whether the row loops serve this shape; conv_small_patch.h serves smaller patches, conv_generic.h every other kernel size.
-CNX_INLINE bool serves_rows(const ConvGeometry& g) {
-  return g.kernel_size == kTap && (!g.neighbours || g.height >= kRadius);
-}
-
 }  // namespace CNX_ISA
 }  // namespace cnx

@@ -1,8 +1,8 @@
 // GELU(a) = a * gate(a) and its derivative gate(a) + a * gate'(a).
 //
 // Exact: the gate is the normal distribution Phi, its slope the density. float: Phi(-|a|) = exp(-a^2/2) * t * P(t),
-// t = 1 / (1 + 0.33 |a|); the coefficients come from tools/fit_gelu.py, maximum relative error 5.5e-8. The exponential is
-// shared with the density. double: the C library, lane by lane.
+// t = 1 / (1 + 0.33 |a|); the coefficients come from tools/fit_gelu.py, maximum relative error 5.5e-8. The exponential
+// is shared with the density. double: the C library, lane by lane.
 //
 // Tanh form: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), 2u = sqrt(8/pi) (a + 0.044715 a^3). From e = exp(-|2u|), which
 // cannot overflow: with r = 1 / (1 + e) the gate is r or e r, its slope e r^2 d(2u)/da; neither cancels.

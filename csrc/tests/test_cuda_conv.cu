@@ -288,9 +288,9 @@ void test_choice() {
     p.geometry = {maps, height, width, channels, 7, nullptr};
     return std::string(conv_forward_choice(p));
   };
-  check(choice(1 << 16, 56, 56, 4096) == "conv_window", "more than 2^32 elements");
-  check(choice(1 << 20, 56, 56, 2) == "conv_taps", "more than 2^31 pixels");
-  check(choice(1, 8, 1 << 20, 4096) == "conv_taps", "more than 2^31 bytes in a row");
+  check(choice(1 << 16, 56, 56, 4096) == "conv_tile", "more than 2^32 elements");
+  check(choice(1 << 20, 56, 56, 2) == "conv_generic", "more than 2^31 pixels");
+  check(choice(1, 8, 1 << 20, 4096) == "conv_generic", "more than 2^31 bytes in a row");
 }
 
 int main(int count, char** names) {

@@ -233,8 +233,8 @@ void test_case(const Map& map, int64_t channels, int options, Random& random, do
   std::snprintf(what, sizeof what, "%s images %d map %dx%d side %d slots %d C %d options %d",
                 std::is_same<T, bf16>::value ? "bf16" : "f16", map.images, map.rows, map.cols, map.side, map.slots,
                 static_cast<int>(channels), options);
-  check(conv_tensor_serves(p), (std::string(what) + " is served").c_str());
-  conv_tensor_forward(p, launch);
+  check(conv_mma_supports(p), (std::string(what) + " is served").c_str());
+  conv_mma_forward(p, launch);
 
   double error = 0, size = 1e-30, inexact = 0;
   const int least = std::is_same<T, bf16>::value ? -126 : -14;  // smallest normal number
@@ -313,14 +313,14 @@ void test_isolation() {
   p.x = x.data();
   p.weight = weight.data();
   p.y = y.data();
-  conv_tensor_forward(p, launch);
+  conv_mma_forward(p, launch);
   for (int patch = 0; patch < 40; ++patch) {
     if (patch == 7) continue;
     p.geometry = one.geometry(channels);
     p.x = x.data() + patch * per_patch;
     p.y = single.data();
     if (patch % 5 == 0 || patch == 6 || patch == 8) {
-      conv_tensor_forward(p, launch);
+      conv_mma_forward(p, launch);
       check(std::memcmp(single.data(), y.data() + patch * per_patch, per_patch * sizeof(T)) == 0, "patch by itself");
     }
     for (int64_t i = 0; i < per_patch; ++i)
@@ -328,7 +328,7 @@ void test_isolation() {
   }
 }
 
-void test_serves() {
+void test_supported_shapes() {
   Random random(3);
   const Map map(1, 2, 2, 8, 2, random);
   alignas(16) static unsigned char memory[64];
@@ -338,7 +338,7 @@ void test_serves() {
     p.geometry = map.geometry(32);
     p.x = p.y = memory;
     change(p);
-    return conv_tensor_serves(p);
+    return conv_mma_supports(p);
   };
   check(call([](ConvForward&) {}), "served");
   check(!call([](ConvForward& p) { p.dtype = DType::f32; }), "float");
@@ -362,7 +362,7 @@ int main() {
     test_product<f16, 16>(random);
     test_product<f16, 8>(random);
   }
-  test_serves();
+  test_supported_shapes();
   test_isolation<bf16>();
   test_isolation<f16>();
   test_type<bf16>();

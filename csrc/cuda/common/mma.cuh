@@ -63,7 +63,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
   asm("mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                 \
       : "r"(a[0]), "r"(a[1]), "r"(b[0]))
-// What older GPUs do not have must not stop a build for them; there conv_tensor_serves says no.
+// What older GPUs do not have must not stop a build for them; there conv_mma_supports says no.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <class T, int kWords>
 __device__ __forceinline__ void multiply_add(float (&)[4], const uint32_t (&)[kWords], const uint32_t (&)[kWords / 2]) {

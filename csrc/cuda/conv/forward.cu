@@ -1,4 +1,4 @@
-// Depthwise convolution, and the gradient with respect to its input: which kernel serves a shape, and the entry.
+// Depthwise convolution, and the gradient with respect to its input: which kernel runs a shape, and the entry.
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -33,13 +33,13 @@ bool in_words(const ConvForward& p) {
 
 ConvKernel kernel_of(const ConvForward& p) {
   const ConvGeometry& g = p.geometry;
-  if (!in_words(p) || g.maps * g.height * g.width > kMostUnits) return ConvKernel::taps;
-  if (g.width * g.channels * element_bytes(p.dtype) > kMostPitch) return ConvKernel::taps;
-  if (g.neighbours && g.height == 1) return ConvKernel::point;
-  if (g.kernel_size != 7) return ConvKernel::taps;
-  if (!g.neighbours) return ConvKernel::window;
-  if (g.height == 2 || g.height == 4) return ConvKernel::patch;
-  return g.height % 8 == 0 ? ConvKernel::window : ConvKernel::taps;
+  if (!in_words(p) || g.maps * g.height * g.width > kMostUnits) return ConvKernel::generic;
+  if (g.width * g.channels * element_bytes(p.dtype) > kMostPitch) return ConvKernel::generic;
+  if (g.neighbours && g.height == 1) return ConvKernel::pixel;
+  if (g.kernel_size != 7) return ConvKernel::generic;
+  if (!g.neighbours) return ConvKernel::tile;
+  if (g.height == 2 || g.height == 4) return ConvKernel::small_patch;
+  return g.height % 8 == 0 ? ConvKernel::tile : ConvKernel::generic;
 }
 
 // CONVNEXTV2_KERNELS_CUDA_CONV: read at every launch, so that one process can compare the two.
@@ -52,7 +52,7 @@ bool wants_tensor_cores() {
 }
 
 bool on_tensor_cores(const ConvForward& p) {
-  return wants_tensor_cores() && conv_tensor_serves(p);
+  return wants_tensor_cores() && conv_mma_supports(p);
 }
 
 // Blocks of 16 and 8 words in place of the last one of 32. Units beside each other compute what any of them sees: with
@@ -62,7 +62,7 @@ bool cut_rest(ConvKernel kernel, int64_t words, int& halves, int& quarters) {
   const int64_t rest = words % 32;
   halves = rest > 8;
   quarters = rest <= 8 || rest > 16;
-  return kernel == ConvKernel::window && rest > 0 && rest <= 24;
+  return kernel == ConvKernel::tile && rest > 0 && rest <= 24;
 }
 
 }  // namespace
@@ -71,21 +71,21 @@ ConvPlan conv_forward_plan(const ConvForward& p) {
   const ConvGeometry& g = p.geometry;
   ConvPlan plan{};
   plan.kernel = kernel_of(p);
-  if (plan.kernel == ConvKernel::taps) {
+  if (plan.kernel == ConvKernel::generic) {
     plan.all = g.maps * g.height * g.width * g.channels;
     return plan;
   }
-  const bool window = plan.kernel == ConvKernel::window;
+  const bool tile = plan.kernel == ConvKernel::tile;
   const int64_t word = 4 / element_bytes(p.dtype), words = ceil_div(g.channels, word);
-  // bytes of weights of a block; conv_window's lie by fours
+  // bytes of weights of a block; conv_tile's lie by fours
   const int64_t taps = int64_t{g.kernel_size} * g.kernel_size;
-  const int64_t staged = (window ? ceil_div(taps * word, 4) * 4 : taps * word) * 33 * 4;
+  const int64_t staged = (tile ? ceil_div(taps * word, 4) * 4 : taps * word) * 33 * 4;
   const int64_t down = ceil_div(g.height, 4), strips = down * ceil_div(g.width, 8);  // of a map
-  plan.all = window ? g.maps * strips : g.maps;
+  plan.all = tile ? g.maps * strips : g.maps;
   plan.strips = Divisor::of(static_cast<uint32_t>(strips));
   plan.strips_down = Divisor::of(static_cast<uint32_t>(down));
 
-  const int blocks = static_cast<int>(ceil_div(words, 32)), usual = plan.kernel == ConvKernel::point ? 8 : 4;
+  const int blocks = static_cast<int>(ceil_div(words, 32)), usual = plan.kernel == ConvKernel::pixel ? 8 : 4;
   int halves, quarters;
   const bool cut = cut_rest(plan.kernel, words, halves, quarters);
   const auto arrange = [&](int wide, int half, int quarter) {  // whether a CTA can be these blocks
@@ -96,9 +96,9 @@ ConvPlan conv_forward_plan(const ConvForward& p) {
     while (half || quarter ? 2 * count() <= usual : count() + wide <= usual)
       plan.units += half || quarter ? plan.units : 1;
     plan.warps = count();
-    // weights of all blocks stay in shared memory, but those of conv_patch pass through it
-    const int64_t shared =
-        staged * (plan.kernel == ConvKernel::patch ? 1 : plan.blocks()) + 4 * finish_scratch(plan.blocks(), plan.units);
+    // weights of all blocks stay in shared memory, but those of conv_small_patch pass through it
+    const int64_t shared = staged * (plan.kernel == ConvKernel::small_patch ? 1 : plan.blocks()) +
+                           4 * finish_scratch(plan.blocks(), plan.units);
     plan.shared = static_cast<int>(shared);
     return plan.warps <= kMostWarps && shared <= kMostShared;
   };
@@ -114,36 +114,36 @@ ConvPlan conv_forward_plan(const ConvForward& p) {
 }
 
 const char* conv_forward_choice(const ConvForward& p) {
-  if (on_tensor_cores(p)) return "conv_tensor";
+  if (on_tensor_cores(p)) return "conv_mma";
   switch (conv_forward_plan(p).kernel) {
-    case ConvKernel::window:
-      return "conv_window";
-    case ConvKernel::patch:
-      return "conv_patch";
-    case ConvKernel::point:
-      return "conv_point";
-    case ConvKernel::taps:
-      return "conv_taps";
+    case ConvKernel::tile:
+      return "conv_tile";
+    case ConvKernel::small_patch:
+      return "conv_small_patch";
+    case ConvKernel::pixel:
+      return "conv_pixel";
+    case ConvKernel::generic:
+      return "conv_generic";
   }
   return "";
 }
 
 ConvChoice conv_forward_kernel(const ConvForward& p) {
   const ConvPlan plan = conv_forward_plan(p);
-  const int threads = plan.kernel == ConvKernel::taps ? 256 : 32 * plan.warps;
+  const int threads = plan.kernel == ConvKernel::generic ? 256 : 32 * plan.warps;
   return {conv_forward_choice(p), threads, plan.shared, plan.fused};
 }
 
-// conv_taps reads weights tap by tap; no other kernel needs a workspace.
+// conv_generic reads weights tap by tap; no other kernel needs a workspace.
 int64_t conv_forward_workspace(const ConvForward& p) {
-  if (kernel_of(p) != ConvKernel::taps) return 0;
+  if (kernel_of(p) != ConvKernel::generic) return 0;
   return p.geometry.channels * p.geometry.kernel_size * p.geometry.kernel_size * (p.dtype == DType::f64 ? 8 : 4);
 }
 
 void conv_forward(const ConvForward& p, const Launch& launch) {
   const ConvGeometry& g = p.geometry;
   if (g.maps * g.height * g.width * g.channels == 0) return;
-  if (on_tensor_cores(p)) return conv_tensor_forward(p, launch);
+  if (on_tensor_cores(p)) return conv_mma_forward(p, launch);
   const ConvPlan plan = conv_forward_plan(p);
   dispatch(p.dtype, [&](auto type) { conv_forward_of<typename decltype(type)::type>(p, plan, launch); });
 }

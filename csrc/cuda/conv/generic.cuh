@@ -28,7 +28,7 @@ __device__ __forceinline__ void add_tap(Acc<T> (&sum)[N], const T* x, const Acc<
 
 // weight: [taps, C].
 template <class T, int N>
-__global__ void __launch_bounds__(256) conv_taps(ConvForward p, const Acc<T>* weight) {
+__global__ void __launch_bounds__(256) conv_generic(ConvForward p, const Acc<T>* weight) {
   const ConvGeometry& g = p.geometry;
   const int64_t channels = g.channels, height = g.height, width = g.width;
   const int size = g.kernel_size, radius = size / 2;

@@ -43,44 +43,44 @@ template <class T>
 GradPlan make_plan(const ConvGeometry& g, bool aligned) {
   GradPlan plan{};
   const int64_t taps = int64_t{g.kernel_size} * g.kernel_size;
-  if (g.maps * g.height * g.width * g.channels == 0) return GradPlan{GradKernel::any, 0, 0, 1, 0};
+  if (g.maps * g.height * g.width * g.channels == 0) return GradPlan{GradKernel::generic, 0, 0, 1, 0};
   const bool square = g.height == g.width, seven = g.kernel_size == 7;
   // the register kernels keep offsets within a map in 32 bits
   const int64_t map_pixels = g.height * g.width, map_bytes = map_pixels * g.channels * static_cast<int64_t>(sizeof(T));
   const bool small =
       g.neighbours ? map_bytes <= INT32_MAX : map_pixels <= INT32_MAX && map_bytes / map_pixels <= INT32_MAX / 8;
   if (!aligned || !small || g.channels % kPerWord<T> != 0 || std::is_same<T, double>::value)
-    plan.kernel = GradKernel::any;
+    plan.kernel = GradKernel::generic;
   else if (g.neighbours && square && g.height == 1)
-    plan.kernel = GradKernel::pixels;
+    plan.kernel = GradKernel::pixel;
   else if (seven && (!g.neighbours || (square && g.height % kTile == 0)))
-    plan.kernel = GradKernel::tiles;
+    plan.kernel = GradKernel::tile;
   else if (seven && square && (g.height == 2 || g.height == 4))
-    plan.kernel = GradKernel::patches;
+    plan.kernel = GradKernel::small_patch;
   else
-    plan.kernel = GradKernel::any;
+    plan.kernel = GradKernel::generic;
 
   const int64_t word_count = g.channels / kPerWord<T>;
   int64_t quantum = 1, wanted = 1;  // units that keep all warps of a block busy; splits worth having
   switch (plan.kernel) {
-    case GradKernel::tiles:
-    case GradKernel::patches:
+    case GradKernel::tile:
+    case GradKernel::small_patch:
       plan.units =
-          g.maps * (plan.kernel == GradKernel::patches ? 1 : ceil_div(g.height, kTile) * ceil_div(g.width, kTile));
+          g.maps * (plan.kernel == GradKernel::small_patch ? 1 : ceil_div(g.height, kTile) * ceil_div(g.width, kTile));
       plan.blocks = ChannelBlocks{word_count}.count();
       quantum = kGradWarps;
       wanted = ceil_div(kBlocks, plan.blocks);
       break;
-    case GradKernel::pixels:
+    case GradKernel::pixel:
       plan.units = g.maps;
       plan.blocks = ceil_div(word_count, 32);
       quantum = 64;
       wanted = ceil_div(8 * kBlocks, plan.blocks * g.kernel_size);
       break;
-    case GradKernel::any:
+    case GradKernel::generic:
       plan.units = g.maps * g.height;
       plan.blocks = ceil_div(g.channels, 32);
-      quantum = 2 * kAnyWarps;
+      quantum = 2 * kGenericWarps;
       wanted = ceil_div(2 * kBlocks, plan.blocks * g.kernel_size);
       break;
   }
@@ -121,11 +121,11 @@ void weight_grad_of(const ConvWeightGrad& p, const Launch& launch) {
   a.step = static_cast<uint32_t>(g.channels * sizeof(T));
   if (plan.splits > 0) {
     if constexpr (!std::is_same<T, double>::value) {
-      if (plan.kernel == GradKernel::tiles) weight_grad_tiles(a, plan, launch);
-      if (plan.kernel == GradKernel::patches) weight_grad_patches(a, plan, launch);
-      if (plan.kernel == GradKernel::pixels) weight_grad_pixels(a, plan, launch);
+      if (plan.kernel == GradKernel::tile) weight_grad_tile(a, plan, launch);
+      if (plan.kernel == GradKernel::small_patch) weight_grad_small_patch(a, plan, launch);
+      if (plan.kernel == GradKernel::pixel) weight_grad_pixel(a, plan, launch);
     }
-    if (plan.kernel == GradKernel::any) weight_grad_any(a, plan, launch);
+    if (plan.kernel == GradKernel::generic) weight_grad_generic(a, plan, launch);
   }
   const int taps = g.kernel_size * g.kernel_size;
   const dim3 grid(static_cast<unsigned>(ceil_div(g.channels, 32)), static_cast<unsigned>(p.dbias ? taps + 1 : taps));

@@ -7,7 +7,7 @@ namespace {
 
 // Any shape: a lane owns a channel, a block one row of taps; its warps take lines of pixels in turn.
 template <class T>
-__global__ void __launch_bounds__(32 * kAnyWarps, 2) conv_weight_grad_any(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kGenericWarps, 2) conv_weight_grad_generic(GradArguments<T> p) {
   using A = Acc<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, size = p.kernel_size, radius = size / 2;
   const int ky = blockIdx.y;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(32 * kAnyWarps, 2) conv_weight_grad_any(GradAr
   A sums[kMaxKernel + 1] = {};  // the last: the bias gradient
 
 #pragma unroll 1
-  for (int64_t line = first + warp; line < last; line += kAnyWarps) {
+  for (int64_t line = first + warp; line < last; line += kGenericWarps) {
     const int64_t map = line / height;
     int64_t row = line % height + ky - radius;
     int down = 0;
@@ -52,17 +52,17 @@ __global__ void __launch_bounds__(32 * kAnyWarps, 2) conv_weight_grad_any(GradAr
   }
 
   CNX_DYNAMIC_SHARED(shared);
-  A* scratch = reinterpret_cast<A*>(shared);  // [kAnyWarps][kMaxKernel + 1][32]
+  A* scratch = reinterpret_cast<A*>(shared);  // [kGenericWarps][kMaxKernel + 1][32]
 #pragma unroll
   for (int i = 0; i <= kMaxKernel; ++i) scratch[(warp * (kMaxKernel + 1) + i) * 32 + lane] = sums[i];
   __syncthreads();
   if (block_channel >= p.channels) return;
   A* target = p.partial + int64_t{blockIdx.z} * (size * size + 1) * p.channels + channel;
-  for (int i = warp; i <= kMaxKernel; i += kAnyWarps) {
+  for (int i = warp; i <= kMaxKernel; i += kGenericWarps) {
     const bool bias = i == kMaxKernel;
     if (bias ? ky != radius : i >= size) continue;
     A sum = 0;
-    for (int w = 0; w < kAnyWarps; ++w) sum += scratch[(w * (kMaxKernel + 1) + i) * 32 + lane];
+    for (int w = 0; w < kGenericWarps; ++w) sum += scratch[(w * (kMaxKernel + 1) + i) * 32 + lane];
     target[(bias ? size * size : ky * size + i) * p.channels] = sum;
   }
 }
@@ -70,15 +70,15 @@ __global__ void __launch_bounds__(32 * kAnyWarps, 2) conv_weight_grad_any(GradAr
 }  // namespace
 
 template <class T>
-void weight_grad_any(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
-  constexpr int shared = kAnyWarps * (kMaxKernel + 1) * 32 * static_cast<int>(sizeof(Acc<T>));
-  CNX_LAUNCH((conv_weight_grad_any<T>), tap_rows(plan, p.kernel_size), dim3(32 * kAnyWarps), shared, launch, p);
+void weight_grad_generic(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
+  constexpr int shared = kGenericWarps * (kMaxKernel + 1) * 32 * static_cast<int>(sizeof(Acc<T>));
+  CNX_LAUNCH((conv_weight_grad_generic<T>), tap_rows(plan, p.kernel_size), dim3(32 * kGenericWarps), shared, launch, p);
 }
 
-template void weight_grad_any(const GradArguments<float>&, const GradPlan&, const Launch&);
-template void weight_grad_any(const GradArguments<double>&, const GradPlan&, const Launch&);
-template void weight_grad_any(const GradArguments<bf16>&, const GradPlan&, const Launch&);
-template void weight_grad_any(const GradArguments<f16>&, const GradPlan&, const Launch&);
+template void weight_grad_generic(const GradArguments<float>&, const GradPlan&, const Launch&);
+template void weight_grad_generic(const GradArguments<double>&, const GradPlan&, const Launch&);
+template void weight_grad_generic(const GradArguments<bf16>&, const GradPlan&, const Launch&);
+template void weight_grad_generic(const GradArguments<f16>&, const GradPlan&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

@@ -8,7 +8,7 @@ namespace {
 // Side 1: a warp owns one tap and 32 words of channels. 32 patches at a time, it reads who has a visible neighbour
 // there and goes through those alone, four at once to have their reads under way together.
 template <class T>
-__global__ void __launch_bounds__(32 * kMaxKernel) conv_weight_grad_points(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kMaxKernel) conv_weight_grad_pixel(GradArguments<T> p) {
   constexpr int kPer = kPerWord<T>, kAtOnce = 4;
   const int lane = threadIdx.x % 32, taps = p.kernel_size * p.kernel_size;
   const int tap = blockIdx.y * p.kernel_size + threadIdx.x / 32;
@@ -63,13 +63,13 @@ __global__ void __launch_bounds__(32 * kMaxKernel) conv_weight_grad_points(GradA
 }  // namespace
 
 template <class T>
-void weight_grad_pixels(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
-  CNX_LAUNCH((conv_weight_grad_points<T>), tap_rows(plan, p.kernel_size), dim3(32 * p.kernel_size), 0, launch, p);
+void weight_grad_pixel(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
+  CNX_LAUNCH((conv_weight_grad_pixel<T>), tap_rows(plan, p.kernel_size), dim3(32 * p.kernel_size), 0, launch, p);
 }
 
-template void weight_grad_pixels(const GradArguments<float>&, const GradPlan&, const Launch&);
-template void weight_grad_pixels(const GradArguments<bf16>&, const GradPlan&, const Launch&);
-template void weight_grad_pixels(const GradArguments<f16>&, const GradPlan&, const Launch&);
+template void weight_grad_pixel(const GradArguments<float>&, const GradPlan&, const Launch&);
+template void weight_grad_pixel(const GradArguments<bf16>&, const GradPlan&, const Launch&);
+template void weight_grad_pixel(const GradArguments<f16>&, const GradPlan&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

@@ -1,4 +1,4 @@
-// The weight gradient of the depthwise convolution: which kernel serves a shape, and how its sums are cut up.
+// The weight gradient of the depthwise convolution: which kernel runs a shape, and how its sums are divided.
 //
 // Stage 1 writes partial sums [splits][K*K + 1][C] (the last row is the bias gradient), stage 2 adds them in order. The
 // cut depends on the shape alone, so a result does not depend on the device it was computed on.
@@ -11,18 +11,18 @@ namespace cnx {
 namespace cuda {
 
 enum class GradKernel {
-  tiles,    // K = 7, dense maps and patch sides that are multiples of 8: 8x8 tiles
-  patches,  // K = 7, patch sides 2 and 4: whole patches
-  pixels,   // side 1, any K: one warp per tap
-  any,      // everything else
+  tile,         // K = 7, dense maps and patch sides that are multiples of 8: 8x8 tiles
+  small_patch,  // K = 7, patch sides 2 and 4: whole patches
+  pixel,        // side 1, any K: one warp per tap
+  generic,      // everything else
 };
 
 // A lane owns one word of 4 bytes: channels per word.
 template <class T>
 constexpr int kPerWord = sizeof(T) >= 4 ? 1 : 4 / static_cast<int>(sizeof(T));
 
-constexpr int kGradWarps = 4;  // of tiles and patches: they work on different tiles of the same channels
-constexpr int kAnyWarps = 8;   // of the kernel for any shape: lines of pixels of the same channels
+constexpr int kGradWarps = 4;     // of tile and small_patch: they work on different tiles of the same channels
+constexpr int kGenericWarps = 8;  // of the kernel for any shape: lines of pixels of the same channels
 constexpr int kTile = 8;
 constexpr int kMaxKernel = 11;
 
@@ -69,13 +69,13 @@ struct GradArguments {
 };
 
 template <class T>
-void weight_grad_tiles(const GradArguments<T>&, const GradPlan&, const Launch&);
+void weight_grad_tile(const GradArguments<T>&, const GradPlan&, const Launch&);
 template <class T>
-void weight_grad_patches(const GradArguments<T>&, const GradPlan&, const Launch&);
+void weight_grad_small_patch(const GradArguments<T>&, const GradPlan&, const Launch&);
 template <class T>
-void weight_grad_pixels(const GradArguments<T>&, const GradPlan&, const Launch&);
+void weight_grad_pixel(const GradArguments<T>&, const GradPlan&, const Launch&);
 template <class T>
-void weight_grad_any(const GradArguments<T>&, const GradPlan&, const Launch&);
+void weight_grad_generic(const GradArguments<T>&, const GradPlan&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

@@ -79,7 +79,7 @@ __device__ __forceinline__ void all_stages(const T* x, const int* slots, uint32_
 }
 
 template <class T, int kSide>
-__global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_patches(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_small_patch(GradArguments<T> p) {
   using A = Around<kSide>;
   constexpr int kPer = kPerWord<T>, kNeighbours = A::across * A::across;
   const int lane = threadIdx.x % 32;
@@ -120,17 +120,17 @@ __global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_patches(G
 }  // namespace
 
 template <class T>
-void weight_grad_patches(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
+void weight_grad_small_patch(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
   if (p.height == 4)
-    CNX_LAUNCH((conv_weight_grad_patches<T, 4>), grid, dim3(32 * kGradWarps), kPartialShared<T>, launch, p);
+    CNX_LAUNCH((conv_weight_grad_small_patch<T, 4>), grid, dim3(32 * kGradWarps), kPartialShared<T>, launch, p);
   else
-    CNX_LAUNCH((conv_weight_grad_patches<T, 2>), grid, dim3(32 * kGradWarps), kPartialShared<T>, launch, p);
+    CNX_LAUNCH((conv_weight_grad_small_patch<T, 2>), grid, dim3(32 * kGradWarps), kPartialShared<T>, launch, p);
 }
 
-template void weight_grad_patches(const GradArguments<float>&, const GradPlan&, const Launch&);
-template void weight_grad_patches(const GradArguments<bf16>&, const GradPlan&, const Launch&);
-template void weight_grad_patches(const GradArguments<f16>&, const GradPlan&, const Launch&);
+template void weight_grad_small_patch(const GradArguments<float>&, const GradPlan&, const Launch&);
+template void weight_grad_small_patch(const GradArguments<bf16>&, const GradPlan&, const Launch&);
+template void weight_grad_small_patch(const GradArguments<f16>&, const GradPlan&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply(const float (&in)[kWindow][kPer], const
 }
 
 template <class T, Maps kMaps>
-__global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_tiles(GradArguments<T> p) {
+__global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_tile(GradArguments<T> p) {
   constexpr int kPer = kPerWord<T>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const LanePlace place(p.channels, kPer, blockIdx.x, lane);
@@ -192,25 +192,25 @@ __global__ void __launch_bounds__(32 * kGradWarps, 2) conv_weight_grad_tiles(Gra
 }  // namespace
 
 template <class T>
-void weight_grad_tiles(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
+void weight_grad_tile(const GradArguments<T>& p, const GradPlan& plan, const Launch& launch) {
   constexpr int tiles = kGradWarps * kTile * kTile * 32 * kPerWord<T> * static_cast<int>(sizeof(float));
   constexpr int shared = tiles > kPartialShared<T> ? tiles : kPartialShared<T>;
   const dim3 grid(static_cast<unsigned>(plan.blocks), static_cast<unsigned>(plan.splits));
   if (!p.neighbours) {
-    allow_shared(conv_weight_grad_tiles<T, Maps::dense>, shared);
-    CNX_LAUNCH((conv_weight_grad_tiles<T, Maps::dense>), grid, dim3(32 * kGradWarps), shared, launch, p);
+    allow_shared(conv_weight_grad_tile<T, Maps::dense>, shared);
+    CNX_LAUNCH((conv_weight_grad_tile<T, Maps::dense>), grid, dim3(32 * kGradWarps), shared, launch, p);
   } else if (p.height == kTile) {
-    allow_shared(conv_weight_grad_tiles<T, Maps::one_tile>, shared);
-    CNX_LAUNCH((conv_weight_grad_tiles<T, Maps::one_tile>), grid, dim3(32 * kGradWarps), shared, launch, p);
+    allow_shared(conv_weight_grad_tile<T, Maps::one_tile>, shared);
+    CNX_LAUNCH((conv_weight_grad_tile<T, Maps::one_tile>), grid, dim3(32 * kGradWarps), shared, launch, p);
   } else {
-    allow_shared(conv_weight_grad_tiles<T, Maps::patches>, shared);
-    CNX_LAUNCH((conv_weight_grad_tiles<T, Maps::patches>), grid, dim3(32 * kGradWarps), shared, launch, p);
+    allow_shared(conv_weight_grad_tile<T, Maps::patches>, shared);
+    CNX_LAUNCH((conv_weight_grad_tile<T, Maps::patches>), grid, dim3(32 * kGradWarps), shared, launch, p);
   }
 }
 
-template void weight_grad_tiles(const GradArguments<float>&, const GradPlan&, const Launch&);
-template void weight_grad_tiles(const GradArguments<bf16>&, const GradPlan&, const Launch&);
-template void weight_grad_tiles(const GradArguments<f16>&, const GradPlan&, const Launch&);
+template void weight_grad_tile(const GradArguments<float>&, const GradPlan&, const Launch&);
+template void weight_grad_tile(const GradArguments<bf16>&, const GradPlan&, const Launch&);
+template void weight_grad_tile(const GradArguments<f16>&, const GradPlan&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

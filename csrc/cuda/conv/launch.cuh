@@ -18,7 +18,7 @@ void conv_forward_of(const ConvForward& p, const ConvPlan& plan, const Launch& l
 constexpr int64_t kMostBlocks = 1 << 20;  // of kernels that loop over what is left
 
 template <class T, int N>
-void launch_taps(const ConvForward& p, const ConvPlan& plan, const Launch& launch) {
+void launch_generic(const ConvForward& p, const ConvPlan& plan, const Launch& launch) {
   using A = Acc<T>;
   const int taps = p.geometry.kernel_size * p.geometry.kernel_size;
   const int64_t channels = p.geometry.channels, work = plan.all / N;
@@ -27,7 +27,7 @@ void launch_taps(const ConvForward& p, const ConvPlan& plan, const Launch& launc
   CNX_LAUNCH((conv_turn_weights<A>), turn, dim3(256), 0, launch, static_cast<const A*>(p.weight), channels, taps,
              p.flip, weight);
   const dim3 grid(static_cast<unsigned>(std::min(ceil_div(work, 256), kMostBlocks)));
-  CNX_LAUNCH((conv_taps<T, N>), grid, dim3(256), 0, launch, p, weight);
+  CNX_LAUNCH((conv_generic<T, N>), grid, dim3(256), 0, launch, p, weight);
 }
 
 template <class T, int N>
@@ -64,16 +64,16 @@ unsigned share_blocks(Kernel kernel, ConvPlan& plan, int threads) {
 
 template <class T, bool kNormalize>
 void launch_words(const ConvForward& p, ConvPlan plan, const Launch& launch) {
-  if (plan.kernel == ConvKernel::point)
-    CNX_LAUNCH_CONV((conv_point<T, kNormalize>));
-  else if (plan.kernel == ConvKernel::patch && p.geometry.height == 4)
-    CNX_LAUNCH_CONV((conv_patch<T, 4, kNormalize>));
-  else if (plan.kernel == ConvKernel::patch)
-    CNX_LAUNCH_CONV((conv_patch<T, 2, kNormalize>));
+  if (plan.kernel == ConvKernel::pixel)
+    CNX_LAUNCH_CONV((conv_pixel<T, kNormalize>));
+  else if (plan.kernel == ConvKernel::small_patch && p.geometry.height == 4)
+    CNX_LAUNCH_CONV((conv_small_patch<T, 4, kNormalize>));
+  else if (plan.kernel == ConvKernel::small_patch)
+    CNX_LAUNCH_CONV((conv_small_patch<T, 2, kNormalize>));
   else if (narrow(p.geometry.height, p.geometry.width))
-    CNX_LAUNCH_CONV((conv_window<T, true, kNormalize>));
+    CNX_LAUNCH_CONV((conv_tile<T, true, kNormalize>));
   else
-    CNX_LAUNCH_CONV((conv_window<T, false, kNormalize>));
+    CNX_LAUNCH_CONV((conv_tile<T, false, kNormalize>));
 }
 
 template <class T>
@@ -82,11 +82,11 @@ void conv_forward_of(const ConvForward& given, const ConvPlan& plan, const Launc
   if (!plan.fused) p.normalize = false;
   if (given.normalize) p.residual = nullptr;
   constexpr int wide = 16 / sizeof(T);
-  if (plan.kernel == ConvKernel::taps) {
+  if (plan.kernel == ConvKernel::generic) {
     if (vector_width<T>(p.geometry.channels, {p.x, p.y, p.residual}) == wide)
-      launch_taps<T, wide>(p, plan, launch);
+      launch_generic<T, wide>(p, plan, launch);
     else
-      launch_taps<T, 1>(p, plan, launch);
+      launch_generic<T, 1>(p, plan, launch);
   } else if constexpr (sizeof(T) <= 4) {
     if (p.normalize)
       launch_words<T, true>(p, plan, launch);

@@ -1,11 +1,11 @@
-// Depthwise 7x7 convolution with tensor cores: which calls it serves, and the entry.
+// Depthwise 7x7 convolution with tensor cores: the shapes it supports, and the entry.
 #include "mma_bands.cuh"
 
 namespace cnx {
 namespace cuda {
 
 template <class T>
-void conv_tensor_of(const ConvForward& p, const Launch& launch);
+void conv_mma_of(const ConvForward& p, const Launch& launch);
 
 namespace {
 
@@ -18,7 +18,7 @@ bool has_tensor_cores() {
 
 }  // namespace
 
-bool conv_tensor_serves(const ConvForward& p) {
+bool conv_mma_supports(const ConvForward& p) {
   const ConvGeometry& g = p.geometry;
   if (p.dtype != DType::bf16 && p.dtype != DType::f16) return false;
   if (g.kernel_size != 7 || g.height % 8 || g.width % 8 || g.channels % 2) return false;
@@ -29,12 +29,12 @@ bool conv_tensor_serves(const ConvForward& p) {
   return has_tensor_cores();
 }
 
-void conv_tensor_forward(const ConvForward& p, const Launch& launch) {
+void conv_mma_forward(const ConvForward& p, const Launch& launch) {
   if (p.geometry.maps * p.geometry.height * p.geometry.width * p.geometry.channels == 0) return;
   if (p.dtype == DType::bf16)
-    conv_tensor_of<bf16>(p, launch);
+    conv_mma_of<bf16>(p, launch);
   else
-    conv_tensor_of<f16>(p, launch);
+    conv_mma_of<f16>(p, launch);
 }
 
 }  // namespace cuda

@@ -23,17 +23,17 @@
 namespace cnx {
 namespace cuda {
 
-constexpr int kTensorTiles = 8, kTensorChannels = 16, kTensorThreads = 128;
-constexpr int kTilePitch = 15;                                            // units of a tile; 14 are used
-constexpr int kHalfPitch = (kTensorTiles * kTilePitch + 2) * 16;          // bytes, from here on
-constexpr int kPlane = kHalfPitch + kTensorTiles * kTilePitch * 16;       //
-constexpr int kOctet = 8 * kPlane + 64;                                   // eight channels
-constexpr int kTensorWeights = 2 * kOctet, kChannelWeights = 4 * 8 * 16;  // see stage_bands
-constexpr int kTensorStart = kTensorWeights + kTensorChannels * kChannelWeights;
-constexpr int kTensorOrigins = kTensorStart + 2 * kTensorChannels * 4;
-constexpr int kTensorShared = kTensorOrigins + kTensorTiles * 4;
+constexpr int kMmaTiles = 8, kMmaChannels = 16, kMmaThreads = 128;
+constexpr int kTilePitch = 15;                                         // units of a tile; 14 are used
+constexpr int kHalfPitch = (kMmaTiles * kTilePitch + 2) * 16;          // bytes, from here on
+constexpr int kPlane = kHalfPitch + kMmaTiles * kTilePitch * 16;       //
+constexpr int kOctet = 8 * kPlane + 64;                                // eight channels
+constexpr int kMmaWeights = 2 * kOctet, kChannelWeights = 4 * 8 * 16;  // see stage_bands
+constexpr int kMmaStart = kMmaWeights + kMmaChannels * kChannelWeights;
+constexpr int kMmaOrigins = kMmaStart + 2 * kMmaChannels * 4;
+constexpr int kMmaShared = kMmaOrigins + kMmaTiles * 4;
 
-struct TensorPlan {
+struct MmaPlan {
   int tiles;         // of all maps
   int down, across;  // tiles of a map
   int columns;       // CTAs side by side: blocks of 16 channels
@@ -41,7 +41,7 @@ struct TensorPlan {
 
 // First pixels of the tiles above, beside and below that are dx (-1, 0 or 1) tiles to the right of `tile`, or -1 where
 // nothing is visible.
-__device__ __forceinline__ void tile_origins(const ConvGeometry& g, const TensorPlan& plan, int tile, int dx,
+__device__ __forceinline__ void tile_origins(const ConvGeometry& g, const MmaPlan& plan, int tile, int dx,
                                              int (&origin)[3]) {
   const int32_t* neighbours = g.neighbours ? g.neighbours + dx + 1 : nullptr;
   if (tile >= plan.tiles) {
@@ -130,17 +130,17 @@ __device__ __forceinline__ void stage_bands(const ConvForward& p, int first_chan
     split_pair<T>(taps[row][0] * inverse, taps[row][1] * inverse, words[row / 4][row % 4], words[2 + row / 4][row % 4]);
 #pragma unroll
   for (int quad = 0; quad < 4; ++quad)
-    *reinterpret_cast<uint4*>(shared + kTensorWeights + c * kChannelWeights + quad * 128 + i * 16) =
+    *reinterpret_cast<uint4*>(shared + kMmaWeights + c * kChannelWeights + quad * 128 + i * 16) =
         make_uint4(words[quad][0], words[quad][1], words[quad][2], words[quad][3]);
-  float* start = reinterpret_cast<float*>(shared + kTensorStart);
+  float* start = reinterpret_cast<float*>(shared + kMmaStart);
   if (i == 0) {
     start[c] = exists && p.bias ? static_cast<const float*>(p.bias)[first_channel + c] * inverse : 0.0f;
-    start[kTensorChannels + c] = power;
+    start[kMmaChannels + c] = power;
   }
 }
 
-bool conv_tensor_serves(const ConvForward& p);
-void conv_tensor_forward(const ConvForward& p, const Launch& launch);
+bool conv_mma_supports(const ConvForward& p);
+void conv_mma_forward(const ConvForward& p, const Launch& launch);
 
 }  // namespace cuda
 }  // namespace cnx

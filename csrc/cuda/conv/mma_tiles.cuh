@@ -160,20 +160,19 @@ __device__ __forceinline__ void store_tiles(const ConvForward& p, const unsigned
 
 // kExact: weights as the sum of two T, else rounded to T.
 template <class T, bool kExact, bool kResidual, bool kAligned>
-__global__ void __launch_bounds__(kTensorThreads, kAligned ? 3 : 2) conv_tensor_tiles(ConvForward p, TensorPlan plan) {
+__global__ void __launch_bounds__(kMmaThreads, kAligned ? 3 : 2) conv_mma(ConvForward p, MmaPlan plan) {
   constexpr int kParts = kExact ? 2 : 1;
   using Stage = std::conditional_t<kResidual, float2, uint32_t>;  // a residual is added before rounding
   CNX_DYNAMIC_SHARED(shared);
-  const float* start = reinterpret_cast<const float*>(shared + kTensorStart);
-  int* origins = reinterpret_cast<int*>(shared + kTensorOrigins);
+  const float* start = reinterpret_cast<const float*>(shared + kMmaStart);
+  int* origins = reinterpret_cast<int*>(shared + kMmaOrigins);
   const int lane = threadIdx.x % 32, warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   const int parts = gridDim.x / plan.columns, column = blockIdx.x % plan.columns, part = blockIdx.x / plan.columns;
-  const int channels = static_cast<int>(p.geometry.channels), first_channel = column * kTensorChannels;
+  const int channels = static_cast<int>(p.geometry.channels), first_channel = column * kMmaChannels;
   const int64_t stride = channels * static_cast<int64_t>(sizeof(T)), pitch = p.geometry.width * stride;
 
   // groups of eight tiles; the first `more` parts are one longer
-  const int groups = (plan.tiles + kTensorTiles - 1) / kTensorTiles, each = groups / parts,
-            more = groups - each * parts;
+  const int groups = (plan.tiles + kMmaTiles - 1) / kMmaTiles, each = groups / parts, more = groups - each * parts;
   const int begin = each * part + min(part, more), end = begin + each + (part < more);
 
   // lanes that fill together lie in 16 channels of 8 neighbouring pairs of pixels, of two tiles
@@ -192,18 +191,18 @@ __global__ void __launch_bounds__(kTensorThreads, kAligned ? 3 : 2) conv_tensor_
   const int fragment_row = (lane / 16) * kHalfPitch + (lane % 16 / 2) * (kTilePitch * 16) + (lane % 2) * 64;
   const int g = lane / 4, t = lane % 4;
   const bool first_pair = 2 * t >= g;
-  const unsigned char* bands_at = shared + kTensorWeights + ((2 * t - g) & 7) * 16;
+  const unsigned char* bands_at = shared + kMmaWeights + ((2 * t - g) & 7) * 16;
 
   stage_bands<T>(p, first_channel, shared);
   int origin[3];
-  tile_origins(p.geometry, plan, begin < end ? begin * kTensorTiles + q : plan.tiles, place.dx, origin);
+  tile_origins(p.geometry, plan, begin < end ? begin * kMmaTiles + q : plan.tiles, place.dx, origin);
 
   for (int group = begin; group < end; ++group) {
     fill_rows<kAligned, 3, 8, 0>(x, origin[1], place, stride, pitch);
     fill_rows<kAligned, 0, 3, 5>(x, origin[0], place, stride, pitch);
     fill_rows<kAligned, 11, 3, 0>(x, origin[2], place, stride, pitch);
     if (octet == 0 && pair == 2) origins[q] = origin[1];
-    if (group + 1 < end) tile_origins(p.geometry, plan, (group + 1) * kTensorTiles + q, place.dx, origin);
+    if (group + 1 < end) tile_origins(p.geometry, plan, (group + 1) * kMmaTiles + q, place.dx, origin);
     __syncthreads();
 
 #pragma unroll 1
@@ -220,7 +219,7 @@ __global__ void __launch_bounds__(kTensorThreads, kAligned ? 3 : 2) conv_tensor_
       multiply_channel<T, kParts>(sum, plane + fragment_row, bands, first_pair);
       // the finished outputs take the place of the plane, a pair of pixels for each lane
       __syncwarp();
-      const float power = std::is_same<T, f16>::value ? start[kTensorChannels + c] : 1.0f;
+      const float power = std::is_same<T, f16>::value ? start[kMmaChannels + c] : 1.0f;
       Stage* staged = reinterpret_cast<Stage*>(plane) + lane;
 #pragma unroll
       for (int j = 0; j < 4; ++j)

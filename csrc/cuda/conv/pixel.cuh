@@ -8,7 +8,7 @@ namespace cnx {
 namespace cuda {
 
 template <class T, bool kNormalize>
-__global__ void __launch_bounds__(256) conv_point(ConvForward p, ConvPlan plan) {
+__global__ void __launch_bounds__(256) conv_pixel(ConvForward p, ConvPlan plan) {
   constexpr int V = kWord<T>, kAhead = 4;  // words asked for before the first is used
   CNX_DYNAMIC_SHARED(shared);
   const int taps = p.geometry.kernel_size * p.geometry.kernel_size;

@@ -7,7 +7,7 @@
 namespace cnx {
 namespace cuda {
 
-enum class ConvKernel { window, patch, point, taps };
+enum class ConvKernel { tile, small_patch, pixel, generic };
 
 // n / divisor for 0 <= n < 2^31, by a multiplication (Granlund and Montgomery).
 struct Divisor {
@@ -38,8 +38,8 @@ struct ConvPlan {
   int shared;                  // bytes of dynamic shared memory
   int columns[3];              // blocks of 32, 16 and 8 words that have CTAs of their own
   int parts[3];                // CTAs that share the units of such a column; known at launch
-  int64_t all;  // window: strips of 4 x 8 pixels; patch: patches; point: pixels (below 2^31); taps: threads
-  Divisor strips, strips_down;  // window: strips of a map, and in its height
+  int64_t all;  // tile: strips of 4 x 8 pixels; small_patch: patches; pixel: pixels (below 2^31); generic: threads
+  Divisor strips, strips_down;  // tile: strips of a map, and in its height
 
   CNX_HOST_DEVICE int blocks() const { return wide + halves + quarters; }
   // Words before a block.

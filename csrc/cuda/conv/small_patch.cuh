@@ -51,7 +51,7 @@ __device__ __forceinline__ void add_patch(Floats<kWord<T>> (&sum)[kSide * kSide]
 
 template <class T, int kSide, bool kNormalize>
 __global__ void __launch_bounds__(kSide == 4 && kNormalize ? kTightThreads : kPairThreads, 1)
-    conv_patch(ConvForward p, ConvPlan plan) {
+    conv_small_patch(ConvForward p, ConvPlan plan) {
   constexpr int V = kWord<T>, kPixels = kSide * kSide, kReach = Reach<kSide>::kPatches, kWindow = 2 * kReach + 1;
   // two pixel rows of so many neighbours are asked for before the first is used; more would not fit in registers
   constexpr int kAhead = kSide == 2 ? kWindow : 1;

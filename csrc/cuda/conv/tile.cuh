@@ -165,7 +165,7 @@ __device__ __forceinline__ unsigned bits_between(int from, int to, int count) {
 
 template <class T, bool kNarrow, bool kNormalize>
 __global__ void __launch_bounds__(kWord<T> == 2 ? kPairThreads : 256, kWord<T> == 2 ? 1 : 2)
-    conv_window(ConvForward p, ConvPlan plan) {
+    conv_tile(ConvForward p, ConvPlan plan) {
   constexpr int V = kWord<T>;
   CNX_DYNAMIC_SHARED(shared);
   float* weights = reinterpret_cast<float*>(shared);

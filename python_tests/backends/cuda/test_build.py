@@ -42,8 +42,8 @@ print("serves cpu:", cuda.why_not("cpu", torch.float32))
 has = torch._C._dispatch_has_kernel_for_dispatch_key
 serves = torch.compile(lambda x: x + (cuda.why_not("cuda", x.dtype, 0) is None), fullgraph=True, backend="eager")
 print("traceable", serves(torch.zeros(1)).item())
-print("window", extension.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
-assert "conv_window, with LayerNorm" in ck.info(), ck.info()
+print("kernel", extension.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
+assert "conv_tile, with LayerNorm" in ck.info(), ck.info()
 print("registered", has("convnextv2_kernels::depthwise_conv_forward", "CUDA"))
 loss = ck.models.FCMAE((1, 1, 1, 1), (8, 8, 8, 8), img_size=64, decoder_embed_dim=16)(torch.randn(2, 3, 64, 64))[0]
 loss.backward()
@@ -58,7 +58,7 @@ print("cpu kernels still work", bool(torch.isfinite(loss)))
         "error None",
         "serves cpu: its kernels serve tensors on cuda, and the input lies on cpu",
         "traceable 1.0",
-        "window conv_window",
+        "kernel conv_tile",
         "registered True",
         "cpu kernels still work True",
     ]

@@ -3,7 +3,7 @@
 namespace cnx {
 namespace cuda {
 
-template void conv_tensor_of<bf16>(const ConvForward&, const Launch&);
+template void conv_mma_of<bf16>(const ConvForward&, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx
