@@ -27,11 +27,11 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 INCLUDE = "-Icsrc/include"  # cnx/*.h, the C++ API; commands run in ROOT
-BASE_FLAGS = ["-std=c++17", INCLUDE, "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+BASE_FLAGS = ["-std=c++20", INCLUDE, "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses a function boundary here
-NVCC_FLAGS = ["-std=c++17", INCLUDE, "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", INCLUDE, "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # type punning is what vector accesses of device code are
-EMULATION_FLAGS = ["-std=c++17", INCLUDE, "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+EMULATION_FLAGS = ["-std=c++20", INCLUDE, "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
 EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
@@ -207,10 +207,9 @@ class BuildKernels(build_ext):
             libraries += [*(f"-L{f}" for f in folders[:1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             python.append(f"-DCNX_CUDA_VERSION={nvcc_version(home)}")
             python.append(f"-DCNX_CUDA_ARCHITECTURES={','.join(a.rsplit('=')[-1] for a in architectures())}")
-        options = {"kernel": [], "torch": torch_options, "cuda_torch": torch_options}
-        options["python"] = [*torch_options, *python]
-        kinds = ["kernel", "torch", "python", *(["cuda_torch"] if cuda else [])]
-        for kind, path, flags in read_sources(*kinds):
+        bindings = [*torch_options, *(["-DCNX_WITH_CUDA"] if cuda else [])]
+        options = {"kernel": [], "torch": bindings, "python": [*torch_options, *python]}
+        for kind, path, flags in read_sources(*options):
             commands.append(([*cpp, *flags, *options[kind], *build.extra], path))
         target = Path(self.get_ext_fullpath(ext.name))
         build.link(build.compile(commands), libraries, target)
@@ -245,8 +244,7 @@ class BuildEmulation(Command):
         torch_options, libraries = torch_flags()
         cpp = [*build.compiler, *EMULATION_FLAGS, "-isystem", str(cuda_home() / "include"), *build.extra]
         commands = [(cpp, path) for _, path, _ in read_sources("cuda", "emulation")]
-        bindings = [path for _, path, _ in read_sources("cuda_torch", "torch") if not path.stem.startswith("cpu")]
-        commands += [([*cpp, *torch_options], path) for path in bindings]
+        commands += [([*cpp, *torch_options], path) for _, path, _ in read_sources("torch")]
         build.link(build.compile(commands), libraries, Path(self.output))
 
 
@@ -260,7 +258,7 @@ def extensions() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    sources = read_sources("kernel", "torch", "python", "cuda", "cuda_torch")
+    sources = read_sources("kernel", "torch", "python", "cuda")
     return [Extension("convnextv2_kernels._C", sources=[str(path) for _, path, _ in sources])]
 
 

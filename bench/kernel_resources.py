@@ -74,7 +74,7 @@ def measure(source: Path) -> list[dict]:
     if compiler is None:
         raise FileNotFoundError("no nvcc was found (PATH, CUDA_HOME, /usr/local/cuda)")
     csrc = ROOT / "csrc"
-    options = ["-std=c++17", f"-I{csrc / 'include'}", "-O3", "-lineinfo", "-Xptxas", "-v"]
+    options = ["-std=c++20", f"-I{csrc / 'include'}", "-O3", "-lineinfo", "-Xptxas", "-v"]
     options += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
     digest = hashlib.sha256(" ".join(options).encode() + source.read_bytes())
     for header in sorted([*csrc.glob("include/**/*.h"), *csrc.glob("cuda/**/*.h"), *csrc.glob("cuda/**/*.cuh")]):

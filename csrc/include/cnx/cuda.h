@@ -12,12 +12,6 @@
 #include "cnx/params.h"
 
 namespace cnx {
-namespace cuda {
-
-struct Launch {
-  void* stream;  // cudaStream_t
-  void* workspace;
-};
 
 // Column sums and element-wise parts of the MLP, on rows T [rows, H] in segments (images). a is the first product's
 // output, h = activation(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels.md).
@@ -75,13 +69,6 @@ struct MlpBackwardPointwise {
   void* hs;           // T [rows, H] = h * scale, may be a; null: not wanted
   void* da;           // T [rows, H] = (ds * scale + h * kappa) * activation'(a), may be ds
   void* db;           // A [H]: column sums of da, of the values before they are rounded to T
-};
-
-struct ColumnSum {
-  DType dtype;
-  int64_t rows, channels;
-  const void* x;
-  void* sums;  // A [C]
 };
 
 // Operands of the MLP's two products, in T: LN's affine part inside the first, GRN's beta inside the second bias.
@@ -144,6 +131,13 @@ struct NeighbourSlots {
   const int32_t* slot_of_patch;
   const int32_t* patch_of_slot;
   int32_t* neighbours;  // [P, (2r+1)^2]
+};
+
+namespace cuda {
+
+struct Launch {
+  void* stream;  // cudaStream_t
+  void* workspace;
 };
 
 // Every function of this backend and its parameters. layer_norm_backward: mean null = x is normalised already; dweight

@@ -150,6 +150,13 @@ struct MlpRows {
   void* sums;             // A [count, H] or [H]
 };
 
+struct ColumnSum {
+  DType dtype;
+  int64_t rows, channels;
+  const void* x;
+  void* sums;  // A [C]
+};
+
 // Small per-image statistics [count, H]; see grn_scale and grn_gradient.
 struct GrnStatistics {
   DType dtype;  // f32 or f64: the accumulator type

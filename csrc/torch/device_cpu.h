@@ -1,8 +1,18 @@
-// The CPU as a device of the bindings: the kernel table of this processor, run by PyTorch's thread pool.
+// The CPU as a device of the bindings: the kernel table of this processor, run by PyTorch's thread pool. Not part of
+// the emulation build, whose CUDA kernels take its place for CPU tensors.
 #pragma once
 
 #include "binding.h"
 #include "cnx/cpu.h"
+
+// CNX_IMPLEMENT_CPU(f): f<Cpu>(library) registers implementations for CPU tensors.
+#if defined(CNX_EMULATION)
+#define CNX_IMPLEMENT_CPU(f)
+#else
+#define CNX_IMPLEMENT_CPU(f)              \
+  CNX_LIBRARY_IMPL(CNX_LIBRARY, CPU, m) { \
+    f<cnx::binding::Cpu>(m);              \
+  }
 
 namespace cnx {
 namespace binding {
@@ -32,6 +42,13 @@ struct Cpu {
   CNX_CPU_KERNEL(grn_forward, GrnForward)
   CNX_CPU_KERNEL(grn_backward, GrnBackward)
 #undef CNX_CPU_KERNEL
+  static void column_sum(const ColumnSum& p, const Tensor&) {
+    MlpRows rows{
+        .dtype = p.dtype, .segments = {.rows_per_slot = 1, .count = 1, .rows = p.rows}, .channels = p.channels};
+    rows.a = const_cast<void*>(p.x);
+    rows.sums = p.sums;
+    kernels().column_sum(rows, torch_threads());
+  }
   static void gather_patches(const PatchCopy& p, const Tensor&) { cnx::gather_patches(p, torch_threads()); }
   static void scatter_patches(const PatchCopy& p, const Tensor&) { cnx::scatter_patches(p, torch_threads()); }
   static void patch_pixels(const PatchPixels& p, const Tensor&) { cnx::patch_pixels(p, torch_threads()); }
@@ -39,3 +56,5 @@ struct Cpu {
 
 }  // namespace binding
 }  // namespace cnx
+
+#endif

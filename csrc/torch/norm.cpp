@@ -1,16 +1,36 @@
-// Bindings of LayerNorm, its downsampling form, and the stand-alone GRN for a device D (cpu.cpp, cuda.cpp).
-#pragma once
+// Operators of LayerNorm, of its form that downsamples, and of the stand-alone GRN.
+#include "device_cpu.h"
+#include "device_cuda.h"
 
-#include "binding.h"
+CNX_SCHEMAS(m) {
+  m.def(
+      "layer_norm_forward(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor? weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "normalized_backward(Tensor dy, Tensor z, Tensor rstd, Tensor weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "space_to_depth_normalize(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+      " -> (Tensor y, Tensor rstd)");
+  m.def(
+      "space_to_depth_normalize_backward(Tensor dy, Tensor z, Tensor rstd, Tensor weight)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "grn_forward(Tensor x, Tensor gamma, Tensor beta, Tensor? offsets, int rows_per_slot, int segments, bool gelu,"
+      " float eps) -> (Tensor y, Tensor norm)");
+  m.def(
+      "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot,"
+      " int segments, bool gelu, float eps) -> (Tensor dx, Tensor dgamma, Tensor dbeta)");
+  // CUDA only
+  m.def("normalized_backward_input(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
+}
 
 namespace cnx {
 namespace binding {
-
-inline std::vector<int64_t> leading_sizes(const Tensor& x) {
-  std::vector<int64_t> shape = sizes(x);
-  shape.pop_back();
-  return shape;
-}
+namespace {
 
 template <class D>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
@@ -20,8 +40,16 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Opt
   if (weight) check_stat(*weight, x, channels, "weight");
   if (bias) check_stat(*bias, x, channels, "bias");
   Tensor y = new_features(x, sizes(x)), mean = new_stat(x, leading_sizes(x)), rstd = new_stat(x, leading_sizes(x));
-  D::layer_norm_forward({D::dtype_of(x), row_count(x), channels, x.const_data_ptr(), pointer(weight), pointer(bias),
-                         eps, y.mutable_data_ptr(), mean.mutable_data_ptr(), rstd.mutable_data_ptr()},
+  D::layer_norm_forward({.dtype = D::dtype_of(x),
+                         .rows = row_count(x),
+                         .channels = channels,
+                         .x = x.const_data_ptr(),
+                         .weight = pointer(weight),
+                         .bias = pointer(bias),
+                         .eps = eps,
+                         .y = y.mutable_data_ptr(),
+                         .mean = mean.mutable_data_ptr(),
+                         .rstd = rstd.mutable_data_ptr()},
                         x);
   return {y, mean, rstd};
 }
@@ -36,10 +64,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
   check_stat(rstd, x, rows, "rstd");
   if (weight) check_stat(*weight, x, channels, "weight");
   Tensor dx = new_features(x, sizes(x)), dweight = new_stat(x, {channels}), dbias = new_stat(x, {channels});
-  D::layer_norm_backward({D::dtype_of(x), rows, channels, grad.const_data_ptr(), x.const_data_ptr(),
-                          mean.const_data_ptr(), rstd.const_data_ptr(), pointer(weight), dx.mutable_data_ptr(),
-                          dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
-                         x);
+  D::layer_norm_backward(
+      {
+          .dtype = D::dtype_of(x),
+          .rows = rows,
+          .channels = channels,
+          .grad = grad.const_data_ptr(),
+          .x = x.const_data_ptr(),
+          .mean = mean.const_data_ptr(),
+          .rstd = rstd.const_data_ptr(),
+          .weight = pointer(weight),
+          .dx = dx.mutable_data_ptr(),
+          .dweight = dweight.mutable_data_ptr(),
+          .dbias = dbias.mutable_data_ptr(),
+      },
+      x);
   return {dx, dweight, dbias};
 }
 
@@ -53,8 +92,18 @@ std::tuple<Tensor, Tensor, Tensor> normalized_backward(const Tensor& dy, const T
   check_stat(weight, z, channels, "weight");
   Tensor dx = new_features(z, sizes(z)), dweight = new_stat(z, {channels}), dbias = new_stat(z, {channels});
   D::layer_norm_backward(
-      {D::dtype_of(z), row_count(z), channels, dy.const_data_ptr(), z.const_data_ptr(), nullptr, rstd.const_data_ptr(),
-       weight.const_data_ptr(), dx.mutable_data_ptr(), dweight.mutable_data_ptr(), dbias.mutable_data_ptr()},
+      {
+          .dtype = D::dtype_of(z),
+          .rows = row_count(z),
+          .channels = channels,
+          .grad = dy.const_data_ptr(),
+          .x = z.const_data_ptr(),
+          .rstd = rstd.const_data_ptr(),
+          .weight = weight.const_data_ptr(),
+          .dx = dx.mutable_data_ptr(),
+          .dweight = dweight.mutable_data_ptr(),
+          .dbias = dbias.mutable_data_ptr(),
+      },
       z);
   return {dx, dweight, dbias};
 }
@@ -122,9 +171,20 @@ std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, con
   check_stat(gamma, x, channels, "gamma");
   check_stat(beta, x, channels, "beta");
   Tensor y = new_features(x, sizes(x)), norm = new_stat(x, {segments, channels});
-  D::grn_forward({D::dtype_of(x), segments_of(offsets, x, rows_per_slot, segments), channels, gelu, x.const_data_ptr(),
-                  gamma.const_data_ptr(), beta.const_data_ptr(), eps, y.mutable_data_ptr(), norm.mutable_data_ptr()},
-                 x);
+  D::grn_forward(
+      {
+          .dtype = D::dtype_of(x),
+          .segments = segments_of(offsets, x, rows_per_slot, segments),
+          .channels = channels,
+          .gelu = gelu,
+          .x = x.const_data_ptr(),
+          .gamma = gamma.const_data_ptr(),
+          .beta = beta.const_data_ptr(),
+          .eps = eps,
+          .y = y.mutable_data_ptr(),
+          .norm = norm.mutable_data_ptr(),
+      },
+      x);
   return {y, norm};
 }
 
@@ -138,12 +198,65 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
   check_stat(gamma, x, channels, "gamma");
   check_stat(norm, x, segments * channels, "norm");
   Tensor dx = new_features(x, sizes(x)), dgamma = new_stat(x, {channels}), dbeta = new_stat(x, {channels});
-  D::grn_backward({D::dtype_of(x), segments_of(offsets, x, rows_per_slot, segments), channels, gelu,
-                   grad.const_data_ptr(), x.const_data_ptr(), gamma.const_data_ptr(), norm.const_data_ptr(), eps,
-                   dx.mutable_data_ptr(), dgamma.mutable_data_ptr(), dbeta.mutable_data_ptr()},
-                  x);
+  D::grn_backward(
+      {
+          .dtype = D::dtype_of(x),
+          .segments = segments_of(offsets, x, rows_per_slot, segments),
+          .channels = channels,
+          .gelu = gelu,
+          .grad = grad.const_data_ptr(),
+          .x = x.const_data_ptr(),
+          .gamma = gamma.const_data_ptr(),
+          .norm = norm.const_data_ptr(),
+          .eps = eps,
+          .dx = dx.mutable_data_ptr(),
+          .dgamma = dgamma.mutable_data_ptr(),
+          .dbeta = dbeta.mutable_data_ptr(),
+      },
+      x);
   return {dx, dgamma, dbeta};
 }
 
+template <class D>
+Tensor normalized_backward_input(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
+  check_device<D>(z, "z");
+  check_like(dz, z, "dz");
+  check_stat(rstd, z, row_count(z), "rstd");
+  Tensor dx = new_features(z, sizes(z));
+  D::layer_norm_backward(
+      {
+          .dtype = D::dtype_of(z),
+          .rows = row_count(z),
+          .channels = last_size(z),
+          .grad = dz.const_data_ptr(),
+          .x = z.const_data_ptr(),
+          .rstd = rstd.const_data_ptr(),
+          .dx = dx.mutable_data_ptr(),
+      },
+      z);
+  return dx;
+}
+
+template <class D>
+void implement(Library& m) {
+  m.impl("layer_norm_forward", TORCH_BOX(&layer_norm_forward<D>));
+  m.impl("layer_norm_backward", TORCH_BOX(&layer_norm_backward<D>));
+  m.impl("normalized_backward", TORCH_BOX(&normalized_backward<D>));
+  m.impl("space_to_depth_normalize", TORCH_BOX(&space_to_depth_normalize<D>));
+  m.impl("space_to_depth_normalize_backward", TORCH_BOX(&space_to_depth_normalize_backward<D>));
+  m.impl("grn_forward", TORCH_BOX(&grn_forward<D>));
+  m.impl("grn_backward", TORCH_BOX(&grn_backward<D>));
+}
+
+template <class D>
+void implement_cuda(Library& m) {
+  m.impl("normalized_backward_input", TORCH_BOX(&normalized_backward_input<D>));
+}
+
+}  // namespace
 }  // namespace binding
 }  // namespace cnx
+
+CNX_IMPLEMENT_CPU(cnx::binding::implement)
+CNX_IMPLEMENT_CUDA(cnx::binding::implement)
+CNX_IMPLEMENT_CUDA(cnx::binding::implement_cuda)

@@ -1,10 +1,19 @@
 // CUDA as a device of the bindings: the tensor's device, its current stream, and a workspace from PyTorch's caching
-// allocator. With CNX_EMULATION the same operators are registered for CPU tensors under another namespace
-// (csrc/emulation).
+// allocator. Part of the build with CNX_WITH_CUDA, and with CNX_EMULATION, where the same operators are registered for
+// CPU tensors under another namespace (csrc/emulation).
 #pragma once
 
 #include "binding.h"
 #include "cnx/cuda.h"
+
+// CNX_IMPLEMENT_CUDA(f): f<Cuda>(library) registers implementations for CUDA tensors.
+#if !defined(CNX_WITH_CUDA) && !defined(CNX_EMULATION)
+#define CNX_IMPLEMENT_CUDA(f)
+#else
+#define CNX_IMPLEMENT_CUDA(f)                      \
+  CNX_LIBRARY_IMPL(CNX_LIBRARY, CNX_CUDA_KEY, m) { \
+    f<cnx::binding::Cuda>(m);                      \
+  }
 
 #if defined(CNX_EMULATION)
 #define CNX_CUDA_KEY CPU
@@ -20,17 +29,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace cnx {
 namespace binding {
-
-using cuda::ColumnSum;
-using cuda::GeluScale;
-using cuda::GeluStatistics;
-using cuda::ImageProducts;
-using cuda::LayoutFromKept;
-using cuda::MlpBackwardPointwise;
-using cuda::MlpBackwardStatistics;
-using cuda::MlpParameters;
-using cuda::NeighbourSlots;
-using cuda::UnfoldLayerNorm;
 
 struct Cuda {
 #if defined(CNX_EMULATION)
@@ -57,9 +55,9 @@ struct Cuda {
         "convnextv2_kernels: PyTorch has no current stream on CUDA device ", device);
 #endif
     const int64_t bytes = workspace_bytes(p);
-    if (!bytes) return kernel(p, {stream, nullptr});
+    if (!bytes) return kernel(p, {.stream = stream, .workspace = nullptr});
     Tensor workspace = torch::stable::new_empty(like, {bytes}, std::make_optional(ScalarType::Byte));
-    kernel(p, {stream, workspace.mutable_data_ptr()});
+    kernel(p, {.stream = stream, .workspace = workspace.mutable_data_ptr()});
   }
 
 #define CNX_CUDA_DEVICE(name, Params)                     \
@@ -72,3 +70,5 @@ struct Cuda {
 
 }  // namespace binding
 }  // namespace cnx
+
+#endif

@@ -1,10 +1,22 @@
-// Bindings of the depthwise convolution for a device D (devices in cpu.cpp, cuda.cpp).
-#pragma once
+// Operators of the depthwise convolution.
+#include "device_cpu.h"
+#include "device_cuda.h"
 
-#include "binding.h"
+CNX_SCHEMAS(m) {
+  m.def(
+      "depthwise_conv_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? neighbours, bool flip)"
+      " -> Tensor");
+  m.def(
+      "depthwise_conv_normalize(Tensor x, Tensor weight, Tensor? bias, Tensor? neighbours, Tensor? ln_weight,"
+      " Tensor? ln_bias, float eps) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "depthwise_conv_backward_weight(Tensor grad, Tensor x, Tensor? neighbours, int kernel_size)"
+      " -> (Tensor dweight, Tensor dbias)");
+}
 
 namespace cnx {
 namespace binding {
+namespace {
 
 template <class D>
 ConvGeometry geometry_of(const Tensor& x, int64_t kernel_size, const OptionalTensor& neighbours) {
@@ -12,7 +24,11 @@ ConvGeometry geometry_of(const Tensor& x, int64_t kernel_size, const OptionalTen
   STD_TORCH_CHECK(x.dim() == 4, "convnextv2_kernels: x must have four dimensions");
   STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size >= 3 && kernel_size <= 11,
                   "convnextv2_kernels: kernel size must be odd, from 3 to 11");
-  ConvGeometry g{x.size(0), x.size(1), x.size(2), x.size(3), static_cast<int>(kernel_size), nullptr};
+  ConvGeometry g{.maps = x.size(0),
+                 .height = x.size(1),
+                 .width = x.size(2),
+                 .channels = x.size(3),
+                 .kernel_size = static_cast<int>(kernel_size)};
   if (neighbours) {
     STD_TORCH_CHECK(g.height == g.width && g.height > 0, "convnextv2_kernels: packed patches must be square");
     const int64_t reach = (kernel_size / 2 + g.height - 1) / g.height, window = 2 * reach + 1;
@@ -85,5 +101,16 @@ std::tuple<Tensor, Tensor> depthwise_conv_backward_weight(const Tensor& grad, co
   return {dweight, dbias};
 }
 
+template <class D>
+void implement(Library& m) {
+  m.impl("depthwise_conv_forward", TORCH_BOX(&depthwise_conv_forward<D>));
+  m.impl("depthwise_conv_normalize", TORCH_BOX(&depthwise_conv_normalize<D>));
+  m.impl("depthwise_conv_backward_weight", TORCH_BOX(&depthwise_conv_backward_weight<D>));
+}
+
+}  // namespace
 }  // namespace binding
 }  // namespace cnx
+
+CNX_IMPLEMENT_CPU(cnx::binding::implement)
+CNX_IMPLEMENT_CUDA(cnx::binding::implement)
