@@ -32,7 +32,8 @@ BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses
 NVCC_FLAGS = ["-std=c++20", INCLUDE, "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # type punning is what vector accesses of device code are
 EMULATION_FLAGS = ["-std=c++20", INCLUDE, "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
-EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
+EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulated"]
+EMULATION_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
 DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"

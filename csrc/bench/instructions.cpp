@@ -21,7 +21,7 @@ extern "C" __attribute__((noinline)) void cnx_counted_call(const std::function<v
 namespace {
 
 // A name, two words of which the second is the vector width, and every kernel.
-constexpr size_t kKernels = 15;
+constexpr size_t kKernels = 13;
 static_assert(sizeof(KernelTable) == (2 + kKernels) * sizeof(void*), "a kernel was added: it needs a count() below");
 
 // Kernels that spend most of their time in functions of the C library (memcpy, erfc, exp) depend on its version too.
@@ -44,7 +44,8 @@ void count_conv(const KernelTable& k, int64_t side, int64_t channels, bool packe
   const int64_t maps = packed ? kSlots : kImages, rows = maps * side * side, size = rows * channels;
   const int reach = int((kernel / 2 + side - 1) / side);
   const int32_t* table = packed ? data.indices(layout.neighbours(reach)) : nullptr;
-  const ConvGeometry g{maps, side, side, channels, kernel, table};
+  const ConvGeometry g{
+      .maps = maps, .height = side, .width = side, .channels = channels, .kernel_size = kernel, .neighbours = table};
   const T* x = data.draw<T>(size);
   const T* residual = data.draw<T>(size);
   const A* weight = data.draw<A>(channels * kernel * kernel);
@@ -55,17 +56,31 @@ void count_conv(const KernelTable& k, int64_t side, int64_t channels, bool packe
   const std::string shape = std::string(Element<T>::name) + (packed ? " patches s=" : " dense map s=") +
                             std::to_string(side) + " C=" + std::to_string(channels);
   count("conv_forward " + shape, [&] {
-    k.conv_forward({dtype, g, x, weight, bias, nullptr, false, y, false, nullptr, nullptr, 0, nullptr}, one_thread());
+    k.conv_forward({.dtype = dtype, .geometry = g, .x = x, .weight = weight, .bias = bias, .y = y}, one_thread());
   });
   count("conv_forward, input gradient, " + shape, [&] {
-    k.conv_forward({dtype, g, x, weight, nullptr, residual, true, y, false, nullptr, nullptr, 0, nullptr},
-                   one_thread());
+    k.conv_forward(
+        {.dtype = dtype, .geometry = g, .x = x, .weight = weight, .residual = residual, .flip = true, .y = y},
+        one_thread());
   });
   count("conv_forward, normalized, " + shape, [&] {
-    k.conv_forward({dtype, g, x, weight, bias, nullptr, false, y, true, gain, bias, 1e-6, rstd}, one_thread());
+    k.conv_forward({.dtype = dtype,
+                    .geometry = g,
+                    .x = x,
+                    .weight = weight,
+                    .bias = bias,
+                    .y = y,
+                    .normalize = true,
+                    .ln_weight = gain,
+                    .ln_bias = bias,
+                    .eps = 1e-6,
+                    .rstd = rstd},
+                   one_thread());
   });
-  count("conv_weight_grad " + shape,
-        [&] { k.conv_weight_grad({dtype, g, x, residual, dweight, dbias}, one_thread()); });
+  count("conv_weight_grad " + shape, [&] {
+    k.conv_weight_grad({.dtype = dtype, .geometry = g, .x = x, .grad = residual, .dweight = dweight, .dbias = dbias},
+                       one_thread());
+  });
 }
 
 template <class T>
@@ -80,14 +95,51 @@ void count_norms(const KernelTable& k, int64_t channels) {
   A *mean = data.blank<A>(rows), *rstd = data.blank<A>(rows);
   A *dweight = data.blank<A>(channels), *dbias = data.blank<A>(channels);
   const std::string shape = std::string(Element<T>::name) + " C=" + std::to_string(channels);
-  count("layer_norm_forward " + shape,
-        [&] { k.layer_norm_forward({dtype, rows, channels, x, weight, bias, 1e-6, y, mean, rstd}, one_thread()); });
-  count("layer_norm_backward " + shape, [&] {
-    k.layer_norm_backward({dtype, rows, channels, grad, x, mean, rstd, weight, dx, dweight, dbias}, one_thread());
+  count("layer_norm_forward " + shape, [&] {
+    k.layer_norm_forward({.dtype = dtype,
+                          .rows = rows,
+                          .channels = channels,
+                          .x = x,
+                          .weight = weight,
+                          .bias = bias,
+                          .eps = 1e-6,
+                          .y = y,
+                          .mean = mean,
+                          .rstd = rstd},
+                         one_thread());
   });
-  SpaceToDepthNorm p{dtype, maps, side, side, channels, x, weight, bias, 1e-6, nullptr, y, rstd, nullptr, nullptr};
+  count("layer_norm_backward " + shape, [&] {
+    k.layer_norm_backward({.dtype = dtype,
+                           .rows = rows,
+                           .channels = channels,
+                           .grad = grad,
+                           .x = x,
+                           .mean = mean,
+                           .rstd = rstd,
+                           .weight = weight,
+                           .dx = dx,
+                           .dweight = dweight,
+                           .dbias = dbias},
+                          one_thread());
+  });
+  SpaceToDepthNorm p{.dtype = dtype,
+                     .maps = maps,
+                     .height = side,
+                     .width = side,
+                     .channels = channels,
+                     .x = x,
+                     .weight = weight,
+                     .bias = bias,
+                     .eps = 1e-6,
+                     .out = y,
+                     .rstd = rstd};
   count("space_to_depth_norm_forward " + shape, [&] { k.space_to_depth_norm_forward(p, one_thread()); });
-  p = {dtype, maps, side, side, channels, grad, weight, nullptr, 1e-6, y, dx, rstd, dweight, dbias};
+  p.x = grad;
+  p.bias = nullptr;
+  p.z = y;
+  p.out = dx;
+  p.dweight = dweight;
+  p.dbias = dbias;
   count("space_to_depth_norm_backward " + shape, [&] { k.space_to_depth_norm_backward(p, one_thread()); });
 }
 
@@ -99,11 +151,14 @@ void count_mlp(const KernelTable& k, int64_t hidden) {
   const Layout layout;
   const bool exact = dtype == DType::f64;
   const int64_t per_slot = exact ? 4 : 16, rows = kSlots * per_slot, size = rows * hidden;
-  const Segments segments{data.indices(layout.offsets), per_slot, kImages, rows};
+  const Segments segments{
+      .offsets = data.indices(layout.offsets), .rows_per_slot = per_slot, .count = kImages, .rows = rows};
   const T *x = data.draw<T>(size), *grad = data.draw<T>(size);
   const A *gamma = data.draw<A>(hidden), *beta = data.draw<A>(hidden);
   const A *scale = data.draw<A>(kImages * hidden, 1), *kappa = data.draw<A>(kImages * hidden);
-  A *norm = data.draw<A>(kImages * hidden, 2), *sums = data.blank<A>(kImages * hidden);
+  A *norm = data.draw<A>(kImages * hidden, 2), *sums = data.blank<A>(hidden);
+  A *norms = data.blank<A>(kImages * hidden), *factors = data.blank<A>(kImages * hidden);
+  A* pulls = data.blank<A>(kImages * hidden);
   A *dgamma = data.blank<A>(hidden), *dbeta = data.blank<A>(hidden);
   T* y = data.blank<T>(size);
   const std::string shape = std::string(Element<T>::name) + " H=" + std::to_string(hidden);
@@ -112,32 +167,94 @@ void count_mlp(const KernelTable& k, int64_t hidden) {
     const std::string what = (gelu ? ", gelu, " : " ") + shape;
     count(
         "grn_forward" + what,
-        [&] { k.grn_forward({dtype, segments, hidden, gelu, x, gamma, beta, 1e-6, y, norm}, one_thread()); }, work);
+        [&] {
+          k.grn_forward({.dtype = dtype,
+                         .segments = segments,
+                         .channels = hidden,
+                         .gelu = gelu,
+                         .x = x,
+                         .gamma = gamma,
+                         .beta = beta,
+                         .eps = 1e-6,
+                         .y = y,
+                         .norm = norm},
+                        one_thread());
+        },
+        work);
     count(
         "grn_backward" + what,
         [&] {
-          k.grn_backward({dtype, segments, hidden, gelu, grad, x, gamma, norm, 1e-6, y, dgamma, dbeta}, one_thread());
+          k.grn_backward({.dtype = dtype,
+                          .segments = segments,
+                          .channels = hidden,
+                          .gelu = gelu,
+                          .grad = grad,
+                          .x = x,
+                          .gamma = gamma,
+                          .norm = norm,
+                          .eps = 1e-6,
+                          .dx = y,
+                          .dgamma = dgamma,
+                          .dbeta = dbeta},
+                         one_thread());
         },
         work);
   }
   const Work work = exact ? Work::c_library : Work::own;
   for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
     const std::string what = (act == Activation::gelu ? ", gelu, " : ", gelu_tanh, ") + shape;
-    // written in place: copies, so that every kernel starts from what was drawn
-    MlpRows p{dtype, segments, hidden, act, data.draw<T>(size), data.draw<T>(size), scale, kappa, beta, sums};
-    count("gelu_square_sum" + what, [&] { k.gelu_square_sum(p, one_thread()); }, work);
-    count("mlp_backward_reduce" + what, [&] { k.mlp_backward_reduce(p, one_thread()); }, work);
-    count("mlp_backward_pointwise" + what, [&] { k.mlp_backward_pointwise(p, one_thread()); }, work);
+    // in place, as the schedule calls them: copies, so that every kernel starts from what was drawn
+    T *a = data.draw<T>(size), *ds = data.draw<T>(size);
+    const GeluStatistics statistics{.dtype = dtype,
+                                    .segments = segments,
+                                    .channels = hidden,
+                                    .activation = act,
+                                    .a = a,
+                                    .h = a,
+                                    .gamma = gamma,
+                                    .eps = 1e-6,
+                                    .norm = norms,
+                                    .scale = factors};
+    count("gelu_statistics" + what, [&] { k.gelu_statistics(statistics, one_thread()); }, work);
+    const MlpBackwardStatistics backward{.dtype = dtype,
+                                         .segments = segments,
+                                         .channels = hidden,
+                                         .activation = act,
+                                         .a = a,
+                                         .ds = ds,
+                                         .norm = norm,
+                                         .gamma = gamma,
+                                         .eps = 1e-6,
+                                         .scale = factors,
+                                         .kappa = pulls,
+                                         .dgamma = dgamma};
+    count("mlp_backward_statistics" + what, [&] { k.mlp_backward_statistics(backward, one_thread()); }, work);
+    const MlpBackwardPointwise pointwise{.dtype = dtype,
+                                         .segments = segments,
+                                         .channels = hidden,
+                                         .activation = act,
+                                         .a = a,
+                                         .ds = ds,
+                                         .scale = scale,
+                                         .kappa = kappa,
+                                         .beta = beta,
+                                         .hs = a,
+                                         .da = ds,
+                                         .db = sums};
+    count("mlp_backward_pointwise" + what, [&] { k.mlp_backward_pointwise(pointwise, one_thread()); }, work);
     if (act == Activation::gelu_tanh) continue;  // without an activation
-    count("scale_rows " + shape, [&] { k.scale_rows(p, one_thread()); });
-    count("column_sum " + shape, [&] { k.column_sum(p, one_thread()); });
+    const GeluScale scaled{.dtype = dtype,
+                           .segments = segments,
+                           .channels = hidden,
+                           .activation = Activation::identity,
+                           .a = a,
+                           .scale = scale,
+                           .beta = beta,
+                           .out = a};
+    count("gelu_scale, of activated rows, " + shape, [&] { k.gelu_scale(scaled, one_thread()); });
+    const ColumnSum columns{.dtype = dtype, .rows = rows, .channels = hidden, .x = a, .sums = sums};
+    count("column_sum " + shape, [&] { k.column_sum(columns, one_thread()); });
   }
-  if (dtype == DType::bf16) return;  // statistics are of the accumulator type
-  A *out = data.blank<A>(kImages * hidden), *factors = data.blank<A>(kImages * hidden);
-  count("grn_scale " + shape,
-        [&] { k.grn_scale({dtype, kImages, hidden, norm, nullptr, gamma, 1e-6, out, factors, nullptr, nullptr}); });
-  count("grn_gradient " + shape,
-        [&] { k.grn_gradient({dtype, kImages, hidden, scale, norm, gamma, 1e-6, nullptr, nullptr, factors, dgamma}); });
 }
 
 void count_copies() {
@@ -147,11 +264,29 @@ void count_copies() {
   const int32_t *patches = data.indices(layout.patch_of_slot), *slots = data.indices(layout.slot_of_patch);
   float *dense = data.draw<float>(pixels * channels), *packed = data.draw<float>(kSlots * side * side * channels);
   const float* fill = data.draw<float>(channels);
-  const PatchCopy gather{kImages, kSide, kSide, side, kSlots, pixel, patches, slots, dense, nullptr, packed};
+  const PatchCopy gather{.images = kImages,
+                         .grid_h = kSide,
+                         .grid_w = kSide,
+                         .side = side,
+                         .slots = kSlots,
+                         .pixel_bytes = pixel,
+                         .patch_of_slot = patches,
+                         .slot_of_patch = slots,
+                         .source = dense,
+                         .target = packed};
   count("gather_patches float32", [&] { gather_patches(gather, one_thread()); }, Work::c_library);
   for (bool filled : {false, true}) {
-    const PatchCopy p{kImages, kSide, kSide, side, kSlots, pixel, patches, slots, packed, filled ? fill : nullptr,
-                      dense};
+    const PatchCopy p{.images = kImages,
+                      .grid_h = kSide,
+                      .grid_w = kSide,
+                      .side = side,
+                      .slots = kSlots,
+                      .pixel_bytes = pixel,
+                      .patch_of_slot = patches,
+                      .slot_of_patch = slots,
+                      .source = packed,
+                      .fill = filled ? fill : nullptr,
+                      .target = dense};
     count(
         filled ? "scatter_patches, filled, float32" : "scatter_patches float32",
         [&] { scatter_patches(p, one_thread()); }, Work::c_library);
@@ -161,7 +296,20 @@ void count_copies() {
   float* rows = data.blank<float>(kSlots * side * side * 48);
   count(
       "patch_pixels float32",
-      [&] { patch_pixels({3, height, height, kSide, kSide, side, kSlots, 4, patches, images, rows}, one_thread()); },
+      [&] {
+        patch_pixels({.channels = 3,
+                      .height = height,
+                      .width = height,
+                      .grid_h = kSide,
+                      .grid_w = kSide,
+                      .side = side,
+                      .slots = kSlots,
+                      .element_bytes = 4,
+                      .patch_of_slot = patches,
+                      .images = images,
+                      .rows = rows},
+                     one_thread());
+      },
       Work::c_library);
   count("transpose_f32", [&] { transpose_f32(dense, 100, 67, packed, one_thread()); });
 }

@@ -97,16 +97,24 @@ CNX_INLINE Gate<V> gate_of(V a) {
     return normal_gate(a);
 }
 
-template <Activation kAct = Activation::gelu, class V>
-CNX_INLINE V gelu(V a) {
-  return a * gate_of<kAct>(a).value;
+template <Activation kAct, class V>
+CNX_INLINE V activate(V a) {
+  if constexpr (kAct == Activation::identity)
+    return a;
+  else
+    return a * gate_of<kAct>(a).value;
 }
 
-template <Activation kAct = Activation::gelu, class V>
-CNX_INLINE void gelu_with_derivative(V a, V& value, V& derivative) {
-  const Gate<V> gate = gate_of<kAct>(a);
-  value = a * gate.value;
-  derivative = gate.value + a * gate.slope;
+template <Activation kAct, class V>
+CNX_INLINE void activate_with_slope(V a, V& value, V& slope) {
+  if constexpr (kAct == Activation::identity) {
+    value = a;
+    slope = V{} + 1;
+  } else {
+    const Gate<V> gate = gate_of<kAct>(a);
+    value = a * gate.value;
+    slope = gate.value + a * gate.slope;
+  }
 }
 
 }  // namespace CNX_ISA

@@ -69,8 +69,14 @@ void test_shape(const KernelTable& k, int rows, int cols, int side, int64_t chan
       }
     }
   const double bound = sizeof(A) == 4 ? 3e-6 : 1e-13;
-  const ConvGeometry g = packed ? ConvGeometry{grid.slots, side, side, channels, kernel, table.data()}
-                                : ConvGeometry{1, rows, cols, channels, kernel, nullptr};
+  const ConvGeometry g =
+      packed ? ConvGeometry{.maps = grid.slots,
+                            .height = side,
+                            .width = side,
+                            .channels = channels,
+                            .kernel_size = kernel,
+                            .neighbours = table.data()}
+             : ConvGeometry{.maps = 1, .height = rows, .width = cols, .channels = channels, .kernel_size = kernel};
   std::vector<A> got(pixels * channels, A(NAN)), got_dx(pixels * channels, A(NAN));
   ConvForward p{};
   p.dtype = dtype_of<A>();
@@ -91,7 +97,12 @@ void test_shape(const KernelTable& k, int rows, int cols, int side, int64_t chan
   k.conv_forward(p, two_threads());
   check(relative_error(got_dx, dx) < bound, "conv dx", relative_error(got_dx, dx));
   std::vector<A> got_dw(channels * taps, A(NAN)), got_db(channels, A(NAN)), again(channels * taps);
-  ConvWeightGrad q{dtype_of<A>(), g, x.data(), grad.data(), got_dw.data(), got_db.data()};
+  ConvWeightGrad q{.dtype = dtype_of<A>(),
+                   .geometry = g,
+                   .x = x.data(),
+                   .grad = grad.data(),
+                   .dweight = got_dw.data(),
+                   .dbias = got_db.data()};
   k.conv_weight_grad(q, two_threads());
   check(relative_error(got_dw, dw) < 4 * bound, "conv dw", relative_error(got_dw, dw));
   check(relative_error(got_db, db) < 4 * bound, "conv db", relative_error(got_db, db));

@@ -117,10 +117,15 @@ struct Map {
     return s < 0 ? -1 : (int64_t{s} * side + y % side) * side + x % side;
   }
   ConvGeometry geometry(int64_t channels, int kernel) const {
-    if (!side) return {images, rows, cols, channels, kernel, nullptr};
+    if (!side) return {.maps = images, .height = rows, .width = cols, .channels = channels, .kernel_size = kernel};
     // an empty table still says that the map is packed
     static const int32_t none = 0;
-    return {slots, side, side, channels, kernel, table.empty() ? &none : table.data()};
+    return {.maps = slots,
+            .height = side,
+            .width = side,
+            .channels = channels,
+            .kernel_size = kernel,
+            .neighbours = table.empty() ? &none : table.data()};
   }
 };
 
@@ -285,7 +290,7 @@ void test_choice() {
   const auto choice = [](int64_t maps, int64_t height, int64_t width, int64_t channels) {
     ConvForward p{};
     p.dtype = DType::bf16;
-    p.geometry = {maps, height, width, channels, 7, nullptr};
+    p.geometry = {.maps = maps, .height = height, .width = width, .channels = channels, .kernel_size = 7};
     return std::string(conv_forward_choice(p));
   };
   check(choice(1 << 16, 56, 56, 4096) == "conv_tile", "more than 2^32 elements");

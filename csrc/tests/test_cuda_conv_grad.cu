@@ -98,8 +98,14 @@ void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask
   std::vector<int32_t> empty(1);
   ConvWeightGrad p{};
   p.dtype = kType<T>;
-  p.geometry = packed ? ConvGeometry{map.slots, side, side, channels, size, table.empty() ? empty.data() : table.data()}
-                      : ConvGeometry{images, rows, cols, channels, size, nullptr};
+  p.geometry =
+      packed ? ConvGeometry{.maps = map.slots,
+                            .height = side,
+                            .width = side,
+                            .channels = channels,
+                            .kernel_size = size,
+                            .neighbours = table.empty() ? empty.data() : table.data()}
+             : ConvGeometry{.maps = images, .height = rows, .width = cols, .channels = channels, .kernel_size = size};
   const auto workspace = cuda::conv_weight_grad_workspace(p);  // from shapes alone
   p.x = x.data;
   p.grad = grad.data;

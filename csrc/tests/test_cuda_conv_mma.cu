@@ -172,9 +172,14 @@ struct Map {
     return s < 0 ? -1 : (int64_t{s} * side + y % side) * side + x % side;
   }
   ConvGeometry geometry(int64_t channels) const {
-    if (!side) return {images, rows, cols, channels, 7, nullptr};
+    if (!side) return {.maps = images, .height = rows, .width = cols, .channels = channels, .kernel_size = 7};
     static const int32_t none = 0;
-    return {slots, side, side, channels, 7, table.empty() ? &none : table.data()};
+    return {.maps = slots,
+            .height = side,
+            .width = side,
+            .channels = channels,
+            .kernel_size = 7,
+            .neighbours = table.empty() ? &none : table.data()};
   }
 };
 

@@ -46,7 +46,10 @@ struct Case {
   std::vector<int32_t> offsets;  // ragged when not empty
   int64_t per_slot, count, rows;
 
-  Segments segments() const { return {offsets.empty() ? nullptr : offsets.data(), per_slot, count, rows}; }
+  Segments segments() const {
+    return {
+        .offsets = offsets.empty() ? nullptr : offsets.data(), .rows_per_slot = per_slot, .count = count, .rows = rows};
+  }
   int64_t owner(int64_t row) const {
     if (offsets.empty()) return row / (rows / count);
     int64_t s = 0;
@@ -133,12 +136,30 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, Activation 
 
   Buffer<A> norm(stats), scale(stats), kappa(stats), dgamma(channels), sums(channels);
   if (act != Activation::gelu_tanh) {
-    RUN(grn_forward, (GrnForward{kDType<T>, k.segments(), channels, act == Activation::gelu, a.data(), gamma.data(),
-                                 beta.data(), eps, y.data(), norm.data()}));
+    RUN(grn_forward, (GrnForward{.dtype = kDType<T>,
+                                 .segments = k.segments(),
+                                 .channels = channels,
+                                 .gelu = act == Activation::gelu,
+                                 .x = a.data(),
+                                 .gamma = gamma.data(),
+                                 .beta = beta.data(),
+                                 .eps = eps,
+                                 .y = y.data(),
+                                 .norm = norm.data()}));
     compare(norm, s.norm, summed, "grn norm");
     compare(y, grn, rounding, "grn");
-    RUN(grn_backward, (GrnBackward{kDType<T>, k.segments(), channels, act == Activation::gelu, ds.data(), a.data(),
-                                   gamma.data(), norm.data(), eps, dx.data(), dgamma.data(), sums.data()}));
+    RUN(grn_backward, (GrnBackward{.dtype = kDType<T>,
+                                   .segments = k.segments(),
+                                   .channels = channels,
+                                   .gelu = act == Activation::gelu,
+                                   .grad = ds.data(),
+                                   .x = a.data(),
+                                   .gamma = gamma.data(),
+                                   .norm = norm.data(),
+                                   .eps = eps,
+                                   .dx = dx.data(),
+                                   .dgamma = dgamma.data(),
+                                   .dbeta = sums.data()}));
     compare(dx, gradient, rounding, "grn dx");
     compare(dgamma, s.dgamma, cancelled, "grn dgamma");
     compare(sums, dbeta, summed, "grn dbeta");
@@ -146,8 +167,16 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, Activation 
   if (act == Activation::identity) return;
 
   Buffer<T> stored(size, misaligned);
-  GeluStatistics g{kDType<T>,     k.segments(), channels, act,         a.data(),
-                   stored.data(), gamma.data(), eps,      norm.data(), scale.data()};
+  GeluStatistics g{.dtype = kDType<T>,
+                   .segments = k.segments(),
+                   .channels = channels,
+                   .activation = act,
+                   .a = a.data(),
+                   .h = stored.data(),
+                   .gamma = gamma.data(),
+                   .eps = eps,
+                   .norm = norm.data(),
+                   .scale = scale.data()};
   RUN(gelu_statistics, g);
   compare(stored, h, rounding, "h");
   compare(norm, s.norm, summed, "norm");
@@ -159,17 +188,46 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, Activation 
   RUN(gelu_statistics, g);
   check(std::memcmp(norm.data(), norm_again.data(), stats * sizeof(A)) == 0, "norm does not depend on storing h");
 
-  RUN(gelu_scale, (GeluScale{kDType<T>, k.segments(), channels, act, a.data(), scale.data(), y.data()}));
+  RUN(gelu_scale, (GeluScale{.dtype = kDType<T>,
+                             .segments = k.segments(),
+                             .channels = channels,
+                             .activation = act,
+                             .a = a.data(),
+                             .scale = scale.data(),
+                             .out = y.data()}));
   compare(y, scaled, rounding, "h * scale");
-  RUN(gelu_scale,
-      (GeluScale{kDType<T>, k.segments(), channels, Activation::identity, stored.data(), scale.data(), stored.data()}));
+  RUN(gelu_scale, (GeluScale{.dtype = kDType<T>,
+                             .segments = k.segments(),
+                             .channels = channels,
+                             .activation = Activation::identity,
+                             .a = stored.data(),
+                             .scale = scale.data(),
+                             .out = stored.data()}));
   compare(stored, scaled, 2 * rounding, "stored h * scale, in place");
+  RUN(gelu_scale, (GeluScale{.dtype = kDType<T>,
+                             .segments = k.segments(),
+                             .channels = channels,
+                             .activation = act,
+                             .a = a.data(),
+                             .scale = scale.data(),
+                             .beta = beta.data(),
+                             .out = y.data()}));
+  compare(y, grn, rounding, "h * scale + beta");
 
   Buffer<A> t_given(stats), scale_back(stats), dgamma_back(channels);
   for (int64_t i = 0; i < stats; ++i) t_given.data()[i] = A(t[i]);
-  MlpBackwardStatistics b{kDType<T>,         k.segments(), channels,          act,          a.data(),
-                          ds.data(),         nullptr,      norm.data(),       gamma.data(), eps,
-                          scale_back.data(), kappa.data(), dgamma_back.data()};
+  MlpBackwardStatistics b{.dtype = kDType<T>,
+                          .segments = k.segments(),
+                          .channels = channels,
+                          .activation = act,
+                          .a = a.data(),
+                          .ds = ds.data(),
+                          .norm = norm.data(),
+                          .gamma = gamma.data(),
+                          .eps = eps,
+                          .scale = scale_back.data(),
+                          .kappa = kappa.data(),
+                          .dgamma = dgamma_back.data()};
   RUN(mlp_backward_statistics, b);
   compare(scale_back, s.scale, summed, "backward scale");
   compare(kappa, s.kappa, 2 * cancelled, "kappa");
@@ -188,11 +246,24 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, Activation 
 
   Buffer<A> db_got(channels), db_again(channels);
   Buffer<T> da(size, misaligned);
-  MlpBackwardPointwise w{kDType<T>,    k.segments(), channels, act,       a.data(),     ds.data(),
-                         scale.data(), kappa.data(), nullptr,  da.data(), db_got.data()};
+  MlpBackwardPointwise w{.dtype = kDType<T>,
+                         .segments = k.segments(),
+                         .channels = channels,
+                         .activation = act,
+                         .a = a.data(),
+                         .ds = ds.data(),
+                         .scale = scale.data(),
+                         .kappa = kappa.data(),
+                         .da = da.data(),
+                         .db = db_got.data()};
   RUN(mlp_backward_pointwise, w);
   compare(da, gradient, rounding, "da");
   compare(db_got, db, summed * root, "db");
+  w.hs = y.data();
+  w.beta = beta.data();
+  RUN(mlp_backward_pointwise, w);
+  compare(y, grn, rounding, "hs + beta");
+  w.beta = nullptr;
   w.hs = a.data();
   w.da = ds.data();
   w.db = db_again.data();
@@ -204,7 +275,8 @@ void test_segments(const Case& k, int64_t channels, bool misaligned, Activation 
     std::vector<double> total(channels);
     for (int64_t i = 0; i < size; ++i) total[i % channels] += ds[i];
     Buffer<A> column(channels);
-    RUN(column_sum, (ColumnSum{kDType<T>, rows, channels, ds.data(), column.data()}));
+    RUN(column_sum,
+        (ColumnSum{.dtype = kDType<T>, .rows = rows, .channels = channels, .x = ds.data(), .sums = column.data()}));
     compare(column, total, 4 * kRounding<A>, "column sum");
   }
 }
@@ -218,27 +290,25 @@ void test_chunks() {
   Buffer<Acc<T>> gamma(channels), norm(count * channels), scale(count * channels), one_norm(channels), one(channels);
   a.random(random, 3);
   gamma.random(random);
-  RUN(gelu_statistics, (GeluStatistics{kDType<T>,
-                                       {nullptr, 1, count, count * each},
-                                       channels,
-                                       Activation::gelu,
-                                       a.data(),
-                                       nullptr,
-                                       gamma.data(),
-                                       1e-6,
-                                       norm.data(),
-                                       scale.data()}));
+  RUN(gelu_statistics, (GeluStatistics{.dtype = kDType<T>,
+                                       .segments = {.rows_per_slot = 1, .count = count, .rows = count * each},
+                                       .channels = channels,
+                                       .activation = Activation::gelu,
+                                       .a = a.data(),
+                                       .gamma = gamma.data(),
+                                       .eps = 1e-6,
+                                       .norm = norm.data(),
+                                       .scale = scale.data()}));
   for (int64_t n = 0; n < count; ++n) {
-    RUN(gelu_statistics, (GeluStatistics{kDType<T>,
-                                         {nullptr, 1, 1, each},
-                                         channels,
-                                         Activation::gelu,
-                                         a.data() + n * each * channels,
-                                         nullptr,
-                                         gamma.data(),
-                                         1e-6,
-                                         one_norm.data(),
-                                         one.data()}));
+    RUN(gelu_statistics, (GeluStatistics{.dtype = kDType<T>,
+                                         .segments = {.rows_per_slot = 1, .count = 1, .rows = each},
+                                         .channels = channels,
+                                         .activation = Activation::gelu,
+                                         .a = a.data() + n * each * channels,
+                                         .gamma = gamma.data(),
+                                         .eps = 1e-6,
+                                         .norm = one_norm.data(),
+                                         .scale = one.data()}));
     check(std::memcmp(one.data(), scale.data() + n * channels, channels * sizeof(Acc<T>)) == 0, "chunk by image");
   }
 }
@@ -253,16 +323,16 @@ void test_half_range() {
     gamma.data()[c] = 1;
     beta.data()[c] = 0;
   }
-  RUN(grn_forward, (GrnForward{DType::f16,
-                               {nullptr, 1, 1, rows},
-                               channels,
-                               true,
-                               a.data(),
-                               gamma.data(),
-                               beta.data(),
-                               1e-6,
-                               y.data(),
-                               norm.data()}));
+  RUN(grn_forward, (GrnForward{.dtype = DType::f16,
+                               .segments = {.rows_per_slot = 1, .count = 1, .rows = rows},
+                               .channels = channels,
+                               .gelu = true,
+                               .x = a.data(),
+                               .gamma = gamma.data(),
+                               .beta = beta.data(),
+                               .eps = 1e-6,
+                               .y = y.data(),
+                               .norm = norm.data()}));
   check(std::fabs(norm[1] / (60000 * std::sqrt(40.0)) - 1) < 1e-6, "float16 square sums", norm[1]);
   check(std::isinf(y[1]) && !std::isinf(y[0]), "float16 overflow", y[1]);
 }
@@ -277,7 +347,8 @@ void test_many_sums() {
   x.random(random);
   std::vector<double> expected(channels);
   for (int64_t i = 0; i < rows * channels; ++i) expected[i % channels] += value(x[i]);
-  RUN(column_sum, (ColumnSum{kDType<T>, rows, channels, x.data(), sums.data()}));
+  RUN(column_sum,
+      (ColumnSum{.dtype = kDType<T>, .rows = rows, .channels = channels, .x = x.data(), .sums = sums.data()}));
   compare(sums, expected, 4 * kRounding<Acc<T>>, "sum of many rows");
 }
 

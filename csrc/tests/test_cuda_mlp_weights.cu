@@ -71,8 +71,16 @@ void test_parameters(int64_t inputs, int64_t hidden, int64_t outputs, bool fold,
       dshift_expected[c] += w * db1[j];
       dw1_expected[j * inputs + c] = d * gain[c] + double(db1[j]) * shift[c];
     }
-  RUN(unfold_layer_norm, (UnfoldLayerNorm{kDType<P>, inputs, hidden, w1.data(), gain.data(), shift.data(), db1.data(),
-                                          dw1.data(), dgain.data(), dshift.data()}));
+  RUN(unfold_layer_norm, (UnfoldLayerNorm{.dtype = kDType<P>,
+                                          .inputs = inputs,
+                                          .hidden = hidden,
+                                          .w1 = w1.data(),
+                                          .ln_weight = gain.data(),
+                                          .ln_bias = shift.data(),
+                                          .db1 = db1.data(),
+                                          .dw1 = dw1.data(),
+                                          .dln_weight = dgain.data(),
+                                          .dln_bias = dshift.data()}));
   compare(dw1, dw1_expected, kRounding<A>, "dw1");
   compare(dgain, dgain_expected, 4 * kRounding<A>, "gradient of LN's weight");
   compare(dshift, dshift_expected, 4 * kRounding<A>, "gradient of LN's bias");
@@ -97,8 +105,17 @@ void test_products(int64_t images, int64_t outputs, int64_t hidden) {
       }
     }
   Buffer<A> t(images * hidden), dw2(outputs * hidden);
-  ImageProducts p{kDType<T>, images,       outputs,      hidden,      g.data(),  w2.data(),
-                  t.data(),  scale.data(), d_sum.data(), beta.data(), dw2.data()};
+  ImageProducts p{.dtype = kDType<T>,
+                  .images = images,
+                  .outputs = outputs,
+                  .hidden = hidden,
+                  .g = g.data(),
+                  .w2 = w2.data(),
+                  .t = t.data(),
+                  .scale = scale.data(),
+                  .d_sum = d_sum.data(),
+                  .beta = beta.data(),
+                  .dw2 = dw2.data()};
   RUN(products_reduce, p);
   p.dtype = kDType<A>;
   RUN(products_weight, p);

@@ -13,7 +13,7 @@ using namespace test;
 namespace {
 
 using Bytes = std::vector<unsigned char>;
-const cuda::Launch kLaunch{nullptr, nullptr};
+const cuda::Launch kLaunch{};
 
 Bytes random_bytes(int64_t size, Random& random) {
   Bytes bytes(size);
@@ -57,17 +57,16 @@ void test_copy(int64_t images, int64_t gh, int64_t gw, int64_t side, int64_t pix
   std::snprintf(what, sizeof what, "%dx%dx%d side %d pixel %d hidden %g fill %d shift %d", int(images), int(gh),
                 int(gw), int(side), int(pixel), hidden, with_fill, int(shift));
   Bytes got_packed(rows * pixel + shift, 0xab), got_dense(sites * pixel + shift, 0xab);
-  PatchCopy p{images,
-              gh,
-              gw,
-              side,
-              layout.slots(),
-              pixel,
-              layout.patch_of_slot.data(),
-              layout.slot_of_patch.data(),
-              dense.data() + shift,
-              nullptr,
-              got_packed.data() + shift};
+  PatchCopy p{.images = images,
+              .grid_h = gh,
+              .grid_w = gw,
+              .side = side,
+              .slots = layout.slots(),
+              .pixel_bytes = pixel,
+              .patch_of_slot = layout.patch_of_slot.data(),
+              .slot_of_patch = layout.slot_of_patch.data(),
+              .source = dense.data() + shift,
+              .target = got_packed.data() + shift};
   cuda::gather_patches(p, kLaunch);
   check(std::equal(expected_packed.begin(), expected_packed.end(), got_packed.begin() + shift), what);
   p.source = packed.data() + shift;
@@ -94,17 +93,17 @@ void test_pixels(int64_t images, int64_t channels, int64_t gh, int64_t gw, int64
       std::memcpy(&expected[(slot * side * side * row + i) * element],
                   &source[shift + (((image * channels + c) * height + y) * width + x) * element], element);
     }
-  const PatchPixels p{channels,
-                      height,
-                      width,
-                      gh,
-                      gw,
-                      side,
-                      layout.slots(),
-                      element,
-                      every ? nullptr : layout.patch_of_slot.data(),
-                      source.data() + shift,
-                      got.data() + shift};
+  const PatchPixels p{.channels = channels,
+                      .height = height,
+                      .width = width,
+                      .grid_h = gh,
+                      .grid_w = gw,
+                      .side = side,
+                      .slots = layout.slots(),
+                      .element_bytes = element,
+                      .patch_of_slot = every ? nullptr : layout.patch_of_slot.data(),
+                      .images = source.data() + shift,
+                      .rows = got.data() + shift};
   cuda::patch_pixels(p, kLaunch);
   check(std::equal(expected.begin(), expected.end(), got.begin() + shift), "patch pixels", double(element));
 }
@@ -129,7 +128,14 @@ void test_layout(int64_t images, int64_t gh, int64_t gw, int64_t kept) {
   }
   offsets.push_back(static_cast<int32_t>(patches.size()));
   std::vector<int32_t> got_slots(slots.size(), -7), got_patches(patches.size(), -7), got_offsets(images + 1, -7);
-  cuda::layout_from_kept({images, gh, gw, kept, ids.data(), got_slots.data(), got_patches.data(), got_offsets.data()},
+  cuda::layout_from_kept({.images = images,
+                          .grid_h = gh,
+                          .grid_w = gw,
+                          .kept = kept,
+                          .ids = ids.data(),
+                          .slot_of_patch = got_slots.data(),
+                          .patch_of_slot = got_patches.data(),
+                          .image_offsets = got_offsets.data()},
                          kLaunch);
   check(got_slots == slots, "slot_of_patch", double(cells));
   check(got_patches == patches, "patch_of_slot", double(cells));
@@ -145,8 +151,14 @@ void test_layout(int64_t images, int64_t gh, int64_t gw, int64_t kept) {
           const bool inside = r >= 0 && r < gh && c >= 0 && c < gw;
           expected.push_back(inside ? slots[patch / cells * cells + r * gw + c] : -1);
         }
-    cuda::neighbour_slots({images, gh, gw, static_cast<int64_t>(patches.size()), radius, got_slots.data(),
-                           got_patches.data(), got.data()},
+    cuda::neighbour_slots({.images = images,
+                           .grid_h = gh,
+                           .grid_w = gw,
+                           .slots = static_cast<int64_t>(patches.size()),
+                           .radius = radius,
+                           .slot_of_patch = got_slots.data(),
+                           .patch_of_slot = got_patches.data(),
+                           .neighbours = got.data()},
                           kLaunch);
     check(got == expected, "neighbours", radius);
   }
@@ -156,7 +168,15 @@ void test_layout(int64_t images, int64_t gh, int64_t gw, int64_t kept) {
 void test_wrong_ids() {
   const std::vector<int64_t> ids = {-1, 3, 99, 3, INT64_MAX, INT64_MIN, 0, 5};
   std::vector<int32_t> slots(2 * 6, -7), patches(8, -7), offsets(3, -7);
-  cuda::layout_from_kept({2, 2, 3, 4, ids.data(), slots.data(), patches.data(), offsets.data()}, kLaunch);
+  cuda::layout_from_kept({.images = 2,
+                          .grid_h = 2,
+                          .grid_w = 3,
+                          .kept = 4,
+                          .ids = ids.data(),
+                          .slot_of_patch = slots.data(),
+                          .patch_of_slot = patches.data(),
+                          .image_offsets = offsets.data()},
+                         kLaunch);
   for (const int32_t patch : patches) check(patch >= 0 && patch < 12, "patch of a wrong id", patch);
   for (const int32_t slot : slots) check(slot >= -1 && slot < 8, "slot of a wrong id", slot);
 }

@@ -33,21 +33,10 @@ struct Cpu {
   static void name(const Params& p, const Tensor&) { \
     kernels().name(p, torch_threads());              \
   }
-  CNX_CPU_KERNEL(conv_forward, ConvForward)
-  CNX_CPU_KERNEL(conv_weight_grad, ConvWeightGrad)
-  CNX_CPU_KERNEL(layer_norm_forward, LayerNormForward)
-  CNX_CPU_KERNEL(layer_norm_backward, LayerNormBackward)
-  CNX_CPU_KERNEL(space_to_depth_norm_forward, SpaceToDepthNorm)
-  CNX_CPU_KERNEL(space_to_depth_norm_backward, SpaceToDepthNorm)
-  CNX_CPU_KERNEL(grn_forward, GrnForward)
-  CNX_CPU_KERNEL(grn_backward, GrnBackward)
+  CNX_CPU_KERNELS(CNX_CPU_KERNEL)
 #undef CNX_CPU_KERNEL
-  static void column_sum(const ColumnSum& p, const Tensor&) {
-    MlpRows rows{
-        .dtype = p.dtype, .segments = {.rows_per_slot = 1, .count = 1, .rows = p.rows}, .channels = p.channels};
-    rows.a = const_cast<void*>(p.x);
-    rows.sums = p.sums;
-    kernels().column_sum(rows, torch_threads());
+  static void transpose_rows(const float* x, int64_t rows, int64_t cols, float* y) {
+    transpose_f32(x, rows, cols, y, torch_threads());
   }
   static void gather_patches(const PatchCopy& p, const Tensor&) { cnx::gather_patches(p, torch_threads()); }
   static void scatter_patches(const PatchCopy& p, const Tensor&) { cnx::scatter_patches(p, torch_threads()); }

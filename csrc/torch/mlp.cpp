@@ -2,40 +2,29 @@
 // (convnextv2_kernels/ops/_operators.py) are built from these; contracts: the structs of csrc/include/cnx and
 // convnextv2_kernels/backends/reference/mlp.py.
 //
-// `tanh` chooses GELU's form; a name would leak, as the stable ABI of PyTorch 2.13 frees no string argument. Arguments
-// marked (a!) are results written in place of what they held; they may be the inputs themselves.
+// `tanh` chooses GELU's form, without `gelu` the rows are activated already; a name would leak, as the stable ABI of
+// PyTorch 2.13 frees no string argument. Arguments marked (a!) are results written in place of what they held; they may
+// be the inputs themselves.
 #include "device_cpu.h"
 #include "device_cuda.h"
 
 CNX_SCHEMAS(m) {
-  m.def("gelu_square_sum_(Tensor(a!) a, bool tanh, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
-  m.def(
-      "scale_rows_(Tensor(a!) h, Tensor scale, Tensor beta, Tensor? offsets, int rows_per_slot, int segments)"
-      " -> ()");
-  m.def(
-      "mlp_backward_reduce(Tensor a, Tensor ds, bool tanh, Tensor? offsets, int rows_per_slot, int segments)"
-      " -> Tensor");
-  m.def(
-      "mlp_backward_pointwise_(Tensor(a!) a, Tensor(b!) ds, Tensor scale, Tensor kappa, Tensor beta,"
-      " bool tanh, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
-  m.def("grn_scale(Tensor square_sum, Tensor gamma, float eps) -> (Tensor norm, Tensor scale)");
-  m.def("grn_gradient(Tensor t, Tensor norm, Tensor gamma, float eps) -> (Tensor kappa, Tensor dgamma)");
-  m.def("column_sum(Tensor x) -> Tensor");
-  m.def("transpose_rows(Tensor x) -> Tensor");
-
-  // CUDA only
   m.def(
       "gelu_statistics(Tensor a, Tensor(a!)? h, Tensor gamma, float eps, bool tanh, Tensor? offsets,"
       " int rows_per_slot, int segments) -> (Tensor norm, Tensor scale)");
   m.def(
       "gelu_scale(Tensor a, Tensor(a!) out, Tensor? scale, bool tanh, Tensor? offsets, int rows_per_slot,"
-      " int segments) -> ()");
+      " int segments, Tensor? beta=None, bool gelu=True) -> ()");
   m.def(
       "mlp_backward_statistics(Tensor? a, Tensor? ds, Tensor? t, Tensor norm, Tensor gamma, float eps, bool tanh,"
       " Tensor? offsets, int rows_per_slot, int segments) -> (Tensor scale, Tensor kappa, Tensor dgamma)");
   m.def(
       "mlp_backward_pointwise(Tensor a, Tensor ds, Tensor scale, Tensor kappa, Tensor(a!)? hs, Tensor(b!) da,"
-      " bool tanh, Tensor? offsets, int rows_per_slot, int segments) -> Tensor");
+      " bool tanh, Tensor? offsets, int rows_per_slot, int segments, Tensor? beta=None) -> Tensor");
+  m.def("column_sum(Tensor x) -> Tensor");
+  // CPU only
+  m.def("transpose_rows(Tensor x) -> Tensor");
+  // CUDA only
   m.def(
       "mlp_parameters(Tensor w1, Tensor b1, Tensor w2, Tensor? b2, Tensor beta, Tensor? ln_weight, Tensor? ln_bias,"
       " Tensor like) -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2)");
@@ -91,19 +80,21 @@ std::tuple<Tensor, Tensor> gelu_statistics(const Tensor& a, std::optional<Tensor
 
 template <class D>
 void gelu_scale(const Tensor& a, Tensor out, const OptionalTensor& scale, bool tanh, const OptionalTensor& offsets,
-                int64_t rows_per_slot, int64_t segments) {
+                int64_t rows_per_slot, int64_t segments, const OptionalTensor& beta, bool gelu) {
   check_device<D>(a, "a");
   check_like(out, a, "out");
   const int64_t channels = last_size(a);
   if (scale) check_stat(*scale, a, segments * channels, "scale");
+  if (beta) check_stat(*beta, a, channels, "beta");
   D::gelu_scale(
       {
           .dtype = D::dtype_of(a),
           .segments = segments_of(offsets, a, rows_per_slot, segments),
           .channels = channels,
-          .activation = gelu_form(tanh),
+          .activation = gelu ? gelu_form(tanh) : Activation::identity,
           .a = a.const_data_ptr(),
           .scale = pointer(scale),
+          .beta = pointer(beta),
           .out = out.mutable_data_ptr(),
       },
       a);
@@ -151,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> mlp_backward_statistics(const OptionalTensor&
 template <class D>
 Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& scale, const Tensor& kappa,
                               std::optional<Tensor> hs, Tensor da, bool tanh, const OptionalTensor& offsets,
-                              int64_t rows_per_slot, int64_t segments) {
+                              int64_t rows_per_slot, int64_t segments, const OptionalTensor& beta) {
   check_device<D>(a, "a");
   const int64_t channels = last_size(a);
   check_like(ds, a, "ds");
@@ -159,6 +150,7 @@ Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& s
   if (hs) check_like(*hs, a, "hs");
   check_stat(scale, a, segments * channels, "scale");
   check_stat(kappa, a, segments * channels, "kappa");
+  if (beta) check_stat(*beta, a, channels, "beta");
   Tensor db = new_stat(a, {channels});
   D::mlp_backward_pointwise(
       {
@@ -170,6 +162,7 @@ Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& s
           .ds = ds.const_data_ptr(),
           .scale = scale.const_data_ptr(),
           .kappa = kappa.const_data_ptr(),
+          .beta = pointer(beta),
           .hs = mutable_pointer(hs),
           .da = da.mutable_data_ptr(),
           .db = db.mutable_data_ptr(),
@@ -297,134 +290,33 @@ Tensor products_weight(const Tensor& g, const Tensor& scale, const Tensor& d_sum
   return dw2;
 }
 
-#if !defined(CNX_EMULATION)
-
-MlpRows rows_of(const Tensor& a, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
-  check_device<Cpu>(a, "a");
-  MlpRows p{};
-  p.dtype = Cpu::dtype_of(a);
-  p.segments = segments_of(offsets, a, rows_per_slot, segments);
-  p.channels = last_size(a);
-  p.a = const_cast<void*>(a.const_data_ptr());
-  return p;
-}
-
-Tensor gelu_square_sum_(Tensor a, bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
-  MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
-  p.activation = gelu_form(tanh);
-  Tensor sums = new_stat(a, {segments, p.channels});
-  p.sums = sums.mutable_data_ptr();
-  kernels().gelu_square_sum(p, torch_threads());
-  return sums;
-}
-
-void scale_rows_(Tensor h, const Tensor& scale, const Tensor& beta, const OptionalTensor& offsets,
-                 int64_t rows_per_slot, int64_t segments) {
-  MlpRows p = rows_of(h, offsets, rows_per_slot, segments);
-  check_stat(scale, h, segments * p.channels, "scale");
-  check_stat(beta, h, p.channels, "beta");
-  p.beta = beta.const_data_ptr();
-  p.scale = scale.const_data_ptr();
-  kernels().scale_rows(p, torch_threads());
-}
-
-Tensor mlp_backward_reduce(const Tensor& a, const Tensor& ds, bool tanh, const OptionalTensor& offsets,
-                           int64_t rows_per_slot, int64_t segments) {
-  MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
-  p.activation = gelu_form(tanh);
-  check_like(ds, a, "ds");
-  Tensor sums = new_stat(a, {segments, p.channels});
-  p.ds = const_cast<void*>(ds.const_data_ptr());
-  p.sums = sums.mutable_data_ptr();
-  kernels().mlp_backward_reduce(p, torch_threads());
-  return sums;
-}
-
-Tensor mlp_backward_pointwise_(Tensor a, Tensor ds, const Tensor& scale, const Tensor& kappa, const Tensor& beta,
-                               bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments) {
-  MlpRows p = rows_of(a, offsets, rows_per_slot, segments);
-  p.activation = gelu_form(tanh);
-  check_like(ds, a, "ds");
-  check_stat(scale, a, segments * p.channels, "scale");
-  check_stat(kappa, a, segments * p.channels, "kappa");
-  check_stat(beta, a, p.channels, "beta");
-  p.beta = beta.const_data_ptr();
-  Tensor sums = new_stat(a, {p.channels});
-  p.ds = ds.mutable_data_ptr();
-  p.scale = scale.const_data_ptr();
-  p.kappa = kappa.const_data_ptr();
-  p.sums = sums.mutable_data_ptr();
-  kernels().mlp_backward_pointwise(p, torch_threads());
-  return sums;
-}
-
-GrnStatistics statistics_of(const Tensor& input, const Tensor& gamma, double eps) {
-  check_stat(input, input, input.numel(), "input");
-  check_stat(gamma, input, last_size(input), "gamma");
-  GrnStatistics p{};
-  p.dtype = Cpu::dtype_of(input);
-  p.count = row_count(input);
-  p.channels = last_size(input);
-  p.input = input.const_data_ptr();
-  p.gamma = gamma.const_data_ptr();
-  p.eps = eps;
-  return p;
-}
-
-std::tuple<Tensor, Tensor> grn_scale(const Tensor& square_sum, const Tensor& gamma, double eps) {
-  GrnStatistics p = statistics_of(square_sum, gamma, eps);
-  Tensor norm = new_stat(square_sum, sizes(square_sum)), scale = new_stat(square_sum, sizes(square_sum));
-  p.norm = norm.mutable_data_ptr();
-  p.scale = scale.mutable_data_ptr();
-  kernels().grn_scale(p);
-  return {norm, scale};
-}
-
-std::tuple<Tensor, Tensor> grn_gradient(const Tensor& t, const Tensor& norm, const Tensor& gamma, double eps) {
-  GrnStatistics p = statistics_of(t, gamma, eps);
-  check_stat(norm, t, t.numel(), "norm");
-  Tensor kappa = new_stat(t, sizes(t)), dgamma = new_stat(t, {p.channels});
-  p.norm_in = norm.const_data_ptr();
-  p.kappa = kappa.mutable_data_ptr();
-  p.dgamma = dgamma.mutable_data_ptr();
-  kernels().grn_gradient(p);
-  return {kappa, dgamma};
-}
-
+template <class D>
 Tensor transpose_rows(const Tensor& x) {
-  check_device<Cpu>(x, "x");
+  check_device<D>(x, "x");
   STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float,
                   "convnextv2_kernels: x must be a float32 matrix");
   Tensor y = new_features(x, {x.size(1), x.size(0)});
-  transpose_f32(static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1),
-                static_cast<float*>(y.mutable_data_ptr()), torch_threads());
+  D::transpose_rows(static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1),
+                    static_cast<float*>(y.mutable_data_ptr()));
   return y;
 }
 
-template <class>
-void implement_cpu(Library& m) {
-  m.impl("gelu_square_sum_", TORCH_BOX(&gelu_square_sum_));
-  m.impl("scale_rows_", TORCH_BOX(&scale_rows_));
-  m.impl("mlp_backward_reduce", TORCH_BOX(&mlp_backward_reduce));
-  m.impl("mlp_backward_pointwise_", TORCH_BOX(&mlp_backward_pointwise_));
-  m.impl("grn_scale", TORCH_BOX(&grn_scale));
-  m.impl("grn_gradient", TORCH_BOX(&grn_gradient));
-  m.impl("transpose_rows", TORCH_BOX(&transpose_rows));
-}
-
-#endif
-
 template <class D>
 void implement(Library& m) {
-  m.impl("column_sum", TORCH_BOX(&column_sum<D>));
-}
-
-template <class D>
-void implement_cuda(Library& m) {
   m.impl("gelu_statistics", TORCH_BOX(&gelu_statistics<D>));
   m.impl("gelu_scale", TORCH_BOX(&gelu_scale<D>));
   m.impl("mlp_backward_statistics", TORCH_BOX(&mlp_backward_statistics<D>));
   m.impl("mlp_backward_pointwise", TORCH_BOX(&mlp_backward_pointwise<D>));
+  m.impl("column_sum", TORCH_BOX(&column_sum<D>));
+}
+
+template <class D>
+void implement_cpu(Library& m) {
+  m.impl("transpose_rows", TORCH_BOX(&transpose_rows<D>));
+}
+
+template <class D>
+void implement_cuda(Library& m) {
   m.impl("mlp_parameters", TORCH_BOX(&mlp_parameters<D>));
   m.impl("unfold_layer_norm", TORCH_BOX(&unfold_layer_norm<D>));
   m.impl("products_reduce", TORCH_BOX(&products_reduce<D>));

@@ -61,7 +61,12 @@ PYBIND11_MODULE(_C, m) {
                   : dtype == "bfloat16" ? cnx::DType::bf16
                                         : cnx::DType::f16;
         static const int32_t packed = 0;  // that there is a table is all that matters
-        p.geometry = {1, side, side, channels, kernel_size, &packed};
+        p.geometry = {.maps = 1,
+                      .height = side,
+                      .width = side,
+                      .channels = channels,
+                      .kernel_size = kernel_size,
+                      .neighbours = &packed};
         p.normalize = normalize;
         const cnx::cuda::ConvChoice choice = cnx::cuda::conv_forward_kernel(p);
         return py::dict(py::arg("kernel") = choice.kernel, py::arg("threads") = choice.threads,

@@ -56,9 +56,8 @@ def gelu_grn_linear(
     *segments,
 ) -> tuple[Tensor, Tensor]:
     """Turns a into act(a) in place, and applies GRN in place or through the weight."""
-    h = a.clone() if keep_a else a
-    square_sum = _ops.gelu_square_sum_.default(h, act == "gelu_tanh", *segments)
-    norm, scale = _ops.grn_scale.default(square_sum, gamma, eps)
+    h = torch.empty_like(a) if keep_a else a
+    norm, scale = _ops.gelu_statistics.default(a, h, gamma, eps, act == "gelu_tanh", *segments)
     return _scaled_linear(h, weight, bias, scale, beta, residual, *segments), norm
 
 
@@ -76,7 +75,7 @@ def _scaled_linear(
             for part, s, add in zip(h.split(rows), scale, adds, strict=True)
         ]
         return parts[0] if count == 1 else torch.cat(parts)
-    _ops.scale_rows_.default(h, scale, beta, *segments)
+    _ops.gelu_scale.default(h, h, scale, False, *segments, beta, False)  # h is activated already
     return linear(h, weight, bias, residual)
 
 
@@ -93,11 +92,10 @@ def gelu_grn_linear_backward(
     keep_a: bool,
     *segments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Overwrites a with the GRN output, whose product with d is the weight's gradient, and ds with da."""
-    a, tanh = a.clone() if keep_a else a, act == "gelu_tanh"
-    scale = _ops.grn_scale.default(norm.square(), gamma, eps)[1]
+    """Overwrites ds with da, and a with the GRN output, whose product with d is the weight's gradient."""
+    tanh = act == "gelu_tanh"
     ds = linear_input_grad(d, weight)
-    t = _ops.mlp_backward_reduce.default(a, ds, tanh, *segments)
-    kappa, dgamma = _ops.grn_gradient.default(t, norm, gamma, eps)
-    da_sum = _ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, beta, tanh, *segments)
-    return ds, da_sum, dgamma, linear_weight_grad(d, a)
+    scale, kappa, dgamma = _ops.mlp_backward_statistics.default(a, ds, None, norm, gamma, eps, tanh, *segments)
+    grn = torch.empty_like(a) if keep_a else a
+    da_sum = _ops.mlp_backward_pointwise.default(a, ds, scale, kappa, grn, ds, tanh, *segments, beta)
+    return ds, da_sum, dgamma, linear_weight_grad(d, grn)

@@ -131,7 +131,7 @@ const char* conv_forward_choice(const ConvForward& p) {
 ConvChoice conv_forward_kernel(const ConvForward& p) {
   const ConvPlan plan = conv_forward_plan(p);
   const int threads = plan.kernel == ConvKernel::generic ? 256 : 32 * plan.warps;
-  return {conv_forward_choice(p), threads, plan.shared, plan.fused};
+  return {.kernel = conv_forward_choice(p), .threads = threads, .shared_bytes = plan.shared, .fused = plan.fused};
 }
 
 // conv_generic reads weights tap by tap; no other kernel needs a workspace.

@@ -43,7 +43,8 @@ template <class T>
 GradPlan make_plan(const ConvGeometry& g, bool aligned) {
   GradPlan plan{};
   const int64_t taps = int64_t{g.kernel_size} * g.kernel_size;
-  if (g.maps * g.height * g.width * g.channels == 0) return GradPlan{GradKernel::generic, 0, 0, 1, 0};
+  if (g.maps * g.height * g.width * g.channels == 0)
+    return GradPlan{.kernel = GradKernel::generic, .units = 0, .blocks = 0, .per_split = 1, .splits = 0};
   const bool square = g.height == g.width, seven = g.kernel_size == 7;
   // the register kernels keep offsets within a map in 32 bits
   const int64_t map_pixels = g.height * g.width, map_bytes = map_pixels * g.channels * static_cast<int64_t>(sizeof(T));

@@ -40,7 +40,8 @@ int64_t gelu_scale_workspace(const GeluScale&) {
 }
 
 void gelu_scale(const GeluScale& p, const Launch& launch) {
-  scale_rows({p.dtype, p.segments, p.channels, p.activation}, p.a, p.scale, nullptr, p.out, launch);
+  scale_rows({.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation}, p.a,
+             p.scale, p.beta, p.out, launch);
 }
 
 int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
@@ -48,10 +49,13 @@ int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
 }
 
 void mlp_backward_pointwise(const MlpBackwardPointwise& p, const Launch& launch) {
+  const RowPass pass{.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation};
   const int64_t parts = part_count(p.dtype, p.segments, p.channels);
-  gradient_rows({p.dtype, p.segments, p.channels, p.activation}, p.a, p.ds, p.scale, p.kappa, p.hs, p.da,
-                parts == 1 ? p.db : launch.workspace, launch);
+  gradient_rows(pass, p.a, p.ds, p.scale, p.kappa, p.beta ? nullptr : p.hs, p.da, parts == 1 ? p.db : launch.workspace,
+                launch);
   add_parts(p.dtype, parts, p.channels, p.db, launch);
+  // the kernel adds no beta, as no schedule of a GPU asks for it: a pass of its own, after a has been read
+  if (p.beta && p.hs) scale_rows(pass, p.a, p.scale, p.beta, p.hs, launch);
 }
 
 int64_t column_sum_workspace(const ColumnSum& p) {
@@ -59,10 +63,10 @@ int64_t column_sum_workspace(const ColumnSum& p) {
 }
 
 void column_sum(const ColumnSum& p, const Launch& launch) {
-  const Segments segments{nullptr, 1, 1, p.rows};
+  const Segments segments{.rows_per_slot = 1, .count = 1, .rows = p.rows};
   const int64_t parts = part_count(p.dtype, segments, p.channels);
-  column_sums({p.dtype, segments, p.channels, Activation::identity}, p.x, parts == 1 ? p.sums : launch.workspace,
-              launch);
+  column_sums({.dtype = p.dtype, .segments = segments, .channels = p.channels, .activation = Activation::identity}, p.x,
+              parts == 1 ? p.sums : launch.workspace, launch);
   add_parts(p.dtype, parts, p.channels, p.sums, launch);
 }
 

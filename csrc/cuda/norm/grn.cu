@@ -9,7 +9,10 @@ namespace {
 
 template <class Params>
 RowPass row_pass(const Params& p) {
-  return {p.dtype, p.segments, p.channels, p.gelu ? Activation::gelu : Activation::identity};
+  return {.dtype = p.dtype,
+          .segments = p.segments,
+          .channels = p.channels,
+          .activation = p.gelu ? Activation::gelu : Activation::identity};
 }
 
 template <class T>

@@ -13,10 +13,16 @@ void layer_norm_forward(const LayerNormForward& p, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    norm_forward<T>(
-        {p.rows, p.channels, static_cast<const T*>(p.x), static_cast<const A*>(p.weight), static_cast<const A*>(p.bias),
-         static_cast<A>(p.eps), static_cast<T*>(p.y), static_cast<A*>(p.mean), static_cast<A*>(p.rstd)},
-        SameRow{}, launch);
+    norm_forward<T>({.rows = p.rows,
+                     .channels = p.channels,
+                     .x = static_cast<const T*>(p.x),
+                     .weight = static_cast<const A*>(p.weight),
+                     .bias = static_cast<const A*>(p.bias),
+                     .eps = static_cast<A>(p.eps),
+                     .y = static_cast<T*>(p.y),
+                     .mean = static_cast<A*>(p.mean),
+                     .rstd = static_cast<A*>(p.rstd)},
+                    SameRow{}, launch);
   });
 }
 
@@ -32,9 +38,15 @@ void layer_norm_backward(const LayerNormBackward& p, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    norm_backward<T>({p.rows, p.channels, static_cast<const T*>(p.grad), static_cast<const T*>(p.x),
-                      static_cast<const A*>(p.mean), static_cast<const A*>(p.rstd), static_cast<const A*>(p.weight),
-                      static_cast<T*>(p.dx), static_cast<A*>(launch.workspace)},
+    norm_backward<T>({.rows = p.rows,
+                      .channels = p.channels,
+                      .grad = static_cast<const T*>(p.grad),
+                      .x = static_cast<const T*>(p.x),
+                      .mean = static_cast<const A*>(p.mean),
+                      .rstd = static_cast<const A*>(p.rstd),
+                      .weight = static_cast<const A*>(p.weight),
+                      .dx = static_cast<T*>(p.dx),
+                      .partial = static_cast<A*>(launch.workspace)},
                      SameRow{}, static_cast<A*>(p.dweight), static_cast<A*>(p.dbias), launch);
   });
 }

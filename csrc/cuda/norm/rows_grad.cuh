@@ -205,7 +205,7 @@ int64_t launch_norm_backward(const NormBackward<T>& p, const Map& map, const Lau
   }
   CNX_LAUNCH((norm_backward_wide_kernel<T, N, Map>), static_cast<unsigned>(p.rows), kRowThreads, 0, launch, p, map);
   if constexpr (kSums) {
-    const ColumnGrid grid = column_grid<T>({nullptr, 1, 1, p.rows}, p.channels, N);
+    const ColumnGrid grid = column_grid<T>({.rows_per_slot = 1, .count = 1, .rows = p.rows}, p.channels, N);
     CNX_LAUNCH((norm_parameter_sums_kernel<T, N>), grid.blocks(), kColumnThreads, 0, launch, grid, p);
     return grid.splits;
   }

@@ -13,9 +13,14 @@ void space_to_depth_norm_forward(const SpaceToDepthNorm& p, const Launch& launch
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    norm_forward<T>({p.maps * p.height * p.width, p.channels, static_cast<const T*>(p.x),
-                     static_cast<const A*>(p.weight), static_cast<const A*>(p.bias), static_cast<A>(p.eps),
-                     static_cast<T*>(p.out), nullptr, static_cast<A*>(p.rstd)},
+    norm_forward<T>({.rows = p.maps * p.height * p.width,
+                     .channels = p.channels,
+                     .x = static_cast<const T*>(p.x),
+                     .weight = static_cast<const A*>(p.weight),
+                     .bias = static_cast<const A*>(p.bias),
+                     .eps = static_cast<A>(p.eps),
+                     .y = static_cast<T*>(p.out),
+                     .rstd = static_cast<A*>(p.rstd)},
                     BlockedRow{p.width}, launch);
   });
 }
@@ -33,9 +38,14 @@ void space_to_depth_norm_backward(const SpaceToDepthNorm& p, const Launch& launc
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
-    norm_backward<T>({p.maps * p.height * p.width, p.channels, static_cast<const T*>(p.x), static_cast<const T*>(p.z),
-                      nullptr, static_cast<const A*>(p.rstd), static_cast<const A*>(p.weight), static_cast<T*>(p.out),
-                      static_cast<A*>(launch.workspace)},
+    norm_backward<T>({.rows = p.maps * p.height * p.width,
+                      .channels = p.channels,
+                      .grad = static_cast<const T*>(p.x),
+                      .x = static_cast<const T*>(p.z),
+                      .rstd = static_cast<const A*>(p.rstd),
+                      .weight = static_cast<const A*>(p.weight),
+                      .dx = static_cast<T*>(p.out),
+                      .partial = static_cast<A*>(launch.workspace)},
                      BlockedRow{p.width}, static_cast<A*>(p.dweight), static_cast<A*>(p.dbias), launch);
   });
 }

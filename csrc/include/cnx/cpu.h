@@ -11,25 +11,28 @@ struct Threads {
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };
 
+// Every kernel that is compiled for each instruction set, and its parameters.
+#define CNX_CPU_KERNELS(K)                          \
+  K(conv_forward, ConvForward)                      \
+  K(conv_weight_grad, ConvWeightGrad)               \
+  K(layer_norm_forward, LayerNormForward)           \
+  K(layer_norm_backward, LayerNormBackward)         \
+  K(space_to_depth_norm_forward, SpaceToDepthNorm)  \
+  K(space_to_depth_norm_backward, SpaceToDepthNorm) \
+  K(grn_forward, GrnForward)                        \
+  K(grn_backward, GrnBackward)                      \
+  K(gelu_statistics, GeluStatistics)                \
+  K(gelu_scale, GeluScale)                          \
+  K(mlp_backward_statistics, MlpBackwardStatistics) \
+  K(mlp_backward_pointwise, MlpBackwardPointwise)   \
+  K(column_sum, ColumnSum)
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
-  void (*conv_forward)(const ConvForward&, const Threads&);
-  void (*conv_weight_grad)(const ConvWeightGrad&, const Threads&);
-  void (*layer_norm_forward)(const LayerNormForward&, const Threads&);
-  void (*layer_norm_backward)(const LayerNormBackward&, const Threads&);
-  void (*space_to_depth_norm_forward)(const SpaceToDepthNorm&, const Threads&);
-  void (*space_to_depth_norm_backward)(const SpaceToDepthNorm&, const Threads&);
-  void (*grn_forward)(const GrnForward&, const Threads&);
-  void (*grn_backward)(const GrnBackward&, const Threads&);
-  void (*gelu_square_sum)(const MlpRows&, const Threads&);      // a -> gelu(a); sums [count, H] of its square
-  void (*scale_rows)(const MlpRows&, const Threads&);           // a = a * scale + beta
-  void (*mlp_backward_reduce)(const MlpRows&, const Threads&);  // sums [count, H] of ds * gelu(a)
-  void (*mlp_backward_pointwise)(const MlpRows&,
-                                 const Threads&);  // a -> gelu(a)*scale + beta, ds -> da; sums [H] of da
-  void (*grn_scale)(const GrnStatistics&);
-  void (*grn_gradient)(const GrnStatistics&);
-  void (*column_sum)(const MlpRows&, const Threads&);  // sums [H] of a
+#define CNX_CPU_MEMBER(name, Params) void (*name)(const Params&, const Threads&);
+  CNX_CPU_KERNELS(CNX_CPU_MEMBER)
+#undef CNX_CPU_MEMBER
 };
 
 // The table of the widest instruction set this processor has; CONVNEXTV2_KERNELS_CPU_ISA lowers the choice.

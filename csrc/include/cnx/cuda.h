@@ -13,64 +13,6 @@
 
 namespace cnx {
 
-// Column sums and element-wise parts of the MLP, on rows T [rows, H] in segments (images). a is the first product's
-// output, h = activation(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels.md).
-struct GeluStatistics {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  Activation activation;
-  const void* a;
-  void* h;            // T [rows, H], may be a; null: not stored
-  const void* gamma;  // A [H]
-  double eps;
-  void* norm;   // A [count, H]: sqrt of the column sums of h^2 of each segment
-  void* scale;  // A [count, H]: 1 + gamma * norm / (mean over H of norm + eps)
-};
-
-struct GeluScale {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  Activation activation;  // identity: a already holds h
-  const void* a;
-  const void* scale;  // A [count, H]; null: no scale
-  void* out;          // T [rows, H] = h * scale, may be a
-};
-
-// With t[count, H] = column sums of ds * h of each segment:
-//   dgamma = sum over segments of q * t, q = norm / m, m = mean(norm) + eps; dq = gamma * t;
-//   kappa = (dq / m - sum_j(dq norm) / (H m^2)) / norm, 0 where norm is 0; scale as GeluStatistics.
-struct MlpBackwardStatistics {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  Activation activation;
-  const void* a;      // with ds: t is summed from them; both null: t is given
-  const void* ds;     // T [rows, H]
-  const void* t;      // A [count, H] or null
-  const void* norm;   // A [count, H]
-  const void* gamma;  // A [H]
-  double eps;
-  void* scale;   // A [count, H]
-  void* kappa;   // A [count, H]
-  void* dgamma;  // A [H]
-};
-
-struct MlpBackwardPointwise {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  Activation activation;
-  const void* a;
-  const void* ds;
-  const void* scale;  // A [count, H]
-  const void* kappa;  // A [count, H]
-  void* hs;           // T [rows, H] = h * scale, may be a; null: not wanted
-  void* da;           // T [rows, H] = (ds * scale + h * kappa) * activation'(a), may be ds
-  void* db;           // A [H]: column sums of da, of the values before they are rounded to T
-};
-
 // Operands of the MLP's two products, in T: LN's affine part inside the first, GRN's beta inside the second bias.
 //   w1_out = w1 * ln_weight, b1_out = b1 + w1 ln_bias, w2_out = w2, b2_out = b2 + w2 beta
 struct MlpParameters {

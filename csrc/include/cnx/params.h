@@ -136,18 +136,64 @@ struct GrnBackward {
   void* dbeta;   // A [C]
 };
 
-// The element-wise parts of the chunked MLP; which members are used is told at each entry of KernelTable.
-struct MlpRows {
+// The four row passes of the MLP, on hidden rows T [rows, H] in segments (images). a is the first GEMM's output,
+// h = activation(a), the GRN output is h * scale + beta. Where the second GEMM takes beta into its bias, beta is null.
+struct GeluStatistics {
   DType dtype;
   Segments segments;
   int64_t channels;
-  Activation activation;  // GELU of either form, where there is one
-  void* a;                // T [rows, H]
-  void* ds;               // T [rows, H]
-  const void* scale;      // A [count, H]
-  const void* kappa;      // A [count, H]
-  const void* beta;       // A [H]
-  void* sums;             // A [count, H] or [H]
+  Activation activation;
+  const void* a;
+  void* h;            // T [rows, H], may be a; null: not stored
+  const void* gamma;  // A [H]
+  double eps;
+  void* norm;   // A [count, H]: sqrt of the column sums of h^2 of each segment
+  void* scale;  // A [count, H]: 1 + gamma * norm / (mean over H of norm + eps)
+};
+
+struct GeluScale {
+  DType dtype;
+  Segments segments;
+  int64_t channels;
+  Activation activation;  // identity: a already holds h
+  const void* a;
+  const void* scale;  // A [count, H]; null: 1
+  const void* beta;   // A [H]; null: 0
+  void* out;          // T [rows, H] = h * scale + beta, may be a
+};
+
+// With t[count, H] = column sums of ds * h of each segment:
+//   dgamma = sum over segments of q * t, q = norm / m, m = mean(norm) + eps; dq = gamma * t;
+//   kappa = (dq / m - sum_j(dq norm) / (H m^2)) / norm, 0 where norm is 0; scale as GeluStatistics.
+struct MlpBackwardStatistics {
+  DType dtype;
+  Segments segments;
+  int64_t channels;
+  Activation activation;
+  const void* a;      // with ds: t is summed from them; both null: t is given
+  const void* ds;     // T [rows, H]
+  const void* t;      // A [count, H] or null
+  const void* norm;   // A [count, H]
+  const void* gamma;  // A [H]
+  double eps;
+  void* scale;   // A [count, H]
+  void* kappa;   // A [count, H]
+  void* dgamma;  // A [H]
+};
+
+struct MlpBackwardPointwise {
+  DType dtype;
+  Segments segments;
+  int64_t channels;
+  Activation activation;
+  const void* a;
+  const void* ds;
+  const void* scale;  // A [count, H]
+  const void* kappa;  // A [count, H]
+  const void* beta;   // A [H]; null: 0
+  void* hs;           // T [rows, H] = h * scale + beta, may be a; null: not wanted
+  void* da;           // T [rows, H] = (ds * scale + h * kappa) * activation'(a), may be ds
+  void* db;           // A [H]: column sums of da, of the values before they are rounded to T
 };
 
 struct ColumnSum {
@@ -155,20 +201,6 @@ struct ColumnSum {
   int64_t rows, channels;
   const void* x;
   void* sums;  // A [C]
-};
-
-// Small per-image statistics [count, H]; see grn_scale and grn_gradient.
-struct GrnStatistics {
-  DType dtype;  // f32 or f64: the accumulator type
-  int64_t count, channels;
-  const void* input;  // square sums, or t
-  const void* norm_in;
-  const void* gamma;
-  double eps;
-  void* norm;    // forward
-  void* scale;   // forward
-  void* kappa;   // backward
-  void* dgamma;  // backward, [H]
 };
 
 // Copies between dense maps and packed patches; plain memory moves, the same for every instruction set.
