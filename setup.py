@@ -36,7 +36,6 @@ EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulate
 EMULATION_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def package_version() -> str:
@@ -97,8 +96,15 @@ def wants_cuda() -> bool:
     return force == "1" or (torch.version.cuda is not None and cuda_home() is not None)
 
 
+def default_architectures() -> str:
+    """The GPUs of ``csrc/architectures.json``, as in TORCH_CUDA_ARCH_LIST."""
+    gpus = json.loads((CSRC / "architectures.json").read_text())["cuda"]
+    names = [(gpu["name"].removeprefix("sm_"), "+PTX" if gpu.get("ptx") else "") for gpu in gpus]
+    return ";".join(f"{number[:-1]}.{number[-1]}{ptx}" for number, ptx in names)
+
+
 def architectures() -> list[str]:
-    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all we test."""
+    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all that are listed."""
     import torch
 
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -106,7 +112,7 @@ def architectures() -> list[str]:
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wish = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
     options = []
-    for item in (wish or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+    for item in (wish or default_architectures()).replace(" ", ";").split(";"):
         number = item.removesuffix("+PTX").replace(".", "")
         if not number or not number.rstrip("af").isdigit():
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be versions such as 8.0;9.0+PTX, got {wish!r}")

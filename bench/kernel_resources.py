@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = tuple(gpu["name"] for gpu in json.loads((ROOT / "csrc" / "architectures.json").read_text())["cuda"])
 RESULT = ROOT / "bench" / "results" / "cuda_resources.json"
 _CACHE = ROOT / "build" / "resources"
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
