@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cnx/params.h"
+
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define CNX_MASKED 1
@@ -20,17 +22,6 @@ struct bf16 {
 };
 
 namespace CNX_ISA {
-
-template <class T>
-struct Accumulator {
-  using type = T;
-};
-template <>
-struct Accumulator<bf16> {
-  using type = float;
-};
-template <class T>
-using Acc = typename Accumulator<T>::type;
 
 typedef float vf __attribute__((vector_size(CNX_VECTOR_BYTES)));
 typedef double vd __attribute__((vector_size(CNX_VECTOR_BYTES)));

@@ -307,5 +307,5 @@ int main(int count, char** names) {
   if (wanted("f16")) test_type<f16>();
   if (wanted("f64")) test_type<double>();
   for (const auto& name : used) std::printf("ran %s\n", name.c_str());
-  return test::failures() ? 1 : 0;
+  return test::exit_code();
 }

@@ -73,7 +73,7 @@ struct Buffer {
 template <class T>
 void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask, int64_t channels, int size,
                 bool misaligned = false, bool bias = true) {
-  using A = cuda::Acc<T>;
+  using A = Acc<T>;
   Random random(rows * 131 + cols * 17 + side * 7 + channels + size + static_cast<int>(mask));
   const Images map(images, rows, cols, packed ? side : 1, packed ? mask : Mask::all, random);
   const int64_t pixels = int64_t{map.slots} * map.side * map.side;
@@ -169,5 +169,5 @@ int main() {
   // enough of everything that a warp takes several tiles and there are several splits
   test_shape<cuda::bf16>(12, 7, 7, 8, true, Mask::ragged, 112, 7);
   test_shape<cuda::bf16>(40, 7, 7, 1, true, Mask::ragged, 80, 7);
-  return failures() ? 1 : 0;
+  return exit_code();
 }

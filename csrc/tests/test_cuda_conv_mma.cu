@@ -372,5 +372,5 @@ int main() {
   test_isolation<f16>();
   test_type<bf16>();
   test_type<f16>();
-  return failures() ? 1 : 0;
+  return exit_code();
 }

@@ -142,5 +142,5 @@ int main() {
   test_type<double>();
   test_type<bf16>();
   test_type<f16>();
-  return failures() ? 1 : 0;
+  return exit_code();
 }

@@ -206,5 +206,5 @@ int main() {
   test_type<double>("float64");
   test_type<bf16>("bfloat16");
   test_type<f16>("float16");
-  return failures() ? 1 : 0;
+  return exit_code();
 }

@@ -210,5 +210,5 @@ int main() {
   test_layout(2, 100, 90, 3000);
   test_layout(1, 128, 128, 8192 + 5);
   test_wrong_ids();
-  return failures() ? 1 : 0;
+  return exit_code();
 }

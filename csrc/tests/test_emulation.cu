@@ -564,5 +564,5 @@ int main() {
   test_threads();
   test_device();
   std::printf("%d failures\n", test::failures());
-  return test::failures() != 0;
+  return test::exit_code();
 }

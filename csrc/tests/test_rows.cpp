@@ -298,27 +298,20 @@ void test_layer_norm(const KernelTable& k, int64_t channels) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"avx512", "avx2", "baseline"}) {
-    const KernelTable* k = find_kernels(isa);
-    if (!k) {
-      std::printf("%s: this processor lacks it, skipped\n", isa);
-      continue;
-    }
+  return on_every_isa([](const KernelTable& k) {
     for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
-      test_gelu<float>(*k, act, 1.5e-7);
-      test_gelu<double>(*k, act, 4e-16);
+      test_gelu<float>(k, act, 1.5e-7);
+      test_gelu<double>(k, act, 4e-16);
     }
     for (Activation act : {Activation::identity, Activation::gelu, Activation::gelu_tanh}) {
       for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
-        test_mlp<float>(*k, channels, act);
-        test_mlp<double>(*k, channels, act);
+        test_mlp<float>(k, channels, act);
+        test_mlp<double>(k, channels, act);
       }
     }
     for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
-      test_layer_norm<float>(*k, channels);
-      test_layer_norm<double>(*k, channels);
+      test_layer_norm<float>(k, channels);
+      test_layer_norm<double>(k, channels);
     }
-    std::printf("%s: done\n", isa);
-  }
-  return failures() ? 1 : 0;
+  });
 }

@@ -14,18 +14,6 @@ namespace cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// Accumulator of a feature type: double for double, else float.
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using Acc = typename AccOf<T>::type;
-
 __device__ __forceinline__ float to_acc(float v) {
   return v;
 }

@@ -16,6 +16,18 @@
 
 namespace cnx {
 
+// Accumulator of a feature type: double for double, else float.
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulator<T>::type;
+
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 // What stands in front of GRN: nothing, GELU by the normal distribution, or its tanh form.
