@@ -55,62 +55,83 @@ bool on_tensor_cores(const ConvForward& p) {
   return wants_tensor_cores() && conv_mma_supports(p);
 }
 
-// Blocks of 16 and 8 words in place of the last one of 32. Units beside each other compute what any of them sees: with
-// FCMAE's masks a warp of two strips takes 1.1 times as long as one of one, of four 1.3 times. Patches of 16 pixels
-// would take 1.3 and 1.6 times as long, and registers that they have not; smaller ones would gain nothing.
-bool cut_rest(ConvKernel kernel, int64_t words, int& halves, int& quarters) {
+// Blocks of 32, 16 and 8 words of channels.
+struct WordBlocks {
+  int full, half, quarter;
+
+  int count() const { return full + half + quarter; }
+  bool narrow() const { return half || quarter; }
+};
+
+// The blocks of a row of `words`. Units beside each other compute what any of them sees: with FCMAE's masks a warp of
+// two strips takes 1.1 times as long as one of one, of four 1.3 times. Patches of 16 pixels would take 1.3 and 1.6
+// times as long, and registers that they have not; smaller ones would gain nothing. So only tile has blocks of 16 and 8
+// words in place of the last one of 32.
+WordBlocks blocks_of(ConvKernel kernel, int64_t words) {
+  const int full = static_cast<int>(words / 32);
   const int64_t rest = words % 32;
-  halves = rest > 8;
-  quarters = rest <= 8 || rest > 16;
-  return kernel == ConvKernel::tile && rest > 0 && rest <= 24;
+  if (kernel != ConvKernel::tile || rest == 0 || rest > 24) return {.full = full + (rest > 0)};
+  return {.full = full, .half = rest > 8, .quarter = rest <= 8 || rest > 16};
+}
+
+struct CtaShape {
+  int units, warps;
+  int64_t shared;
+
+  bool fits() const { return warps <= kMostWarps && shared <= kMostShared; }
+};
+
+// The CTA of these blocks, with as many units of full blocks as fit the usual number of warps. `staged`: bytes of
+// weights of a block.
+CtaShape cta_of(ConvKernel kernel, const WordBlocks& blocks, int64_t staged) {
+  const int usual = kernel == ConvKernel::pixel ? 8 : 4;
+  const auto warps = [&](int units) {
+    return units * blocks.full + units / 2 * blocks.half + units / 4 * blocks.quarter;
+  };
+  int units = blocks.quarter ? 4 : blocks.half ? 2 : 1;
+  while (blocks.narrow() ? 2 * warps(units) <= usual : warps(units) + blocks.full <= usual)
+    units += blocks.narrow() ? units : 1;
+  // weights of all blocks stay in shared memory, but those of small_patch pass through it
+  const int64_t weights = staged * (kernel == ConvKernel::small_patch ? 1 : blocks.count());
+  return {.units = units, .warps = warps(units), .shared = weights + 4 * finish_scratch(blocks.count(), units)};
 }
 
 }  // namespace
 
 ConvPlan conv_forward_plan(const ConvForward& p) {
   const ConvGeometry& g = p.geometry;
-  ConvPlan plan{};
-  plan.kernel = kernel_of(p);
+  ConvPlan plan{.kernel = kernel_of(p)};
   if (plan.kernel == ConvKernel::generic) {
     plan.all = g.maps * g.height * g.width * g.channels;
     return plan;
   }
   const bool tile = plan.kernel == ConvKernel::tile;
   const int64_t word = 4 / element_bytes(p.dtype), words = ceil_div(g.channels, word);
-  // bytes of weights of a block; conv_tile's lie by fours
-  const int64_t taps = int64_t{g.kernel_size} * g.kernel_size;
-  const int64_t staged = (tile ? ceil_div(taps * word, 4) * 4 : taps * word) * 33 * 4;
   const int64_t down = ceil_div(g.height, 4), strips = down * ceil_div(g.width, 8);  // of a map
   plan.all = tile ? g.maps * strips : g.maps;
   plan.strips = Divisor::of(static_cast<uint32_t>(strips));
   plan.strips_down = Divisor::of(static_cast<uint32_t>(down));
+  // bytes of weights of a block; those of tile lie by fours
+  const int64_t taps = int64_t{g.kernel_size} * g.kernel_size;
+  const int64_t staged = (tile ? ceil_div(taps * word, 4) * 4 : taps * word) * 33 * 4;
 
-  const int blocks = static_cast<int>(ceil_div(words, 32)), usual = plan.kernel == ConvKernel::pixel ? 8 : 4;
-  int halves, quarters;
-  const bool cut = cut_rest(plan.kernel, words, halves, quarters);
-  const auto arrange = [&](int wide, int half, int quarter) {  // whether a CTA can be these blocks
-    plan.wide = wide, plan.halves = half, plan.quarters = quarter;
-    const auto count = [&] { return plan.units * wide + plan.units / 2 * half + plan.units / 4 * quarter; };
-    plan.units = quarter ? 4 : half ? 2 : 1;
-    // of wide blocks as many units as fit the usual number of warps
-    while (half || quarter ? 2 * count() <= usual : count() + wide <= usual)
-      plan.units += half || quarter ? plan.units : 1;
-    plan.warps = count();
-    // weights of all blocks stay in shared memory, but those of conv_small_patch pass through it
-    const int64_t shared = staged * (plan.kernel == ConvKernel::small_patch ? 1 : plan.blocks()) +
-                           4 * finish_scratch(plan.blocks(), plan.units);
-    plan.shared = static_cast<int>(shared);
-    return plan.warps <= kMostWarps && shared <= kMostShared;
+  const auto arrange = [&](const WordBlocks& cta, const CtaShape& shape, const WordBlocks& columns) {
+    plan.wide = cta.full, plan.halves = cta.half, plan.quarters = cta.quarter;
+    plan.units = shape.units, plan.warps = shape.warps, plan.shared = static_cast<int>(shape.shared);
+    plan.columns[0] = columns.full, plan.columns[1] = columns.half, plan.columns[2] = columns.quarter;
+    return plan;
   };
-  plan.columns[0] = 1;
-  plan.fused = p.normalize &&
-               ((cut && arrange(blocks - 1, halves, quarters)) || (blocks <= kMostWarps && arrange(blocks, 0, 0)));
-  if (plan.fused) return plan;
-  arrange(1, 0, 0);
-  plan.columns[0] = cut ? blocks - 1 : blocks;
-  plan.columns[1] = cut && halves;
-  plan.columns[2] = cut && quarters;
-  return plan;
+  const WordBlocks blocks = blocks_of(plan.kernel, words), one{.full = 1};
+  const WordBlocks whole{.full = static_cast<int>(ceil_div(words, 32))};  // the last one partly idle
+  if (p.normalize) {  // a CTA of all channels, where one is possible
+    plan.fused = true;
+    for (const WordBlocks& all : {blocks, whole}) {
+      const CtaShape shape = cta_of(plan.kernel, all, staged);
+      if (shape.fits()) return arrange(all, shape, one);
+    }
+    plan.fused = false;
+  }
+  return arrange(one, cta_of(plan.kernel, one, staged), blocks);
 }
 
 const char* conv_forward_choice(const ConvForward& p) {
