@@ -48,6 +48,7 @@ def positional(text: str) -> list[str]:
         rf"(?<!struct )\b(?:{names})(?:<\w+>)?(?: \w+)?\s*{by_position}",
         rf"\b(?:{functions})(?:<\w+>)?\(\s*{by_position}",
         rf"\b(?:{'|'.join(MEMBERS)}) = {by_position}",
+        r"[(,]\s*\{nullptr,",  # a Segments or a Launch as an argument
     ]
     found = [match[0] for pattern in patterns for match in re.finditer(pattern, text)]
     for function in re.finditer(
@@ -69,6 +70,7 @@ def test_structs_of_parameters_are_filled_by_name(path):
         ("k.grn_forward({dtype, segments}, t);", True),
         ("return ConvGeometry{1, side, side};", True),
         ("p.segments = {nullptr, 1, 1, rows};", True),
+        ("column_splits<T>({nullptr, 1, 1, rows}, channels);", True),
         ("Segments f(int i) {\n  return {nullptr, 1, 1, i};\n}\n", True),
         ("ConvForward p{};  p.segments = {.count = 1};", False),
         ("k.grn_forward({.dtype = dtype}, t);", False),

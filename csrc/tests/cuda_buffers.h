@@ -87,7 +87,7 @@ void run(void (*kernel)(const P&, const Launch&), int64_t (*workspace)(const P&)
   const int64_t bytes = workspace(p);
   if (bytes > 0 && posix_memalign(&memory, 256, bytes) != 0) std::abort();
   if (memory) std::memset(memory, 0xff, bytes);
-  kernel(p, {nullptr, memory});
+  kernel(p, {.workspace = memory});
   std::free(memory);
 }
 #define RUN(name, p) run(name, name##_workspace, p)

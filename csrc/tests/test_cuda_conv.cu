@@ -159,7 +159,7 @@ void test_case(const Map& map, int64_t channels, int kernel, int options, Random
   p.rstd = rstd.data();
   Buffer<unsigned char> workspace(conv_forward_workspace(p));
   used.insert(std::string(conv_forward_choice(p)) + (normalize && conv_forward_plan(p).fused ? " + LN" : ""));
-  conv_forward(p, {nullptr, workspace.data()});
+  conv_forward(p, {.workspace = workspace.data()});
 
   double error = 0, size = 1e-30, rstd_error = 0;
   std::vector<double> row(channels);

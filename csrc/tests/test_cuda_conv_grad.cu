@@ -119,7 +119,7 @@ void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask
     p.dbias = bias ? got_b[i].data() : nullptr;
     auto* aligned = scratch.data() + (scratch.size() - workspace) / 2 * 2;
     aligned -= reinterpret_cast<uintptr_t>(aligned) % 256;
-    cuda::conv_weight_grad(p, {nullptr, aligned});
+    cuda::conv_weight_grad(p, {.workspace = aligned});
   }
   const double bound = std::is_same<T, double>::value ? 1e-13 : 1e-5;
   char what[160];

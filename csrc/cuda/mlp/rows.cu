@@ -59,7 +59,7 @@ void mlp_backward_pointwise(const MlpBackwardPointwise& p, const Launch& launch)
 }
 
 int64_t column_sum_workspace(const ColumnSum& p) {
-  return parts_bytes(p.dtype, {nullptr, 1, 1, p.rows}, p.channels);
+  return parts_bytes(p.dtype, {.rows_per_slot = 1, .count = 1, .rows = p.rows}, p.channels);
 }
 
 void column_sum(const ColumnSum& p, const Launch& launch) {

@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kColumnThreads) norm_parameter_sums_kernel(Col
 template <class T>
 int64_t norm_backward_bytes(int64_t rows, int64_t channels, bool sums) {
   if (!sums) return 0;
-  const int64_t splits = column_splits<T>({nullptr, 1, 1, rows}, channels), most = NormPartition::kMostBlocks;
+  const int64_t splits = column_splits<T>({.rows_per_slot = 1, .count = 1, .rows = rows}, channels),
+                most = NormPartition::kMostBlocks;
   return (splits > most ? splits : most) * 2 * channels * static_cast<int64_t>(sizeof(Acc<T>));
 }
 
