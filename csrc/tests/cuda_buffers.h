@@ -92,4 +92,14 @@ void run(void (*kernel)(const P&, const Launch&), int64_t (*workspace)(const P&)
 }
 #define RUN(name, p) run(name, name##_workspace, p)
 
+// f(a value of the type, its name) for every feature type; the exit code.
+template <class F>
+int on_every_type(const F& f) {
+  f(float{}, "float32");
+  f(double{}, "float64");
+  f(bf16{}, "bfloat16");
+  f(f16{}, "float16");
+  return exit_code();
+}
+
 }  // namespace test

@@ -377,9 +377,5 @@ void test_type(const char* name) {
 int main() {
   test_gelus();
   test_half_range();
-  test_type<float>("float32");
-  test_type<double>("float64");
-  test_type<bf16>("bfloat16");
-  test_type<f16>("float16");
-  return exit_code();
+  return on_every_type([](auto type, const char* name) { test_type<decltype(type)>(name); });
 }

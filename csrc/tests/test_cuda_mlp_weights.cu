@@ -138,9 +138,5 @@ void test_type() {
 }  // namespace
 
 int main() {
-  test_type<float>();
-  test_type<double>();
-  test_type<bf16>();
-  test_type<f16>();
-  return exit_code();
+  return on_every_type([](auto type, const char*) { test_type<decltype(type)>(); });
 }
