@@ -1,28 +1,35 @@
-"""Which patches of a batch are visible, and where each of them lives in the packed tensors."""
+"""The visible patches of a batch, and their positions in the packed tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _INT32_MAX = 2**31 - 1
 
-# Per device type the two kernels that build a layout in one launch each; a backend that has them registers itself.
-_kernels: dict[str, tuple[ModuleType, Callable[[torch.device], bool]]] = {}
+
+class LayoutKernels(Protocol):
+    """The two kernels that build a layout in one launch each, with the same results as the methods below."""
+
+    def builds_layouts(self, device: torch.device) -> bool:
+        """Whether they run on a device."""
+
+    def layout_from_kept(self, ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def neighbour_slots(
+        self, slot_of_patch: Tensor, patch_of_slot: Tensor, grid: tuple[int, int], radius: int
+    ) -> Tensor: ...
 
 
-def register_kernels(device_type: str, module: ModuleType, serves: Callable[[torch.device], bool]) -> None:
-    """Uses ``module.layout_from_kept(ids, Gh, Gw)`` and ``module.neighbour_slots(slot_of_patch, patch_of_slot, Gh, Gw,
-    radius)``, which return what the methods below compute, for tensors of the devices of a type that are served."""
-    _kernels[device_type] = module, serves
+# By device type; ``backends`` registers the available ones.
+KERNELS: dict[str, LayoutKernels] = {}
 
 
-def _kernels_for(device: torch.device) -> ModuleType | None:
-    module, serves = _kernels.get(device.type, (None, None))
-    return module if module is not None and serves(device) else None
+def _kernels_for(device: torch.device) -> LayoutKernels | None:
+    kernels = KERNELS.get(device.type)
+    return kernels if kernels is not None and kernels.builds_layouts(device) else None
 
 
 class PatchLayout:
@@ -63,8 +70,8 @@ class PatchLayout:
     def from_mask(cls, mask: Tensor) -> PatchLayout:
         """Layout of any mask ``[N, Gh, Gw]`` bool, True = hidden; counts may differ and may be zero.
 
-        Reads the number of visible patches back from the device (one sync on a GPU). Where every image turns out
-        to keep the same number, the layout is uniform all the same.
+        Reads the number of visible patches back from the device (one sync on a GPU). If every image has the same
+        number, the layout is uniform nevertheless.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor of shape [N, Gh, Gw], got {type(mask).__name__}")
@@ -91,8 +98,8 @@ class PatchLayout:
     def from_kept(cls, ids: Tensor, grid: tuple[int, int]) -> PatchLayout:
         """Layout of ``ids [N, K]`` int64, the kept patches of each image (any order, no repeats), no device sync.
 
-        On a CPU the ids are checked; on a GPU an id out of range is ignored and one given twice is undefined, as a
-        check would be a sync.
+        On a CPU the ids are checked. On a GPU, where a check would need a sync, an id out of range is ignored and a
+        repeated one is undefined behaviour.
         """
         gh, gw = _check_grid(grid)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
@@ -116,7 +123,7 @@ class PatchLayout:
                 raise ValueError("ids must not repeat a patch within an image, got at least one repeated id")
         device = ids.device
         if native is not None:
-            return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), gh, gw), kept)
+            return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), (gh, gw)), kept)
         flat = (ids + torch.arange(n, device=device)[:, None] * total).reshape(-1)
         slots = torch.full((n * total,), -1, dtype=torch.int32, device=device)
         slots = slots.scatter(0, flat, torch.arange(n * kept, dtype=torch.int32, device=device))
@@ -147,7 +154,7 @@ class PatchLayout:
         gh, gw = self.grid
         native = _kernels_for(self.device)
         if native is not None:
-            return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, gh, gw, radius)
+            return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, self.grid, radius)
         width = 2 * radius + 1
         padded_w = gw + 2 * radius
         padded = torch.nn.functional.pad(self.slot_of_patch.view(self.num_images, gh, gw), (radius,) * 4, value=-1)
@@ -164,7 +171,7 @@ class PatchLayout:
         return (self.slot_of_patch < 0).view(self.num_images, *self.grid)
 
     def complement(self) -> PatchLayout:
-        """Layout of the hidden patches of the same batch; free of a sync when this layout is uniform."""
+        """Layout of the hidden patches of the same batch; without a sync if this layout is uniform."""
         if self.patches_per_image is None:
             return PatchLayout.from_mask(~self.hidden_mask())
         hidden = self.grid[0] * self.grid[1] - self.patches_per_image
@@ -190,7 +197,7 @@ class PatchLayout:
 
 
 def num_kept(grid: tuple[int, int], ratio: float) -> int:
-    """Patches FCMAE keeps per image: ``int(L * (1 - ratio))``, 19 of 49 at ratio 0.6."""
+    """Patches that FCMAE keeps visible per image: ``int(L * (1 - ratio))``, 19 of 49 at ratio 0.6."""
     gh, gw = _check_grid(grid)
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must lie between 0 and 1 (the share of hidden patches), got {ratio}")

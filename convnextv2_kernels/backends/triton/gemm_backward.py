@@ -1,16 +1,16 @@
-"""The matrix products of the MLP's backward with their neighbours in them, for images of many rows and narrow blocks.
+"""The GEMMs of the MLP's backward pass, fused with their neighbours, for images of many rows and narrow blocks.
 
 With ``G_n = h_n' d_n`` per image (``[H, O]``), ``t[n] = sum_o G_n w2`` and ``dW2 = sum_n G_n scale_n``: t, and with it
 kappa, is known before ``ds = d W2`` exists, so that ds lives in registers only:
 
-* ``image_products`` makes h from a on its way into the product, and t from G before it stores it;
-* ``hidden_backward`` goes through the hidden width in steps: ``ds = d w2``, ``da = (ds scale + h kappa) act'(a)``,
-  stored for the first weight's gradient and summed for the first bias's, and ``dz += da w1``; last LayerNorm's
-  backward, for which the whole row is at hand. Hidden tensors: a read twice, da written.
+* ``image_products`` computes h from a in its prologue, and t from G before storing it;
+* ``hidden_backward`` steps through the hidden width: ``ds = d w2``, ``da = (ds scale + h kappa) act'(a)``,
+  stored for the first weight's gradient and summed for the first bias's, and ``dz += da w1``; finally LayerNorm's
+  backward, for which the whole row is available. Hidden tensors: a is read twice, da written once.
 
-``weight_product`` is ``dW2 = d' (act(a) scale)`` where there is no G: the scaled activations are not stored.
+``weight_product`` is ``dW2 = d' (act(a) scale)`` for shapes without G: the scaled activations are not stored.
 
-A width that is no power of two is cut in two, 96 = 64 + 32: padding it to 128 would waste a quarter of the product.
+A width that is not a power of two is split in two, 96 = 64 + 32: padding it to 128 would waste a quarter of the GEMM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import MLPGradRows, MLPParams, Segments
 from .gelu import activate, activate_with_slope, widen
 from .gemm_forward import SIZES, precision
 from .gemm_tiles import Tiles, tile_rows
@@ -27,11 +28,11 @@ from .launch import cdiv, launch, next_power_of_2
 from .plans import Tile
 from .segments import segment_bounds
 
-_LEAST = 16  # no side of a product's tile may be smaller
+_LEAST = 16  # the smallest side of a GEMM's tile
 
 
 def halves(width: int) -> tuple[int, int]:
-    """Two powers of two that together hold the width, the second 0 where one is enough."""
+    """Two powers of two whose sum is at least the width; the second is 0 if one suffices."""
     first = max(_LEAST, next_power_of_2(width))
     if first == width or width <= _LEAST:
         return first, 0
@@ -96,7 +97,7 @@ def hidden_backward_kernel(
 ):  # fmt: skip
     """A tile of rows of ``da [M, H]`` and ``dx [M, C]``, and its column sums of da, ``partials [tiles, H]``.
 
-    O is cut into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of what LayerNorm normalised."""
+    O is split into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of LayerNorm's input."""
     tile = tl.program_id(0).to(tl.int64)
     image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
     which = 0 if ONE_SCALE else image
@@ -198,40 +199,41 @@ def weight_product_kernel(
 
 
 def image_products(
-    a: Tensor, act: str, d: Tensor, w2: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int, splits: int,
-    tile: Tile,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, both to be summed over the splits of an image's rows.
+    a: Tensor, act: str, d: Tensor, w2: Tensor, segments: Segments, splits: int, tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, to be summed over the splits of an image's rows.
 
-    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not cut."""
-    (rows, hidden), out_c = a.shape, d.shape[1]
+    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not split."""
+    (rows, hidden), out_c, count = a.shape, d.shape[1], segments.count
     g = torch.empty(count, splits, hidden, out_c, dtype=torch.float32, device=a.device)
     t = torch.empty(count, splits, hidden, dtype=torch.float32, device=a.device)
     p0, p1 = halves(out_c)
     launch(
         image_products_kernel, (count * splits * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        a=a, d=d, w2=w2, g=g, t=t, offsets=offsets, rows_per_slot=rows_per_slot, M=rows, images=count,
-        splits=splits, H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, PRECISION=precision(a.dtype),
+        a=a, d=d, w2=w2, g=g, t=t, offsets=segments.offsets,
+        rows_per_slot=segments.rows_per_slot, M=rows, images=count, splits=splits,
+        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, PRECISION=precision(a.dtype),
         BH=tile.columns, BR=tile.rows, P0=p0, P1=p1,
     )  # fmt: skip
     return g, t
 
 
 def hidden_backward(
-    a: Tensor, act: str, d: Tensor, w1: Tensor, w2: Tensor, scale: Tensor, kappa: Tensor,
-    z: Tensor | None, rstd: Tensor | None, tiles: Tiles, images: int, tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``da [M, H]``, ``dx [M, C]`` and the sums of da by tile ``[tiles, H]``. ``tile.columns`` is the hidden step."""
+    chunk: MLPGradRows, weights: MLPParams, act: str, scales: tuple[Tensor, Tensor], tiles: Tiles, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``da [M, H]``, ``dx [M, C]`` and the sums of da by tile ``[tiles, H]``. ``tile.columns`` is the hidden step.
+    ``scales``: scale and kappa."""
+    a, d, (scale, kappa) = chunk.a, chunk.d, scales
     rows, hidden = a.shape
-    out_c, width = d.shape[1], w1.shape[1]
+    out_c, width = d.shape[1], weights.w1.shape[1]
     da, dx = torch.empty_like(a), a.new_empty(rows, width)
     partials = torch.empty(tiles.count, hidden, dtype=torch.float32, device=a.device)
     (p0, p1), (q0, q1) = halves(out_c), halves(width)
     launch(
         hidden_backward_kernel, (tiles.count,), num_warps=tile.warps, num_stages=tile.stages,
-        a=a, d=d, w1=w1, w2=w2, scale=scale, kappa=kappa, z=z, rstd=rstd, da=da, dx=dx, partials=partials,
-        M=rows, images=images, H=hidden, C=width, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16,
+        a=a, d=d, w1=weights.w1, w2=weights.w2, scale=scale, kappa=kappa, z=chunk.z, rstd=chunk.rstd, da=da, dx=dx,
+        partials=partials, M=rows, H=hidden, C=width, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16,
         ONE_SCALE=scale.shape[0] == 1, PRECISION=precision(a.dtype), BH=tile.columns,
         P0=p0, P1=p1, Q0=q0, Q1=q1, **tiles.arguments,
     )  # fmt: skip
@@ -239,12 +241,12 @@ def hidden_backward(
 
 
 def weight_product(
-    a: Tensor, act: str, d: Tensor, scale: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int, splits: int,
-    tile: Tile,
-) -> Tensor:  # fmt: skip
+    a: Tensor, act: str, d: Tensor, scale: Tensor, segments: Segments, splits: int, tile: Tile
+) -> Tensor:
     """``parts [splits, O, H]`` of ``d' (act(a) scale)``. ``tile.rows`` output columns, ``tile.columns`` hidden ones,
     ``tile.depth`` rows of a step."""
     (rows, hidden), out_c = a.shape, d.shape[1]
+    offsets, rows_per_slot, count = segments
     parts = torch.empty(splits, out_c, hidden, dtype=torch.float32, device=a.device)
     each, owners = rows // max(1, count), None
     if offsets is not None:

@@ -1,15 +1,15 @@
-"""The two matrix products of the MLP's forward with their neighbours in them.
+"""The two GEMMs of the MLP's forward pass, fused with the operations before and after them.
 
-Between them exists one hidden tensor, written once and read once, where products by a library with element-wise passes
-write it twice and read it three times:
+They exchange one hidden tensor, written once and read once; vendor GEMMs with element-wise passes write it twice and
+read it three times:
 
-* the first product adds its bias, applies the activation, sums the squares of each image's rows for GRN, and stores the
-  activations h, or a itself where backward wants it;
-* the second scales them on their way into the product (from a it applies the activation once more), and adds bias,
-  ``W2 beta``, drop path and the residual on the way out.
+* the first GEMM adds its bias, applies the activation, sums the squares of each image's rows for GRN, and stores the
+  activations h, or a itself if backward needs it;
+* the second scales them in its prologue (from a it applies the activation again), and adds bias, ``W2 beta``, drop path
+  and the residual in its epilogue.
 
-Neighbouring programs share a tile of rows and take the next columns, so that rows come from the cache and the weights,
-which fit it, stay there.
+Neighbouring programs share a tile of rows and process consecutive columns, so that rows come from the cache, and the
+weights, which fit into it, stay there.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import MLPParams, MLPRows
 from . import plans
 from .gelu import activate, widen
 from .gemm_tiles import Tiles, image_sums, tile_rows
 from .launch import cdiv, launch
 from .plans import Tile
 
-# sizes that change from call to call: kernels are not compiled anew for each
+# sizes that change between calls: kernels are not recompiled for each
 SIZES = ["M", "images", "each"]
-# up to so many images in a tile their rows are summed one image after the other, beyond it by one product
+# up to this many images in a tile are summed one after the other, more by one GEMM
 _FEW_IMAGES = 3
 
 
@@ -50,7 +51,7 @@ def _store_image_sums(
         else:
             span = tl.arange(0, 16)
             chosen = tl.where(span[:, None] == image[None, :], 1.0, 0.0)
-            # three products of tf32 parts, or float32: one of tf32 would cut off what these sums are kept for
+            # three GEMMs of tf32 parts, or float32: a single tf32 GEMM would lose the precision that these sums need
             sums = tl.dot(chosen, squares, input_precision=PRECISION)
             out = base[None, :] + span[:, None] * W
             tl.store(out, sums, mask=inside[None, :] & (span < SPAN)[:, None])
@@ -86,13 +87,13 @@ def first_product_kernel(
                 v = tl.load(right + k0, mask=inside[None, :] & (k0 + k < C)[:, None], other=0.0)
             acc = tl.dot(u, v, acc, input_precision=PRECISION)
         a = acc + widen(tl.load(b1 + columns, mask=inside, other=0.0))[None, :]
-        # backward starts from a as it is stored: so do the sums
+        # backward starts from the stored a, and so do the sums
         a = a.to(out.dtype.element_ty)
         h = activate(widen(a), ACT, NARROW)
         place = out + row * H + (offset[:, None] * H + columns[None, :])
         stored = a if KEEP else h.to(out.dtype.element_ty)
         tl.store(place, stored, mask=valid[:, None] & inside[None, :])
-        h = tl.where(valid[:, None], h, 0.0)  # after the activation: that of b1 is not zero
+        h = tl.where(valid[:, None], h, 0.0)  # after the activation: act(b1) is not zero
         _store_image_sums(h * h, row, rows, tile, partials, columns, inside, each, H, SPAN, FEW, BM, SUMS)
 
 
@@ -132,7 +133,7 @@ def second_product_kernel(
             h = activate(widen(u), ACT, NARROW)
             if KIND == "flat" and not ONE_SCALE:
                 if SPAN <= FEW:
-                    # a vector per image: a gathered tile of float32 would take three times the operand's shared memory
+                    # a vector per image: a gathered float32 tile would take three times the operand's shared memory
                     for i in tl.static_range(SPAN):
                         which = tl.minimum(image + i, images - 1)
                         s = tl.load(scale + which * H + k0 + k, mask=deep, other=0.0)[None, :]
@@ -155,39 +156,40 @@ def second_product_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """What float32 operands may be rounded to, as PyTorch's own setting says; 16-bit operands are taken as they are."""
+    """Precision of float32 operands according to PyTorch's own setting; 16-bit operands are used as they are."""
     if dtype == torch.float32 and plans.has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
 
 def first_product(
-    y: Tensor, w1: Tensor, b1: Tensor, act: str, out: Tensor, keep_a: bool, tiles: Tiles, images: int, tile: Tile
+    y: Tensor, weights: MLPParams, act: str, out: Tensor, preserve_a: bool, tiles: Tiles, tile: Tile
 ) -> Tensor:
-    """Writes ``out [M, H]``; returns the sums of squares ``[images, H]`` in float32."""
-    (rows, width), hidden = y.shape, w1.shape[0]
+    """Writes ``out [M, H]``, a or act(a); returns the sums of squares ``[images, H]`` in float32."""
+    (rows, width), hidden = y.shape, weights.w1.shape[0]
     partials = torch.empty(tiles.count, tiles.span, hidden, dtype=torch.float32, device=y.device)
     launch(
         first_product_kernel, (tiles.count * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        y=y, w1=w1, b1=b1, out=out, partials=partials, M=rows, images=images, C=width, H=hidden,
-        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=keep_a, FEW=_FEW_IMAGES,
+        y=y, w1=weights.w1, b1=weights.b1, out=out, partials=partials, M=rows, C=width, H=hidden,
+        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=preserve_a, FEW=_FEW_IMAGES,
         PRECISION=precision(y.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
         BN=tile.columns, BK=tile.depth, **tiles.arguments,
     )  # fmt: skip
-    return image_sums(partials, tiles, rows, images)
+    return image_sums(partials, tiles, rows)
 
 
 def second_product(
-    a: Tensor, act: str, w2: Tensor, b2: Tensor, scale: Tensor, residual: Tensor | None, factors: Tensor | None,
-    out: Tensor, tiles: Tiles, images: int, tile: Tile,
-) -> None:  # fmt: skip
-    """Writes ``out [M, O]`` from a, or from activations with ``act`` "none"."""
-    (rows, hidden), out_c = a.shape, w2.shape[0]
+    a: Tensor, act: str, weights: MLPParams, scale: Tensor, rows: MLPRows, tiles: Tiles, tile: Tile
+) -> Tensor:
+    """``[M, O]`` in the rows' dtype of results, from a, or from activations with ``act`` "none"."""
+    (count, hidden), out_c = a.shape, weights.w2.shape[0]
+    out = a.new_empty(count, out_c, dtype=rows.out_dtype)
     launch(
         second_product_kernel, (tiles.count * cdiv(out_c, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        a=a, w2=w2, b2=b2, scale=scale, residual=residual, factors=factors, out=out, M=rows, images=images,
-        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, ONE_SCALE=scale.shape[0] == 1,
+        a=a, w2=weights.w2, b2=weights.b2, scale=scale, residual=rows.residual, factors=rows.drop_path_scale,
+        out=out, M=count, H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, ONE_SCALE=scale.shape[0] == 1,
         FEW=_FEW_IMAGES, PRECISION=precision(a.dtype), BN=tile.columns, BK=tile.depth, **tiles.arguments,
     )  # fmt: skip
+    return out

@@ -1,12 +1,12 @@
-"""How the rows of a chunk of images are cut into tiles of a matrix product.
+"""Partition of the rows of a chunk of images into tiles of a GEMM.
 
-The scale of GRN and its sums belong to an image, and an image's rows are no multiple of a tile's:
+GRN's scale and sums belong to an image, and the number of its rows is not a multiple of the tile's:
 
-* ``image``: every image is cut by itself, its last tile is short. 5 % of the work is wasted at 1216 rows an image
-  (FCMAE, stage 1, tiles of 128), 68 % at 76.
-* ``table``: the same for images of unequal size. Which image a tile is of stands in a table made on the device, so that
-  the host need not know; it launches ``ceil(M / BM) + N`` tiles, and some find nothing to do.
-* ``flat``: tiles run over the borders, for small images of equal size. A tile then sees up to ``SPAN`` images.
+* ``image``: every image is tiled by itself, and its last tile is short. This wastes 5 % of the work at 1216 rows per
+  image (FCMAE, stage 1, tiles of 128), 68 % at 76.
+* ``table``: the same for images of unequal size. A table built on the device holds the image of each tile, so that the
+  host need not know it; the host launches ``ceil(M / BM) + N`` tiles, some of which have no work.
+* ``flat``: tiles run across image borders, for small images of equal size. A tile then covers up to ``SPAN`` images.
 """
 
 from __future__ import annotations
@@ -18,31 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import Segments
 from .launch import cdiv, launch
 
-# the most images a flat tile may span: its epilogue sums their rows one after the other, or by one product
+# the most images in a flat tile: its epilogue sums their rows one after the other, or by one GEMM
 MOST_IMAGES = 16
 
 
-class Images(NamedTuple):
-    """Images of a chunk: ``offsets`` None for equal shares, else as ``segments`` in the contract of the primitives."""
-
-    offsets: Tensor | None
-    rows_per_slot: int
-    count: int
-
-    def rows_each(self, rows: int) -> int | None:
-        """Rows of every image, None where they differ."""
-        return rows // self.count if self.offsets is None and self.count else None
-
-
 class Tiles(NamedTuple):
-    """Tiles of ``size`` rows. Arguments of a kernel: ``kind`` and ``span`` are its constants KIND and SPAN."""
+    """Tiles of ``size`` rows of so many ``images``. Arguments of a kernel: ``kind`` and ``span`` are its constants KIND
+    and SPAN."""
 
     kind: str
     size: int
     count: int
     span: int
+    images: int
     each: int
     owner: Tensor | None
     first: Tensor | None
@@ -51,23 +42,24 @@ class Tiles(NamedTuple):
     @property
     def arguments(self) -> dict:
         return {
-            "each": self.each, "owner": self.owner, "first": self.first, "begin": self.begin,
+            "images": self.images, "each": self.each, "owner": self.owner, "first": self.first, "begin": self.begin,
             "KIND": self.kind, "SPAN": self.span, "BM": self.size,
         }  # fmt: skip
 
 
-def cut(rows: int, images: Images, size: int, allow_flat: bool = True) -> Tiles:
-    """Tiles of a chunk's rows, of which there is at least one; flat where cutting every image would waste much."""
+def partition(rows: int, images: Segments, size: int, allow_flat: bool = True) -> Tiles:
+    """Tiles of a chunk's rows (at least one); flat where tiling every image by itself would waste much."""
     each = images.rows_each(rows)
     if each is None:
         return _table(rows, images, size)
     if allow_flat and each < 2 * size and each % size:
         span = cdiv(size - 1, each) + 1
-        return Tiles("flat", size, cdiv(rows, size), span, each, None, None, None)
-    return Tiles("image", size, images.count * cdiv(each, size), 1, each, None, None, None)
+        return Tiles("flat", size, cdiv(rows, size), span, images.count, each, None, None, None)
+    return Tiles("image", size, images.count * cdiv(each, size), 1, images.count, each, None, None, None)
 
 
-def _table(rows: int, images: Images, size: int) -> Tiles:
+def _table(rows: int, images: Segments, size: int) -> Tiles:
+    assert images.offsets is not None
     device = images.offsets.device
     begin = (images.offsets - images.offsets[0]).long() * images.rows_per_slot
     tiles = (begin.diff() + (size - 1)) // size
@@ -75,12 +67,12 @@ def _table(rows: int, images: Images, size: int) -> Tiles:
     count = cdiv(rows, size) + images.count
     owner = torch.searchsorted(ends, torch.arange(count, device=device), right=True).int()
     first = torch.nn.functional.pad(ends, (1, 0)).int()
-    return Tiles("table", size, count, 1, 0, owner, first, begin)
+    return Tiles("table", size, count, 1, images.count, 0, owner, first, begin)
 
 
 @triton.jit
 def tile_rows(tile, M, images, each, owner, first, begin, KIND: tl.constexpr, BM: tl.constexpr):
-    """``(image, row, rows)``: the image of a tile (of its first row), its first row and how many it has."""
+    """``(image, row, rows)``: the image of a tile (of its first row), its first row and its number of rows."""
     if KIND == "image":
         each = tl.cast(each, tl.int64)
         per_image = tl.cdiv(each, BM)
@@ -128,9 +120,9 @@ def image_sums_kernel(
     tl.store(sums + image * W + columns, total, mask=inside)
 
 
-def image_sums(parts: Tensor, tiles: Tiles, rows: int, images: int) -> Tensor:
+def image_sums(parts: Tensor, tiles: Tiles, rows: int) -> Tensor:
     """``[tiles, SPAN, W]`` -> ``[images, W]``, in the order of the tiles."""
-    width = parts.shape[-1]
+    width, images = parts.shape[-1], tiles.images
     if tiles.kind == "image" and tiles.count == images:
         return parts.view(images, width)
     sums = parts.new_empty(images, width)
