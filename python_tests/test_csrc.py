@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".inl", ".cpp", ".cu", ".cuh"))
 # headers whose structs are filled by name: those of the C++ API, and those of several pointers within it
-HEADERS = ("include/cnx/params.h", "include/cnx/cuda.h", "cuda/mlp/row_passes.h", "cuda/norm/rows.cuh")
-HEADERS += ("cuda/norm/rows_grad.cuh", "cuda/conv/grad_plan.h")
+HEADERS = ("include/cnx/params.h", "include/cnx/cuda.h")
+HEADERS += ("cuda/norm/rows.cuh", "cuda/norm/rows_grad.cuh", "cuda/conv/grad_plan.h")
 MEMBERS = {"geometry": "ConvGeometry", "segments": "Segments"}
 
 
@@ -35,7 +35,7 @@ def structs() -> set[str]:
 def kernels() -> set[str]:
     """Functions whose first argument is such a struct."""
     listed = "".join((CSRC / "include" / "cnx" / name).read_text() for name in ("cpu.h", "cuda.h"))
-    passes = re.findall(r"^void (\w+)\(const RowPass&", (CSRC / "cuda/mlp/row_passes.h").read_text(), re.MULTILINE)
+    passes = re.findall(r"^void (\w+)\(", (CSRC / "cuda/mlp/row_passes.h").read_text(), re.MULTILINE)
     return {*re.findall(r"^  K\((\w+), \w+\)", listed, re.MULTILINE), *passes, "norm_forward", "norm_backward"}
 
 

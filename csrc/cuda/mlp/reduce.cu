@@ -63,14 +63,14 @@ __global__ void __launch_bounds__(kColumnThreads) column_sums_kernel(ColumnGrid 
 
 }  // namespace
 
-void square_sums(const RowPass& p, const void* x, void* h, void* partial, const Launch& launch) {
+void square_sums(const GeluStatistics& p, void* partial, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_width<T>(wide_columns<T>(p.channels, {x, h}, {}), [&](auto width) {
+    with_width<T>(wide_columns<T>(p.channels, {p.a, p.h}, {}), [&](auto width) {
       constexpr int N = decltype(width)::value;
       const ColumnGrid grid = column_grid<T>(p.segments, p.channels, N);
-      const T* in = static_cast<const T*>(x);
-      T* out = static_cast<T*>(h);
+      const T* in = static_cast<const T*>(p.a);
+      T* out = static_cast<T*>(p.h);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
       with_activation(p.activation, [&](auto act) {
@@ -81,34 +81,34 @@ void square_sums(const RowPass& p, const void* x, void* h, void* partial, const 
   });
 }
 
-void gradient_sums(const RowPass& p, const void* x, const void* grad, bool with_grad, void* partial,
-                   const Launch& launch) {
+void gradient_sums(const MlpBackwardStatistics& p, bool with_ds, void* partial, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_width<T>(wide_columns<T>(p.channels, {x, grad}, {}), [&](auto width) {
+    with_width<T>(wide_columns<T>(p.channels, {p.a, p.ds}, {}), [&](auto width) {
       constexpr int N = decltype(width)::value;
       const ColumnGrid grid = column_grid<T>(p.segments, p.channels, N);
-      const T* in = static_cast<const T*>(x);
-      const T* g = static_cast<const T*>(grad);
+      const T* in = static_cast<const T*>(p.a);
+      const T* g = static_cast<const T*>(p.ds);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
       with_activation(p.activation, [&](auto act) {
         constexpr Activation kAct = decltype(act)::value;
-        CNX_LAUNCH((gradient_sums_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, with_grad,
+        CNX_LAUNCH((gradient_sums_kernel<T, N, kAct>), grid.blocks(), kColumnThreads, 0, launch, grid, in, g, with_ds,
                    sums);
       });
     });
   });
 }
 
-void column_sums(const RowPass& p, const void* x, void* partial, const Launch& launch) {
+void column_sums(const ColumnSum& p, void* partial, const Launch& launch) {
+  const Segments all{.rows_per_slot = 1, .count = 1, .rows = p.rows};
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_width<T>(wide_columns<T>(p.channels, {x}, {}), [&](auto width) {
+    with_width<T>(wide_columns<T>(p.channels, {p.x}, {}), [&](auto width) {
       constexpr int N = decltype(width)::value;
-      const ColumnGrid grid = column_grid<T>(p.segments, p.channels, N);
+      const ColumnGrid grid = column_grid<T>(all, p.channels, N);
       if (grid.blocks() == 0) return;
-      CNX_LAUNCH((column_sums_kernel<T, N>), grid.blocks(), kColumnThreads, 0, launch, grid, static_cast<const T*>(x),
+      CNX_LAUNCH((column_sums_kernel<T, N>), grid.blocks(), kColumnThreads, 0, launch, grid, static_cast<const T*>(p.x),
                  static_cast<Acc<T>*>(partial));
     });
   });

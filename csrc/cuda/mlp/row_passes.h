@@ -1,5 +1,6 @@
-// The passes over rows [rows, channels] that the MLP and the stand-alone GRN are made of. `splits` of a segment leave
-// sums [count, splits, ...] behind, see columns.cuh; splits are column_splits<T>(segments, channels).
+// The passes over rows [rows, channels] that the MLP and the stand-alone GRN are made of. They take the structs of the
+// four operators (cnx/params.h), of which GRN fills in its own. `splits` of a segment leave sums [count, splits, ...]
+// behind in `partial`, see columns.cuh; splits are column_splits<T>(segments, channels).
 #pragma once
 
 #include "cnx/cuda.h"
@@ -7,30 +8,19 @@
 namespace cnx {
 namespace cuda {
 
-// f is the activation throughout.
-struct RowPass {
-  DType dtype;
-  Segments segments;
-  int64_t channels;
-  Activation activation;
-};
+// Column sums of h^2 [count, splits, H], h = activation(a), which is stored when p.h is not null.
+void square_sums(const GeluStatistics& p, void* partial, const Launch&);
 
-// Column sums of f(x)^2 [count, splits, H]; f(x) is stored when h is not null, and h may be x.
-void square_sums(const RowPass&, const void* x, void* h, void* partial, const Launch&);
+// Column sums of ds h [count, splits, H]; with_ds: [count, splits, 2, H], the second those of ds.
+void gradient_sums(const MlpBackwardStatistics& p, bool with_ds, void* partial, const Launch&);
 
-// Column sums of grad f(x) [count, splits, H]; with_grad: [count, splits, 2, H], the second those of grad.
-void gradient_sums(const RowPass&, const void* x, const void* grad, bool with_grad, void* partial, const Launch&);
+// Column sums of x [splits, H], of all rows as one segment.
+void column_sums(const ColumnSum& p, void* partial, const Launch&);
 
-// Column sums of x [count, splits, H].
-void column_sums(const RowPass&, const void* x, void* partial, const Launch&);
+void scale_rows(const GeluScale& p, const Launch&);
 
-// y = f(x) [* scale] [+ beta], scale A [count, H] or null; y may be x.
-void scale_rows(const RowPass&, const void* x, const void* scale, const void* beta, void* y, const Launch&);
-
-// dx = (grad * scale + f(x) * kappa) f'(x), its column sums [count, splits, H] unless partial is null; hs = f(x) *
-// scale unless null. hs may be x, dx may be grad.
-void gradient_rows(const RowPass&, const void* x, const void* grad, const void* scale, const void* kappa, void* hs,
-                   void* dx, void* partial, const Launch&);
+// p.da, its column sums [count, splits, H] unless partial is null, and h * scale unless p.hs is null. No beta.
+void gradient_rows(const MlpBackwardPointwise& p, void* partial, const Launch&);
 
 }  // namespace cuda
 }  // namespace cnx

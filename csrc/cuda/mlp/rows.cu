@@ -40,8 +40,7 @@ int64_t gelu_scale_workspace(const GeluScale&) {
 }
 
 void gelu_scale(const GeluScale& p, const Launch& launch) {
-  scale_rows({.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation}, p.a,
-             p.scale, p.beta, p.out, launch);
+  scale_rows(p, launch);
 }
 
 int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
@@ -49,13 +48,22 @@ int64_t mlp_backward_pointwise_workspace(const MlpBackwardPointwise& p) {
 }
 
 void mlp_backward_pointwise(const MlpBackwardPointwise& p, const Launch& launch) {
-  const RowPass pass{.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation};
   const int64_t parts = part_count(p.dtype, p.segments, p.channels);
-  gradient_rows(pass, p.a, p.ds, p.scale, p.kappa, p.beta ? nullptr : p.hs, p.da, parts == 1 ? p.db : launch.workspace,
-                launch);
+  MlpBackwardPointwise pass = p;
+  if (p.beta) pass.hs = nullptr;
+  gradient_rows(pass, parts == 1 ? p.db : launch.workspace, launch);
   add_parts(p.dtype, parts, p.channels, p.db, launch);
   // the kernel adds no beta, as no schedule of a GPU asks for it: a pass of its own, after a has been read
-  if (p.beta && p.hs) scale_rows(pass, p.a, p.scale, p.beta, p.hs, launch);
+  if (p.beta && p.hs)
+    scale_rows({.dtype = p.dtype,
+                .segments = p.segments,
+                .channels = p.channels,
+                .activation = p.activation,
+                .a = p.a,
+                .scale = p.scale,
+                .beta = p.beta,
+                .out = p.hs},
+               launch);
 }
 
 int64_t column_sum_workspace(const ColumnSum& p) {
@@ -63,10 +71,8 @@ int64_t column_sum_workspace(const ColumnSum& p) {
 }
 
 void column_sum(const ColumnSum& p, const Launch& launch) {
-  const Segments segments{.rows_per_slot = 1, .count = 1, .rows = p.rows};
-  const int64_t parts = part_count(p.dtype, segments, p.channels);
-  column_sums({.dtype = p.dtype, .segments = segments, .channels = p.channels, .activation = Activation::identity}, p.x,
-              parts == 1 ? p.sums : launch.workspace, launch);
+  const int64_t parts = part_count(p.dtype, {.rows_per_slot = 1, .count = 1, .rows = p.rows}, p.channels);
+  column_sums(p, parts == 1 ? p.sums : launch.workspace, launch);
   add_parts(p.dtype, parts, p.channels, p.sums, launch);
 }
 

@@ -58,16 +58,16 @@ __global__ void __launch_bounds__(kColumnThreads)
 
 }  // namespace
 
-void scale_rows(const RowPass& p, const void* x, const void* scale, const void* beta, void* y, const Launch& launch) {
+void scale_rows(const GeluScale& p, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_width<T>(wide_columns<T>(p.channels, {x, y}, {scale, beta}), [&](auto width) {
+    with_width<T>(wide_columns<T>(p.channels, {p.a, p.out}, {p.scale, p.beta}), [&](auto width) {
       constexpr int N = decltype(width)::value;
       const ColumnGrid grid = column_grid<T>(p.segments, p.channels, N);
-      const T* in = static_cast<const T*>(x);
-      const auto* factor = static_cast<const Acc<T>*>(scale);
-      const auto* shift = static_cast<const Acc<T>*>(beta);
-      T* out = static_cast<T*>(y);
+      const T* in = static_cast<const T*>(p.a);
+      const auto* factor = static_cast<const Acc<T>*>(p.scale);
+      const auto* shift = static_cast<const Acc<T>*>(p.beta);
+      T* out = static_cast<T*>(p.out);
       if (grid.blocks() == 0) return;
       with_activation(p.activation, [&](auto act) {
         constexpr Activation kAct = decltype(act)::value;
@@ -78,16 +78,15 @@ void scale_rows(const RowPass& p, const void* x, const void* scale, const void* 
   });
 }
 
-void gradient_rows(const RowPass& p, const void* x, const void* grad, const void* scale, const void* kappa, void* hs,
-                   void* dx, void* partial, const Launch& launch) {
+void gradient_rows(const MlpBackwardPointwise& p, void* partial, const Launch& launch) {
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_width<T>(wide_columns<T>(p.channels, {x, grad, hs, dx}, {scale, kappa}), [&](auto width) {
+    with_width<T>(wide_columns<T>(p.channels, {p.a, p.ds, p.hs, p.da}, {p.scale, p.kappa}), [&](auto width) {
       constexpr int N = decltype(width)::value;
       const ColumnGrid grid = column_grid<T>(p.segments, p.channels, N);
-      const T *in = static_cast<const T*>(x), *g = static_cast<const T*>(grad);
-      const auto *factor = static_cast<const Acc<T>*>(scale), *pull = static_cast<const Acc<T>*>(kappa);
-      T *scaled = static_cast<T*>(hs), *out = static_cast<T*>(dx);
+      const T *in = static_cast<const T*>(p.a), *g = static_cast<const T*>(p.ds);
+      const auto *factor = static_cast<const Acc<T>*>(p.scale), *pull = static_cast<const Acc<T>*>(p.kappa);
+      T *scaled = static_cast<T*>(p.hs), *out = static_cast<T*>(p.da);
       auto* sums = static_cast<Acc<T>*>(partial);
       if (grid.blocks() == 0) return;
       with_activation(p.activation, [&](auto act) {

@@ -44,8 +44,7 @@ void gelu_statistics(const GeluStatistics& p, const Launch& launch) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
     const ForwardScratch<T> scratch(p, launch.workspace);
-    square_sums({.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation}, p.a,
-                p.h, scratch.sums.values, launch);
+    square_sums(p, scratch.sums.values, launch);
     const A* squares = scratch.sums.finished(launch);
     CNX_LAUNCH((grn_scale_kernel<A>), static_cast<unsigned>(p.segments.count), kStatisticsThreads, 0, launch, squares,
                scratch.sums.finished_splits(), p.channels, static_cast<const A*>(p.gamma), static_cast<A>(p.eps),
@@ -69,8 +68,7 @@ void mlp_backward_statistics(const MlpBackwardStatistics& p, const Launch& launc
     if (count > 0) {
       const A* t = static_cast<const A*>(p.t);
       if (!t) {
-        gradient_sums({.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = p.activation},
-                      p.a, p.ds, false, scratch.sums.values, launch);
+        gradient_sums(p, false, scratch.sums.values, launch);
         t = scratch.sums.finished(launch);
       }
       CNX_LAUNCH((grn_gradient_kernel<A>), static_cast<unsigned>(count), kStatisticsThreads, 0, launch, t,

@@ -8,11 +8,8 @@ namespace cuda {
 namespace {
 
 template <class Params>
-RowPass row_pass(const Params& p) {
-  return {.dtype = p.dtype,
-          .segments = p.segments,
-          .channels = p.channels,
-          .activation = p.gelu ? Activation::gelu : Activation::identity};
+Activation activation_of(const Params& p) {
+  return p.gelu ? Activation::gelu : Activation::identity;
 }
 
 template <class T>
@@ -52,17 +49,26 @@ int64_t grn_forward_workspace(const GrnForward& p) {
 
 void grn_forward(const GrnForward& p, const Launch& launch) {
   if (p.segments.count == 0) return;
-  const RowPass pass = row_pass(p);
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
     const ForwardScratch<T> scratch(p, launch.workspace);
-    square_sums(pass, p.x, nullptr, scratch.squares.values, launch);
+    square_sums(
+        {.dtype = p.dtype, .segments = p.segments, .channels = p.channels, .activation = activation_of(p), .a = p.x},
+        scratch.squares.values, launch);
     const A* squares = scratch.squares.finished(launch);
     CNX_LAUNCH((grn_scale_kernel<A>), static_cast<unsigned>(p.segments.count), kStatisticsThreads, 0, launch, squares,
                scratch.squares.finished_splits(), p.channels, static_cast<const A*>(p.gamma), static_cast<A>(p.eps),
                static_cast<A*>(p.norm), scratch.scale);
-    scale_rows(pass, p.x, scratch.scale, p.beta, p.y, launch);
+    scale_rows({.dtype = p.dtype,
+                .segments = p.segments,
+                .channels = p.channels,
+                .activation = activation_of(p),
+                .a = p.x,
+                .scale = scratch.scale,
+                .beta = p.beta,
+                .out = p.y},
+               launch);
   });
 }
 
@@ -75,7 +81,6 @@ int64_t grn_backward_workspace(const GrnBackward& p) {
 
 void grn_backward(const GrnBackward& p, const Launch& launch) {
   const int64_t count = p.segments.count;
-  const RowPass pass = row_pass(p);
   dispatch(p.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = Acc<T>;
@@ -83,13 +88,28 @@ void grn_backward(const GrnBackward& p, const Launch& launch) {
     A *dgamma = static_cast<A*>(p.dgamma), *dbeta = static_cast<A*>(p.dbeta);
     const bool one = count == 1;  // then its terms are the sums
     if (count > 0) {
-      gradient_sums(pass, p.x, p.grad, true, scratch.sums.values, launch);
+      gradient_sums({.dtype = p.dtype,
+                     .segments = p.segments,
+                     .channels = p.channels,
+                     .activation = activation_of(p),
+                     .a = p.x,
+                     .ds = p.grad},
+                    true, scratch.sums.values, launch);
       const A* sums = scratch.sums.finished(launch);
       CNX_LAUNCH((grn_gradient_kernel<A>), static_cast<unsigned>(count), kStatisticsThreads, 0, launch, sums,
                  scratch.sums.finished_splits(), 2, p.channels, static_cast<const A*>(p.norm),
                  static_cast<const A*>(p.gamma), static_cast<A>(p.eps), scratch.scale, scratch.kappa,
                  one ? dgamma : scratch.terms, one ? dbeta : scratch.terms + p.channels, 2 * p.channels);
-      gradient_rows(pass, p.x, p.grad, scratch.scale, scratch.kappa, nullptr, p.dx, nullptr, launch);
+      gradient_rows({.dtype = p.dtype,
+                     .segments = p.segments,
+                     .channels = p.channels,
+                     .activation = activation_of(p),
+                     .a = p.x,
+                     .ds = p.grad,
+                     .scale = scratch.scale,
+                     .kappa = scratch.kappa,
+                     .da = p.dx},
+                    nullptr, launch);
     }
     if (!one) sum_partials<A>(scratch.terms, 1, count, 2 * p.channels, p.channels, dgamma, dbeta, launch);
   });
