@@ -9,12 +9,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 'sources.txt')
-CUDA := $(shell find csrc/cuda csrc/emulation csrc/torch -type f)
+CUDA := $(shell find csrc/include csrc/cuda csrc/emulation csrc/torch -type f)
 # The CUDA toolkit, whose headers the CPU emulation of the CUDA kernels needs; without it those tests are left out.
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))))
 EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
-FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test gate test-emulated test-triton gpu-check venv lint ctest sanitize format bench clean
 
