@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from convnextv2_kernels.benchmark.report import machine_line
-from convnextv2_kernels.benchmark.scaling_report import largest_chunk
+
+from .scaling.report import largest_chunk
 
 SPARSE = "sparse"
 TARGETS = {"atto": 5, "tiny": 4, "base": 4}

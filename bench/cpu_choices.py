@@ -20,11 +20,11 @@ import torch.nn.functional as F
 
 from convnextv2_kernels import schedule
 from convnextv2_kernels.backends import cpu_gemm
-from convnextv2_kernels.benchmark.arms import make_batch, make_sparse
 from convnextv2_kernels.benchmark.machine import describe
 from convnextv2_kernels.benchmark.memory import saved_bytes
 from convnextv2_kernels.benchmark.report import write_report
 from convnextv2_kernels.benchmark.timing import summarize, time_interleaved
+from convnextv2_kernels.benchmark.variants import make_batch, make_sparse
 
 MODELS = ("convnextv2_atto", "convnextv2_tiny")
 BATCH = 8

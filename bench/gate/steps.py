@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from x.y.z.settings import environment
+from x.y.z.trace import kept, measured
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.benchmark.arms import make_batch, make_sparse
-
-from .settings import environment
-from .trace import kept, measured
+from convnextv2_kernels.benchmark.variants import make_batch, make_sparse
 
 BATCH = 2
 IMG_SIZE = 224

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from convnextv2_kernels.benchmark.memory import saved_bytes
-from convnextv2_kernels.benchmark.profiled import events_of, peak_bytes, requests
+
+from ..profiler import events_of, peak_bytes, requests
 
 OWN = "convnextv2_kernels"
 _CALL = re.compile(r"([A-Za-z_]\w*)::[A-Za-z_]\w*")

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from x.y.z.setting import Setting, Skip
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.benchmark.arms import SPARSE, Arm, make_batch, make_dense, make_sparse, make_truth
-from convnextv2_kernels.benchmark.gate import GateError, compare, relative_error, require, results_of, rounding_floor
-from convnextv2_kernels.benchmark.masked_dense import Variant
-
-from .setting import Setting, Skip
+from convnextv2_kernels.benchmark.baseline import Variant
+from convnextv2_kernels.benchmark.correctness import (
+    GateError,
+    compare,
+    relative_error,
+    require,
+    results_of,
+    rounding_floor,
+)
+from convnextv2_kernels.benchmark.variants import SPARSE, Arm, make_batch, make_dense, make_sparse, make_truth
 
 GATE_IMAGES = 2
 AMP = torch.bfloat16

@@ -6,14 +6,13 @@ import time
 from collections.abc import Sequence
 
 import torch
+from x.y.z.setting import Setting, first_line
+from x.y.z.step_arms import Contest, Step
+from x.y.z.timing import Timer, spread
 
+from convnextv2_kernels.benchmark.correctness import GateError
 from convnextv2_kernels.benchmark.device import free_memory
-from convnextv2_kernels.benchmark.gate import GateError
 from convnextv2_kernels.benchmark.timing import time_interleaved
-
-from .setting import Setting, first_line
-from .step_arms import Contest, Step
-from .timing import Timer, spread
 
 WARM_UP = 2
 SAMPLE_SECONDS = 0.03  # a sample is as many steps in a row as fill this, so that the wait at its end costs nothing

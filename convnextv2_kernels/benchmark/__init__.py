@@ -3,8 +3,8 @@
 ``main(argv)`` is the command line, ``compare_fcmae_step`` one quick comparison.
 """
 
-from .cli import main
-from .gate import GateError
+from ..cli.bench import main
+from .correctness import GateError
 from .step import compare_fcmae_step
 
 __all__ = ["GateError", "compare_fcmae_step", "main"]

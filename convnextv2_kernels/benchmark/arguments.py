@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..models import CONFIGS
-from .masked_dense import PATCH
+from .baseline import PATCH
 
 PREFIX = "convnextv2_"
 

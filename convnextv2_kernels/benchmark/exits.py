@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from .gate import GateError
-from .resume import ResumeError
+from .correctness import GateError
+from .results import ResumeError
 
 
 def exit_code(run: Callable[[], int], threads: int | None, refused: str | None, stopped: str = "stopped") -> int:

@@ -15,14 +15,14 @@ import torch
 from .. import backends
 from ..models import CONFIGS
 from . import fits, memory
-from .arms import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
+from .baseline import MEMORY_FORMATS, POINTWISE, Variant
+from .correctness import check_arms
 from .device import OUT_OF_MEMORY, available_bytes, dense_at_its_best, free_memory, out_of_memory, synchronized
-from .gate import check_arms
-from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .options import DTYPES, Budget
 from .peak import arguments_for
 from .step import check_losses, compiled_arms, flops_of, step_saved_bytes, time_arms
 from .timing import summarize, time_interleaved
+from .variants import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
 
 TUNED = ("linear", "conv1x1")
 COMMON = Variant("channels_last", "plain")  # slower than the tuned ones, and what a port usually does

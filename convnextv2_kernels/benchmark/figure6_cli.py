@@ -10,14 +10,14 @@ from pathlib import Path
 
 from ..models import CONFIGS
 from . import arguments, fits, machine, report
+from .correctness import GateError
 from .device import DEVICES, OUT_OF_MEMORY, default_device, free_memory, no_gpu, out_of_memory
 from .exits import exit_code
 from .figure6 import Settings, complete, left_out, measure_size
 from .figure6_report import print_sizes, write_csv
-from .gate import GateError
 from .options import DTYPES, Budget
 from .progress import Progress
-from .resume import resume
+from .results import resume
 
 PROG = "python -m convnextv2_kernels bench --figure6"
 # On a CPU an image takes up to a second; batch 64 is the paper's.

@@ -6,7 +6,7 @@ import torch
 
 from ..models import get_config
 from . import memory
-from .masked_dense import PATCH, MaskedDenseFCMAE, Variant
+from .baseline import PATCH, MaskedDenseFCMAE, Variant
 
 GIB = 1 << 30
 # Of what is saved for backward, for temporaries beside it: 1.04 to 1.14 were measured for base and tiny on a CPU.

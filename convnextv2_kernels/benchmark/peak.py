@@ -8,10 +8,10 @@ import json
 import torch
 
 from .. import backends
-from .arms import MASK_RATIO, SPARSE, make_batch, make_dense, make_sparse, served_by
+from .baseline import MEMORY_FORMATS, POINTWISE, Variant
 from .device import DEVICES, cuda_peak_bytes, dense_at_its_best
-from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
 from .memory import PeakUnavailable, step_peak_bytes
+from .variants import MASK_RATIO, SPARSE, make_batch, make_dense, make_sparse, served_by
 
 
 def arguments_for(

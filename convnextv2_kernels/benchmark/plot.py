@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .._atomic_io import atomic_file
-from .arms import SPARSE
 from .report import machine_line
+from .variants import SPARSE
 
 _COLORS = {"sparse": "#c2410c", "eager": "#64748b", "compile": "#94a3b8"}
 

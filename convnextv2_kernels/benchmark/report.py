@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._atomic_io import atomic_file
-from .arms import MASK_RATIO, SPARSE
+from .variants import MASK_RATIO, SPARSE
 
 WIDTH_IN_FILES = 120
 

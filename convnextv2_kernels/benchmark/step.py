@@ -9,13 +9,13 @@ import torch
 
 from .. import backends
 from . import counts, memory
-from .arms import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
+from .baseline import Variant, eager_variants, encoder_sizes
+from .correctness import GateError, check_fcmae, relative_error, step_floor
 from .device import OUT_OF_MEMORY, free_memory, out_of_memory, synchronized
-from .gate import GateError, check_fcmae, relative_error, step_floor
-from .masked_dense import Variant, eager_variants, encoder_sizes
 from .options import Budget, Options
 from .peak import arguments_for
 from .timing import summarize, time_interleaved
+from .variants import SPARSE, Arm, Batch, make_batch, make_dense, make_sparse
 
 WARMUP_STEPS = 2
 PEAK_TIMEOUT = 600.0

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnextv2_kernels import random_mask
 from convnextv2_kernels.benchmark import counts
-from convnextv2_kernels.benchmark.masked_dense import keep_map, masked_mlp
+from convnextv2_kernels.benchmark.baseline import keep_map, masked_mlp
 
 
 def brute_force_taps(mask, side, kernel_size):

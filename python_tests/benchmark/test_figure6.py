@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from convnextv2_kernels.benchmark import device, figure6, figure6_cli, fits, memory
-from convnextv2_kernels.benchmark.arms import make_batch, make_dense, make_sparse
-from convnextv2_kernels.benchmark.cli import main
-from convnextv2_kernels.benchmark.gate import GateError
-from convnextv2_kernels.benchmark.masked_dense import Variant
+from convnextv2_kernels.benchmark.baseline import Variant
+from convnextv2_kernels.benchmark.correctness import GateError
 from convnextv2_kernels.benchmark.options import Budget
+from convnextv2_kernels.benchmark.variants import make_batch, make_dense, make_sparse
+from convnextv2_kernels.cli.bench import main
 
 TINY_RUN = ["--figure6", "--img-size", "64", "--batch-size", "2", "--repeats", "3", "--device", "cpu"]
 QUICK = [*TINY_RUN, "--no-compile", "--no-peak"]

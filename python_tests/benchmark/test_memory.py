@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from convnextv2_kernels.benchmark.arms import make_batch, make_dense, make_sparse
-from convnextv2_kernels.benchmark.masked_dense import Variant
+from convnextv2_kernels.benchmark.baseline import Variant
 from convnextv2_kernels.benchmark.memory import peak_in_subprocess, saved_bytes
+from convnextv2_kernels.benchmark.variants import make_batch, make_dense, make_sparse
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from convnextv2_kernels.benchmark import compare_fcmae_step, machine
-from convnextv2_kernels.benchmark.cli import main, parse_options
-from convnextv2_kernels.benchmark.masked_dense import eager_variants
+from convnextv2_kernels.benchmark.baseline import eager_variants
 from convnextv2_kernels.benchmark.report import write_report
+from convnextv2_kernels.cli.bench import main, parse_options
 
 TINY_RUN = ["--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "2"]
 
