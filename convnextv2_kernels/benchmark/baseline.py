@@ -1,4 +1,4 @@
-"""The opponent: FCMAE as masked dense PyTorch: all sites computed, hidden ones multiplied by zero.
+"""Masked dense baseline: FCMAE in plain PyTorch, every site computed and hidden ones multiplied by zero.
 
 It loads the state_dict of our FCMAE and computes the same loss to rounding (GRN scope "image").
 Each choice below was the fastest of the plain PyTorch spellings measured on a CPU:
@@ -30,12 +30,11 @@ POINTWISE = ("plain", "linear", "conv1x1")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One way to run the baseline: layout of the maps, pointwise layers, compiled or not."""
+class Baseline:
+    """One way to write the masked dense network: memory format of the maps, and pointwise layers."""
 
     layout: str
     pointwise: str
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         if self.layout not in MEMORY_FORMATS:
@@ -45,13 +44,13 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Name in tables and JSON, such as ``dense channels_last conv1x1 compile``."""
-        return f"dense {self.layout} {self.pointwise} {'compile' if self.compiled else 'eager'}"
+        """Name in tables and JSON, such as ``dense channels_last conv1x1``."""
+        return f"dense {self.layout} {self.pointwise}"
 
 
-def eager_variants() -> list[Variant]:
-    """The six variants without ``torch.compile``."""
-    return [Variant(layout, pointwise) for layout in MEMORY_FORMATS for pointwise in POINTWISE]
+def baselines(kinds: Sequence[str] = POINTWISE) -> list[Baseline]:
+    """Each memory format with each of these kinds of pointwise layers: six by default."""
+    return [Baseline(layout, kind) for layout in MEMORY_FORMATS for kind in kinds]
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> Tensor:
@@ -186,13 +185,13 @@ class MaskedDenseFCMAE(nn.Module):
         decoder_embed_dim: int = 512,
         decoder_depth: int = 1,
         norm_pix_loss: bool = True,
-        variant: Variant | None = None,
+        baseline: Baseline | None = None,
     ) -> None:
         super().__init__()
-        variant = variant or Variant("channels_last", "linear")
-        self.memory_format = MEMORY_FORMATS[variant.layout]
+        baseline = baseline or Baseline("channels_last", "linear")
+        self.memory_format = MEMORY_FORMATS[baseline.layout]
         self.norm_pix_loss = norm_pix_loss
-        kind = variant.pointwise
+        kind = baseline.pointwise
         self.encoder = nn.Module()
         self.encoder.downsample_layers = nn.ModuleList(
             [nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4), LayerNorm(dims[0]))]
@@ -210,7 +209,7 @@ class MaskedDenseFCMAE(nn.Module):
 
     @classmethod
     def from_state_dict(
-        cls, state: Mapping[str, Tensor], norm_pix_loss: bool = True, variant: Variant | None = None
+        cls, state: Mapping[str, Tensor], norm_pix_loss: bool = True, baseline: Baseline | None = None
     ) -> MaskedDenseFCMAE:
         """The network with the sizes, weights (the same memory where the format allows) and dtype of
         an FCMAE state_dict."""
@@ -224,7 +223,7 @@ class MaskedDenseFCMAE(nn.Module):
                 decoder_embed_dim=state["mask_token"].shape[1],
                 decoder_depth=len({key.split(".")[1] for key in state if key.startswith("decoder.")}),
                 norm_pix_loss=norm_pix_loss,
-                variant=variant,
+                baseline=baseline,
             )
         model.load_state_dict(state, assign=True)
         return model.to(memory_format=model.memory_format)

@@ -1,4 +1,4 @@
-"""The correctness gate: nothing is timed before the sparse results agree with dense float64.
+"""The correctness check: nothing is timed before the sparse results agree with dense float64.
 
 Truth is the masked dense network in float64. The relative error (2-norm) of each sparse result may
 be a multiple of that of plain PyTorch in the same dtype, the worst of the dense variants, plus a
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .variants import Arm, Batch, make_truth
+from .variants import Batch, Variant, make_truth
 
 FACTOR = 4.0
 
@@ -38,7 +38,7 @@ def step_floor(batch: Batch) -> float:
     return rounding_floor(max(64 * int((~batch.mask).sum()), 1024), batch.dtype)
 
 
-class GateError(RuntimeError):
+class CorrectnessError(RuntimeError):
     """Sparse and dense results disagree, so their times mean nothing."""
 
 
@@ -74,7 +74,7 @@ def compare(
 ) -> list[Comparison]:
     """Errors and bounds of every named result of ``truth``.
 
-    ``dense`` is gone through once; where it is a generator, one arm's results are alive at a time.
+    ``dense`` is gone through once; where it is a generator, one variant's results are alive at a time.
     """
     return _judge(truth, _worst_errors(truth, dense), sparse, floor)
 
@@ -103,12 +103,12 @@ def _judge(
 
 
 def require(rows: Sequence[Comparison], subject: str) -> dict:
-    """Summary of a passed comparison; raises GateError naming the worst result otherwise."""
+    """Summary of a passed comparison; raises CorrectnessError naming the worst result otherwise."""
     # `not passed` first: a NaN would make any ordering by ratio meaningless.
     worst = max(rows, key=lambda row: (not row.passed, row.share))
     if not worst.passed:
         failed = sum(not row.passed for row in rows)
-        raise GateError(
+        raise CorrectnessError(
             f"{subject}: {failed} of {len(rows)} results disagree with masked dense PyTorch in "
             f"float64, first {worst.name}: relative error {worst.sparse_error:.2e}, allowed "
             f"{worst.bound:.2e} (plain PyTorch has {worst.dense_error:.2e})"
@@ -122,31 +122,44 @@ def require(rows: Sequence[Comparison], subject: str) -> dict:
     }
 
 
-def results_of(arm: Arm, batch: Batch) -> dict[str, Tensor]:
+def results_of(variant: Variant, batch: Batch) -> dict[str, Tensor]:
     """Loss, prediction and the gradient of every parameter."""
-    loss, pred = arm.forward(batch)
+    loss, pred = variant.forward(batch)
     loss.backward()
     results = {"loss": loss.detach(), "pred": pred.detach()}
-    for name, parameter in arm.model.named_parameters():
+    for name, parameter in variant.model.named_parameters():
         if parameter.grad is None:
-            raise GateError(f"arm {arm.name!r}: parameter {name} has no gradient")
+            raise CorrectnessError(f"{variant.name!r}: parameter {name} has no gradient")
         results["gradient of " + name] = parameter.grad  # the step below lets go of it
-    arm.model.zero_grad(set_to_none=True)
+    variant.model.zero_grad(set_to_none=True)
     return results
 
 
-def check_fcmae(sparse: Arm, dense: Sequence[Arm], batch: Batch, images: int = 2) -> dict:
-    """Gate of the FCMAE step on the first ``images`` images; raises GateError when red."""
-    return check_arms([sparse], dense, batch, images)[sparse.name]
+def check_fcmae(sparse: Variant, dense: Sequence[Variant], batch: Batch, images: int = 2) -> dict:
+    """Correctness of the FCMAE step on the first ``images`` images; raises CorrectnessError where it is wrong."""
+    return check_variants([sparse], dense, batch, images)[sparse.name]
 
 
-def check_arms(sparse: Sequence[Arm], dense: Sequence[Arm], batch: Batch, images: int = 2) -> dict[str, dict]:
-    """:func:`check_fcmae` of several arms that share their weights, by name; the truth is computed once."""
+def check_variants(
+    sparse: Sequence[Variant], dense: Sequence[Variant], batch: Batch, images: int = 2
+) -> dict[str, dict]:
+    """:func:`check_fcmae` of several variants that share their weights, by name; the truth is computed once."""
     few = batch.head(images)
     truth = results_of(make_truth(sparse[0]), few.to_float64())
-    dense_errors = _worst_errors(truth, (results_of(arm, few) for arm in dense))
+    dense_errors = _worst_errors(truth, (results_of(variant, few) for variant in dense))
     floor = step_floor(few)
     return {
-        arm.name: require(_judge(truth, dense_errors, results_of(arm, few), floor), f"FCMAE step, {arm.name}")
-        for arm in sparse
+        variant.name: require(
+            _judge(truth, dense_errors, results_of(variant, few), floor), f"FCMAE step, {variant.name}"
+        )
+        for variant in sparse
     }
+
+
+def check_loss(name: str, loss: Tensor, expected: Tensor, floor: float) -> None:
+    """Raises CorrectnessError unless the loss of a variant on the timed batch is ours, up to rounding."""
+    error = relative_error(loss, expected)
+    if not error <= floor:
+        raise CorrectnessError(
+            f"loss of {name!r} differs from the sparse one by {error:.2e} (relative), expected at most {floor:.2e}"
+        )

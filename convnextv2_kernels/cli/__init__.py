@@ -120,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit code of the process."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["bench"]:  # It has a parser of its own, help included.
-        from ..benchmark import main as bench_main
+        from . import bench
 
-        return bench_main(argv[1:]) or 0
+        return bench.main(argv[1:])
     if argv[:1] == ["analyze"]:
         from .analyze import main as analyze_main
 
