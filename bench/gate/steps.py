@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from x.y.z.settings import environment
-from x.y.z.trace import kept, measured
+from .settings import environment
+from .trace import kept, measured
 
 import convnextv2_kernels as ck
 from convnextv2_kernels.benchmark.variants import make_batch, make_sparse

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import torch
-from x.y.z.results import Recorder
-from x.y.z.setting import Setting
-from x.y.z.timing import Timer, median
+from .results import Recorder
+from .setting import Setting
+from .timing import Timer, median
 
 from convnextv2_kernels.benchmark.device import free_memory
 
@@ -69,7 +69,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
 
 def own_operator(setting: Setting):
     """A small call of an operator of this library."""
-    from x.y.z.operators import namespace
+    from .operators import namespace
 
     ops = namespace(setting)
     rows, weight = (torch.ones(*shape, device=setting.device) for shape in ((8, 64), (64,)))

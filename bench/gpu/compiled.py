@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 import torch
-from x.y.z.results import Recorder, context_lost
-from x.y.z.setting import Setting, Skip, first_line
-from x.y.z.step_arms import Contest, DeviceArm, Step
-from x.y.z.step_timing import ratios, time_steps
+from .results import Recorder, context_lost
+from .setting import Setting, Skip, first_line
+from .step_arms import Contest, DeviceArm, Step
+from .step_timing import ratios, time_steps
 
 from convnextv2_kernels.benchmark.baseline import Variant
 from convnextv2_kernels.benchmark.device import free_memory

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import torch
-from x.y.z.cases import DRY_STAGES, SHARE_FROM_US, Case, stage_shapes
-from x.y.z.ceilings import GIB, copy_rate
-from x.y.z.conv_cases import dense_cases, packed_cases
-from x.y.z.operators import Draw, namespace
-from x.y.z.parameter_cases import parameter_cases
-from x.y.z.results import Recorder
-from x.y.z.row_cases import copy_cases, mlp_cases, norm_cases
-from x.y.z.setting import Setting
-from x.y.z.timing import Timer, cold_sets, median, trim_memory, warm_calls
+from .cases import DRY_STAGES, SHARE_FROM_US, Case, stage_shapes
+from .ceilings import GIB, copy_rate
+from .conv_cases import dense_cases, packed_cases
+from .operators import Draw, namespace
+from .parameter_cases import parameter_cases
+from .results import Recorder
+from .row_cases import copy_cases, mlp_cases, norm_cases
+from .setting import Setting
+from .timing import Timer, cold_sets, median, trim_memory, warm_calls
 
 from convnextv2_kernels.benchmark.device import free_memory
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from x.y.z.results import Recorder, context_lost
-from x.y.z.setting import Setting, Skip, first_line
-from x.y.z.step_arms import AMP, GATE_IMAGES, Contest, Step
-from x.y.z.step_timing import fastest, ratios, time_steps
-from x.y.z.triton_setup import compile_ahead
+from .results import Recorder, context_lost
+from .setting import Setting, Skip, first_line
+from .step_arms import AMP, GATE_IMAGES, Contest, Step
+from .step_timing import fastest, ratios, time_steps
+from .triton_setup import compile_ahead
 
 from convnextv2_kernels import backends
 from convnextv2_kernels.benchmark.baseline import MEMORY_FORMATS, eager_variants

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from x.y.z.setting import Setting, Skip
+from .setting import Setting, Skip
 
 import convnextv2_kernels as ck
 from convnextv2_kernels.benchmark.baseline import Variant

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 
 import torch
-from x.y.z.setting import Setting, first_line
-from x.y.z.step_arms import Contest, Step
-from x.y.z.timing import Timer, spread
+from .setting import Setting, first_line
+from .step_arms import Contest, Step
+from .timing import Timer, spread
 
 from convnextv2_kernels.benchmark.correctness import GateError
 from convnextv2_kernels.benchmark.device import free_memory

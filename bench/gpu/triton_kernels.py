@@ -6,18 +6,18 @@ import gc
 from types import SimpleNamespace
 
 import torch
-from x.y.z.cases import DRY_STAGES, Case, StageShape, stage_shapes
-from x.y.z.ceilings import GIB, copy_rate, matmul_rate
-from x.y.z.conv_cases import dense_cases, packed_cases
-from x.y.z.kernels import measure
-from x.y.z.operators import Draw
-from x.y.z.parameter_cases import parameter_cases
-from x.y.z.results import Recorder
-from x.y.z.row_cases import copy_cases, mlp_cases, norm_cases
-from x.y.z.setting import Setting
-from x.y.z.timing import Timer, trim_memory
-from x.y.z.triton_products import Tiles, measure_kernel, measure_whole
-from x.y.z.triton_setup import compile_ahead, feature_dtype, require
+from .cases import DRY_STAGES, Case, StageShape, stage_shapes
+from .ceilings import GIB, copy_rate, matmul_rate
+from .conv_cases import dense_cases, packed_cases
+from .kernels import measure
+from .operators import Draw
+from .parameter_cases import parameter_cases
+from .results import Recorder
+from .row_cases import copy_cases, mlp_cases, norm_cases
+from .setting import Setting
+from .timing import Timer, trim_memory
+from .triton_products import Tiles, measure_kernel, measure_whole
+from .triton_setup import compile_ahead, feature_dtype, require
 
 from convnextv2_kernels.benchmark.device import free_memory
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from x.y.z.cases import DRY_STAGES, stage_shapes
-from x.y.z.results import Recorder
-from x.y.z.setting import Setting
-from x.y.z.triton_kernels import shape_of
-from x.y.z.triton_products import Tiles
-from x.y.z.triton_setup import compile_ahead, feature_dtype, require
+from .cases import DRY_STAGES, stage_shapes
+from .results import Recorder
+from .setting import Setting
+from .triton_kernels import shape_of
+from .triton_products import Tiles
+from .triton_setup import compile_ahead, feature_dtype, require
 
 from convnextv2_kernels.benchmark.device import free_memory
 
