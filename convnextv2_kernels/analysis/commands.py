@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._progress import Progress, count
 from ..data.classes import open_classes
 from ..data.folder import CACHE_NAME, fingerprint
 from ..data.rng import ORDER, numpy_stream
-from ..train.progress import Reporter, count
 from ..train.setup import prepare_output
 from .cosine import CosineByLayer
 from .images import spread_over_folders
@@ -53,8 +53,8 @@ def run_selectivity(args: Namespace) -> int:
     """``analyze selectivity``."""
     arms = networks(args)
     prepare_output(args.output)
-    with Reporter("verified", 0) as report:
-        found = open_classes(args.data, args.output / CACHE_NAME, advance=report.advance, exclude=args.output)
+    with Progress("verified", 0) as progress:
+        found = open_classes(args.data, args.output / CACHE_NAME, advance=progress.update, exclude=args.output)
     if found.skipped:
         print(f"{count(len(found.skipped), 'image')} left out (the first: {': '.join(found.skipped[0])})")
     order = spread_over_folders(found.images, args.seed)

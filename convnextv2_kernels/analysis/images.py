@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.images import Source, describe, load_crop
 from ..data.rng import ORDER, numpy_stream
-from ..train.errors import TrainingError
+from ..errors import UserError
 
 AHEAD = 64  # images decoded before they are needed
 
@@ -52,7 +52,7 @@ class Crops:
     def __iter__(self) -> Iterator[tuple[Tensor, list[int]]]:
         """Yield pixels, uint8 ``[N, H, W, 3]``, and the indices of their sources.
 
-        Raises TrainingError where no source can be read.
+        Raises UserError where no source can be read.
         """
         self.failures.clear()
         pixels, indices, done = [], [], 0
@@ -70,7 +70,7 @@ class Crops:
             yield torch.stack(pixels), indices
         if not done:
             first = f" (the first: {': '.join(self.failures[0])})" if self.failures else ""
-            raise TrainingError(f"none of the {len(self.sources)} images can be read{first}.")
+            raise UserError(f"none of the {len(self.sources)} images can be read{first}.")
 
     def _decoded(self) -> Iterator[tuple[int, Tensor]]:
         waiting, queue = deque(), iter(enumerate(self.sources))

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .._progress import Progress
 from ..backends import use_backend
 from ..data.folder import fingerprint, scan_folder
 from ..data.images import Source, normalize
 from ..data.sample_photos import load_photos
 from ..models import get_config
-from ..train.progress import Reporter
 from ..train.setup import prepare_output, resolve_device
 from .images import Crops, spread_over_folders
 from .networks import Arm, load_arm, untrained_arm
@@ -66,13 +66,13 @@ def look(args: Namespace, arms: list[Arm], crops: Crops, update: Callable[[Arm, 
     """Show every batch to every network; return how many images that were. Each image is decoded once."""
     total, done = min(len(crops.sources), args.images or len(crops.sources)), 0
     device = next(arms[0].model.parameters()).device
-    with backend(args), Reporter("images", total) as report:
+    with backend(args), Progress("images", total) as progress:
         for pixels, indices in crops:
             images = normalize(pixels.to(device))
             for arm in arms:
                 update(arm, images, indices)
             done += len(indices)
-            report.update(done)
+            progress.update(done)
     for name, reason in crops.failures[:5]:
         print(f"left out: {name} ({reason})")
     if len(crops.failures) > 5:

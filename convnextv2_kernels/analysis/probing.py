@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from .._progress import Progress, count
 from ..data.augment import eval_transform
 from ..data.classes import ClassFolder, open_split
 from ..data.folder import fingerprint
 from ..data.labelled import EvalDataset
-from ..train.progress import Reporter, count
 from ..train.setup import prepare_output
 from .features import extract_features
 from .inputs import backend, finish, networks
@@ -107,8 +107,8 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     dataset = EvalDataset(found.paths(), found.labels, eval_transform(size, args.crop_pct))
     device = next(arm.model.parameters()).device
-    with Reporter(f"features of {arm.label}", len(found.images)) as report:
+    with Progress(f"features of {arm.label}", len(found.images)) as progress:
         features, labels = extract_features(
-            arm.model, dataset, device, args.batch_size, args.workers, report.update, failures=failures
+            arm.model, dataset, device, args.batch_size, args.workers, progress.update, failures=failures
         )
     return features, labels

@@ -127,7 +127,7 @@ def train_transform(
         reprob, remode, recount: probability, filling ("const", "rand", "pixel") and number of erased rectangles.
 
     Raises:
-        ValueError: an argument out of range. TrainingError: timm is not installed.
+        ValueError: an argument out of range. UserError: timm is not installed.
     """
     _check_size(size)
     _check_share("hflip", hflip)

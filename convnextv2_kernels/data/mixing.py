@@ -25,7 +25,7 @@ class Mixing:
         active: whether either is on. If not, :meth:`mix` returns its arguments and timm is not needed.
 
     Raises:
-        ValueError: an argument out of range. TrainingError: timm is not installed.
+        ValueError: an argument out of range. UserError: timm is not installed.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from ..train.errors import TrainingError
+from ..errors import UserError
 from .images import describe
 
 INSTALL = 'pip install "convnextv2_kernels[train]"'
@@ -23,13 +23,13 @@ def timm() -> ModuleType:
     that nothing here calls. In that case, and no other, they are declared.
 
     Raises:
-        TrainingError: timm or torchvision is not installed.
+        UserError: timm or torchvision is not installed.
     """
     try:
         _import_torchvision()
         import timm.data
     except ImportError as error:
-        raise TrainingError(
+        raise UserError(
             f"fine-tuning takes augmentation from timm, which cannot be imported ({describe(error)}); "
             f"install it with {INSTALL}, naming your PyTorch in the same command."
         ) from error

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import TrainingError
+from ..errors import UserError
 
 
 class Board:
@@ -19,7 +19,7 @@ class Board:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TrainingError("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
+            raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard.") from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 from .._atomic_io import atomic_file
 from ..data.images import describe
+from ..errors import UserError
 from .average import Average
 from .distributed import World
-from .errors import TrainingError
 
 FORMAT = 2
 REQUIRED = {"format", "model", "optimizer", "step", "epoch", "position", "rng", "config"}
@@ -78,12 +78,12 @@ def restore_state(
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
 
-    Raises TrainingError where a weight is not finite (a run resumed from it could not go on) or the file cannot be
+    Raises UserError where a weight is not finite (a run resumed from it could not go on) or the file cannot be
     written.
     """
     for name, tensor in state["model"].items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(
+            raise UserError(
                 f"step {step}: parameter {name} is no longer finite; no checkpoint was written. "
                 "The newest one before it is still good: try a lower --lr or a longer warm-up."
             )
@@ -92,25 +92,25 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         with atomic_file(path) as file:
             torch.save({"format": FORMAT, "step": step, **state}, file)
     except (OSError, RuntimeError) as error:
-        raise TrainingError(f"cannot write {path}: {describe(error)}") from error
+        raise UserError(f"cannot write {path}: {describe(error)}") from error
     return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU; raise TrainingError where it is damaged or of another kind."""
+    """Read a checkpoint to the CPU; raise UserError where it is damaged or of another kind."""
     try:
         # torch.load trusts the bytes of a tensor; the archive's checksums catch flipped ones.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise TrainingError(f"{path}: the checksum of {damaged} is wrong")
+            raise UserError(f"{path}: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except TrainingError:
+    except UserError:
         raise
     except Exception as error:  # A damaged archive makes zipfile and the unpickler raise anything.
-        raise TrainingError(f"{path}: not a readable checkpoint ({describe(error)})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({describe(error)})") from error
     if not isinstance(state, dict) or not state.keys() >= REQUIRED or state["format"] != FORMAT:
-        raise TrainingError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     return state
 
 
@@ -118,17 +118,17 @@ def newest_valid(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list
     """Load the newest sound checkpoint of a folder.
 
     Returns (state, path, warnings), one warning for each damaged checkpoint passed over, and
-    (None, None, []) where there is none at all. Raises TrainingError where all are damaged: to
+    (None, None, []) where there is none at all. Raises UserError where all are damaged: to
     start again from nothing is for the user to decide.
     """
     warnings = []
     for _, path in list_checkpoints(folder):
         try:
             return load_checkpoint(path), path, warnings
-        except TrainingError as error:
+        except UserError as error:
             warnings.append(f"{error}; it is passed over")
     if warnings:
-        raise TrainingError(
+        raise UserError(
             f"{folder}: every checkpoint is damaged; give a new --output, or delete them to start "
             "afresh. " + " ".join(f"{warning}." for warning in warnings)
         )

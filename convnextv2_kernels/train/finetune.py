@@ -7,6 +7,7 @@ import safetensors
 import torch
 
 from .._atomic_io import write_json
+from .._progress import count
 from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights
 from ..checkpoints.storage import read_file
@@ -14,18 +15,16 @@ from ..data.augment import eval_transform, train_transform
 from ..data.classes import ClassFolder, open_split
 from ..data.folder import SKIPPED_NAME, append_skipped
 from ..data.labelled import EvalDataset, LabelledDataset
+from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
 from ..nn import GRNVariant
 from .checkpoint import load_checkpoint
-from .config import FinetuneConfig
+from .config import FinetuneConfig, FinetuneOptions
 from .distributed import World, processes
-from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
 from .finetune_task import FinetuneTask, metadata_of
-from .options import FinetuneOptions
 from .pretrain import print_paused, print_stopped, print_summary
-from .progress import count
 from .setup import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, train
@@ -58,7 +57,7 @@ def run_finetune(options: FinetuneOptions) -> int:
             try:
                 return _run(options, device, world)
             except ValueError as error:  # what a layer, a transform or a loss says of an argument
-                raise TrainingError(str(error)) from error
+                raise UserError(str(error)) from error
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
@@ -85,12 +84,12 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         **{name: values[name] for name in VALUES},
     )
     if config.micro_batch is not None and config.micro_batch % 2:
-        raise TrainingError(
+        raise UserError(
             f"--batch-size {options.batch_size} over {parts} part(s) leaves {config.micro_batch} images to be mixed in "
             "pairs; take an even number, or --mixup 0 --cutmix 0."
         )
     if len(training.images) < config.batch_size:
-        raise TrainingError(
+        raise UserError(
             f"--data {options.data}: {len(training.images)} images to train on are too few for one batch of "
             f"{config.batch_size}; lower --batch-size to at most {len(training.images)} or add images."
         )
@@ -134,7 +133,7 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
         try:
             load_weights(model, options.init, skip_head=not options.eval_only, use_ema=options.use_ema)
         except (FileNotFoundError, ValueError) as error:
-            raise TrainingError(f"--init {options.init}: {error}") from error
+            raise UserError(f"--init {options.init}: {error}") from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
 
 
@@ -150,7 +149,7 @@ def _require_grn(options: FinetuneOptions) -> None:
             about = {}  # load_weights says what is wrong with the file
     stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
     if str(GRNVariant.of(stored)) != wanted:
-        raise TrainingError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
+        raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
 
 
 def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:

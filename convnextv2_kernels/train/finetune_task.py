@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
 from ..data.mixing import Mixing, criterion
 from ..data.rng import DROP_PATH, torch_stream
+from ..errors import UserError
 from ..models import ConvNeXtV2
 from ..nn import ConvNeXtV2Block
 from .checkpoint import whole_model
 from .config import FinetuneConfig
-from .errors import TrainingError
 from .evaluate import evaluate
 from .export import export_weights
 from .layer_decay import parameter_groups
@@ -131,7 +131,7 @@ class FinetuneTask:
         try:
             export_weights(path, weights, metadata_of(self.config, self.best))
         except OSError as error:
-            raise TrainingError(f"cannot write {path}: {error.strerror}") from error
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def state(self) -> dict[str, Any]:
         """The best result so far."""

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import torch
 
+from .._progress import Progress, count, format_seconds
 from ..backends import use_backend
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
 from ..data.images import CropDataset, load_crop
 from ..models import FCMAE
 from .checkpoint import list_checkpoints, load_checkpoint
-from .config import PretrainConfig
+from .config import PretrainConfig, PretrainOptions, TrainOptions
 from .distributed import World, processes
 from .export import export_encoder
-from .options import Options, PretrainOptions
 from .pretrain_task import PretrainTask, draw_mask
-from .progress import Reporter, count, format_seconds
 from .reconstruction import reconstruct, save_picture
 from .setup import (
     build_fcmae,
@@ -64,13 +63,13 @@ def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> 
         return config
 
     if not list_checkpoints(output):
-        with Reporter("checking images", 1) as reporter:
-            found = open_folder(folder, output, options.batch_size, reporter.advance)
+        with Progress("checking images", 1) as progress:
+            found = open_folder(folder, output, options.batch_size, progress.update)
         return found, settle(found.images)
     # The settings come first: where they differ, nothing of the run is touched.
     config = settle(saved_images(output))
-    with Reporter("checking images", config.num_images) as reporter:
-        found, notes = reopen_folder(folder, output, reporter.advance)
+    with Progress("checking images", config.num_images) as progress:
+        found, notes = reopen_folder(folder, output, progress.update)
     for note in notes:
         print(f"note: {note}")
     return found, config
@@ -134,7 +133,7 @@ def print_summary(config: PretrainConfig, outcome: Outcome) -> None:
         print(f"This run is complete: all {outcome.total_steps} steps were already done.")
 
 
-def print_stopped(options: Options, outcome: Outcome) -> None:
+def print_stopped(options: TrainOptions, outcome: Outcome) -> None:
     """Say what a signal left, and how to go on."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)

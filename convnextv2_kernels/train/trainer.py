@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
+from ..errors import UserError
 from .average import Average
 from .board import Board
 from .checkpoint import (
@@ -31,11 +33,9 @@ from .checkpoint import (
 )
 from .config import environment, environment_notes, require_same_config
 from .distributed import World, gradient_sync, spread
-from .errors import TrainingError
 from .loggers import StepLog
 from .nonfinite import first_gradient, first_in_forward
 from .optim import lr_at_step, make_optimizer, set_lr
-from .progress import Reporter
 from .signals import StopRequest, ignore_signals
 from .task import Span, Task
 
@@ -94,7 +94,7 @@ def train(
     Goes on from the newest sound checkpoint in ``storage.output``, if there is one, with losses
     bitwise equal to those of a run that was never interrupted. ``max_steps`` ends the run early
     without changing the schedule. On SIGINT or SIGTERM the step at hand is finished and saved and
-    ``Outcome.stop_signal`` is set. Raises TrainingError where the settings differ from the
+    ``Outcome.stop_signal`` is set. Raises UserError where the settings differ from the
     checkpoint's, a loss or gradient is no finite number, or images or checkpoints cannot be read or written.
     """
     run = Trainer(task, storage, split or Spread(), note)
@@ -116,7 +116,7 @@ class Trainer:
         config, world = task.config, split.world
         parts = world.size * split.accumulate
         if config.batch_size % parts:
-            raise TrainingError(
+            raise UserError(
                 f"a batch of {config.batch_size} images cannot be split evenly over {world.size} process(es) times "
                 f"{split.accumulate} accumulated part(s); take a --batch-size that is a multiple of {parts}."
             )
@@ -176,8 +176,8 @@ class Trainer:
         outcome, config = self.outcome, self.task.config
         self.network.train()
         begun = time.monotonic()
-        with Reporter("step", stop, outcome.step, quiet=not self.world.is_main) as reporter:
-            self.reporter = reporter
+        with Progress("step", stop, outcome.step, quiet=not self.world.is_main) as progress:
+            self.progress = progress
             for batch in self._loader(stop):
                 lr = lr_at_step(outcome.step, config.total_steps, config.warmup_steps, config.lr, config.min_lr)
                 loss, norm = self._step(batch, lr, request)
@@ -292,7 +292,7 @@ class Trainer:
             what = "the gradient is not finite"
             found = next(filter(None, self.world.gather_objects(first_gradient(self.task.model))), None)
         where = "no tensor is when the step is run again" if found is None else found
-        raise TrainingError(
+        raise UserError(
             f"step {step} (epoch {self.outcome.step // config.steps_per_epoch + 1}): {what} at learning rate {lr:.3g}; "
             f"stopped before the weights were touched. First tensor that is not finite: {where}. {self._saved_where()} "
             "Try a new --output with a lower --lr, a longer --warmup-epochs"
@@ -304,7 +304,7 @@ class Trainer:
             self.save()
         reasons = dict(f for part in self.world.gather_objects(failures) for f in part)
         name, reason = list(reasons.items())[-1]
-        raise TrainingError(
+        raise UserError(
             f"step {self.outcome.step + 1}: {len(reasons)} images in a row could not be read ({name}: {reason}); "
             f"is the data still there? {self._saved_where()}"
         )
@@ -313,16 +313,16 @@ class Trainer:
         for name, reason in (f for part in self.world.gather_objects(failures) for f in part):
             if name not in self.outcome.failures:
                 self.outcome.failures[name] = reason
-                self.reporter.note(f"warning: {name} cannot be read any more ({reason}); skipped")
+                self.progress.note(f"warning: {name} cannot be read any more ({reason}); skipped")
 
     def _write(self, loss: float, lr: float, norm: float) -> None:
         if not self.world.is_main:
             return
         outcome, config = self.outcome, self.task.config
         epoch = (outcome.step - 1) // config.steps_per_epoch
-        rate = self.reporter.rate() * config.batch_size
+        rate = self.progress.rate() * config.batch_size
         text = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {rate:.1f} images/s"
-        self.reporter.update(outcome.step, text)
+        self.progress.update(outcome.step, detail=text)
         record = {"step": outcome.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
         self.log.write({**record, "seconds": round(outcome.seconds, 3)})
         self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})

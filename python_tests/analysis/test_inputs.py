@@ -8,8 +8,8 @@ from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_arm, t
 from convnextv2_kernels.analysis.images import Crops, spread_over_folders
 from convnextv2_kernels.analysis.results import file_name, plain
 from convnextv2_kernels.data.images import load_crop
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import create_model
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.export import export_encoder
 from convnextv2_kernels.train.reconstruction import reconstruct
 
@@ -109,7 +109,7 @@ def test_crops_come_in_order_and_skip_what_is_broken(tmp_path):
     assert torch.equal(batches[1][0][0], load_crop(sources[4], (32, 64), None))
     rest = list(Crops(sources, (32, 32), batch_size=4))
     assert [len(indices) for _, indices in rest] == [4, 3]
-    with pytest.raises(TrainingError, match="none of the 1 images can be read .the first: .*2.png"):
+    with pytest.raises(UserError, match="none of the 1 images can be read .the first: .*2.png"):
         list(Crops(sources[2:3], (32, 32), batch_size=4))
 
 

@@ -13,7 +13,7 @@ from convnextv2_kernels.data import timm_library
 from convnextv2_kernels.data.augment import covering_size, eval_transform, seeded_globals, train_transform
 from convnextv2_kernels.data.images import denormalize
 from convnextv2_kernels.data.timm_library import timm
-from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.errors import UserError
 
 SIZES = [(80, 72), (61, 200), (333, 97), (500, 375), (224, 224), (40, 31), (257, 256)]  # width, height
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -205,7 +205,7 @@ def test_bad_evaluation_arguments_are_named():
 def test_timm_missing_is_said_with_what_to_install(monkeypatch):
     timm_library.timm.cache_clear()
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(TrainingError, match=r'pip install "convnextv2_kernels\[train\]"'):
+    with pytest.raises(UserError, match=r'pip install "convnextv2_kernels\[train\]"'):
         train_transform((32, 32))
     monkeypatch.undo()
     assert timm_library.timm() is sys.modules["timm"] and timm_library.timm() is timm_library.timm()

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import distributed
-from convnextv2_kernels.train.errors import TrainingError
 
 from .conftest import picture, tiny_model
 from .test_processes import run, values
@@ -196,5 +196,5 @@ def test_more_processes_than_gpus_is_said_by_all(monkeypatch):
     for rank in range(4):
         for name, value in (("WORLD_SIZE", 4), ("LOCAL_WORLD_SIZE", 4), ("LOCAL_RANK", rank)):
             monkeypatch.setenv(name, str(value))
-        with pytest.raises(TrainingError, match="^--device cuda: 4 processes were started on this machine, .* 2 GPU"):
+        with pytest.raises(UserError, match="^--device cuda: 4 processes were started on this machine, .* 2 GPU"):
             distributed.resolve_device("auto")

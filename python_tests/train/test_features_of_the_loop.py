@@ -10,9 +10,9 @@ import torch
 
 from convnextv2_kernels.data.images import CropDataset, StepSampler, normalize
 from convnextv2_kernels.data.rng import MASK, torch_stream
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.layout import random_mask
 from convnextv2_kernels.train.average import Average
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.nonfinite import first_gradient, first_in_forward
 from convnextv2_kernels.train.optim import lr_at_step
 
@@ -111,7 +111,7 @@ def test_overflow_names_the_layer_where_it_begins(tmp_path, sources):
     with torch.no_grad():
         model.encoder.downsample_layers[2][1].weight.fill_(3e38)  # finite, but its products are not
     name = r"step 1 .*the output of encoder\.downsample_layers\.2 \(\w+\) .* values, while its inputs reach [\d.]+\."
-    with pytest.raises(TrainingError, match=name) as caught:
+    with pytest.raises(UserError, match=name) as caught:
         run_tiny(tmp_path, sources, model=model)
     assert "parameter " not in str(caught.value) and "No checkpoint had been written yet" in str(caught.value)
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -8,8 +8,8 @@ import torch
 from helpers.reference_models import timm
 
 from convnextv2_kernels.cli import main
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train.average import Average
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.optim import make_optimizer, parameter_groups, set_lr
 from convnextv2_kernels.train.pretrain_task import PretrainTask
 from convnextv2_kernels.train.trainer import Spread, Storage, train
@@ -121,15 +121,15 @@ def other(kind):
 def test_first_tensor_that_is_not_finite_is_named(tmp_path, sources):
     for name in ("b", "c"):
         (tmp_path / name).mkdir()
-    with pytest.raises(TrainingError, match=r"step 3 .*the output of encoder\.downsample_layers\.0 \(PatchEmbed\)"):
+    with pytest.raises(UserError, match=r"step 3 .*the output of encoder\.downsample_layers\.0 \(PatchEmbed\)"):
         run_tiny(tmp_path, sources, model=other(_Broken))
-    with pytest.raises(TrainingError, match=r"the gradient is not finite.*the gradient of mask_token \[1, 16, 1, 1\]"):
+    with pytest.raises(UserError, match=r"the gradient is not finite.*the gradient of mask_token \[1, 16, 1, 1\]"):
         run_tiny(tmp_path / "b", sources, model=other(_NoGradient))
     model = tiny_model()
     with torch.no_grad():
         model.encoder.stages[1][0].pwconv1.weight[3, 2] = float("inf")
     name = r"parameter encoder\.stages\.1\.0\.pwconv1\.weight \[32, 8\]: 1 infinite of 256 values"
-    with pytest.raises(TrainingError, match=name):
+    with pytest.raises(UserError, match=name):
         run_tiny(tmp_path / "c", sources, model=model)
 
 

@@ -138,10 +138,10 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
 
 
 def try_lock(path):
-    from convnextv2_kernels.train.errors import TrainingError
+    from convnextv2_kernels.errors import UserError
 
     try:
         with folder_lock(path):
             return "locked"
-    except TrainingError as error:
+    except UserError as error:
         return str(error)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train.distributed import processes
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.trainer import Spread
 
 from .conftest import run_tiny, tiny_model
@@ -80,16 +80,16 @@ def _work(rank: int, port: int, folder: str, names: list[str]) -> None:
         run(root / "changing", sources, world, max_steps=2)
         outcome = run(root / "stopped", sources, world, model=_other(_Signalled))
         assert outcome.stop_signal == signal.SIGTERM and outcome.step == 2 and outcome.checkpoint.exists()
-        with pytest.raises(TrainingError, match=r"step 3 .*loss is nan.*the output of encoder\.downsample_layers\.0"):
+        with pytest.raises(UserError, match=r"step 3 .*loss is nan.*the output of encoder\.downsample_layers\.0"):
             run(root / "poisoned", sources, world, model=_other(_Poisoned))
-        with pytest.raises(TrainingError, match="a batch of 3 images cannot be split evenly over 2 process"):
+        with pytest.raises(UserError, match="a batch of 3 images cannot be split evenly over 2 process"):
             run(root / "uneven", sources, world, batch_size=3)
-        with pytest.raises(TrainingError, match="no such thing"):
+        with pytest.raises(UserError, match="no such thing"):
             world.from_main(_fail)
 
 
 def _fail():
-    raise TrainingError("no such thing")
+    raise UserError("no such thing")
 
 
 def _shards(rank: int, port: int, folder: str, names: list[str]) -> None:

@@ -6,7 +6,7 @@ from convnextv2_kernels import cli
 from convnextv2_kernels.cli import finetune as finetune_cli
 from convnextv2_kernels.cli import pretrain as pretrain_cli
 from convnextv2_kernels.train import recipes
-from convnextv2_kernels.train.options import FinetuneOptions, PretrainOptions
+from convnextv2_kernels.train.config import FinetuneOptions, PretrainOptions
 
 COLUMNS = (
     "blr",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train.checkpoint import list_checkpoints
-from convnextv2_kernels.train.errors import TrainingError
 
 from .conftest import picture, run_tiny, tiny_model
 
@@ -145,7 +145,7 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(whole, tmp_path, sources
 
 def test_changed_settings_are_named(tmp_path, sources):
     run_tiny(tmp_path, sources, max_steps=1)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         run_tiny(tmp_path, sources, batch_size=3, model=None, lr=0.5)
     text = str(error.value)
     assert "batch_size: 2 in the checkpoint, 3 now" in text and "lr: 0.001" in text
@@ -172,7 +172,7 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, sources):
 
     model = tiny_model()
     model.__class__ = Exploding
-    with pytest.raises(TrainingError, match=r"step 6 \(epoch 2\): the loss is nan.*checkpoint-4"):
+    with pytest.raises(UserError, match=r"step 6 \(epoch 2\): the loss is nan.*checkpoint-4"):
         run_tiny(tmp_path, sources, model=model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert [step for step, _ in list_checkpoints(tmp_path)] == [4]
@@ -198,7 +198,7 @@ def test_data_that_is_gone_ends_the_run_with_its_state_saved(tmp_path):
     run_tiny(output, paths, max_steps=1)
     for path in paths:
         path.unlink()
-    with pytest.raises(TrainingError, match="step 2: .*could not be read.*checkpoint-1"):
+    with pytest.raises(UserError, match="step 2: .*could not be read.*checkpoint-1"):
         run_tiny(output, paths)
 
 

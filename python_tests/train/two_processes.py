@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import CropDataset
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import FCMAE
 from convnextv2_kernels.train.distributed import processes
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.pretrain_task import PretrainTask
 from convnextv2_kernels.train.trainer import Spread, Storage, train
 
@@ -107,7 +107,7 @@ def _faults(root, sources, world):
     # the second process loses its data
     mine = [root / f"copy{rank}" / source.name for source in sources]
     gone = hooked(3, (lambda: shutil.rmtree(root / "copy1")) if rank == 1 else None)
-    with pytest.raises(TrainingError, match=r"^step 4: 8 images in a row could not be read .*checkpoint-3\.pt\.$"):
+    with pytest.raises(UserError, match=r"^step 4: 8 images in a row could not be read .*checkpoint-3\.pt\.$"):
         run(root / "gone", mine, world, model=gone)
 
     # one file of the second process
@@ -117,23 +117,23 @@ def _faults(root, sources, world):
 
     # the first process cannot write a checkpoint, and then finds one it cannot read
     block = (lambda: (root / "blocked" / "checkpoint-2.pt" / "x").mkdir(parents=True)) if rank == 0 else None
-    with pytest.raises(TrainingError, match="cannot write .*checkpoint-2.pt"):
+    with pytest.raises(UserError, match="cannot write .*checkpoint-2.pt"):
         run(root / "blocked", sources, world, model=hooked(2, block))
-    with pytest.raises(TrainingError, match="every checkpoint is damaged"):
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
         run(root / "blocked", sources, world)
 
     # the first process alone lacks a package that only it uses
     task = PretrainTask(tiny_model(), CropDataset(sources, CONFIG.img_size, CONFIG.seed), CONFIG)
     if rank == 0:
         sys.modules["torch.utils.tensorboard"] = None
-    with pytest.raises(TrainingError, match="--tensorboard needs the package tensorboard"):
+    with pytest.raises(UserError, match="--tensorboard needs the package tensorboard"):
         train(task, Storage(root / "board", tensorboard=True), Spread(world))
 
     # NaN in the shards of the second process, and a gradient that is not finite there
-    with pytest.raises(TrainingError, match=r"step 3 .*loss is nan.*the output of encoder\.downsample_layers\.0 "):
+    with pytest.raises(UserError, match=r"step 3 .*loss is nan.*the output of encoder\.downsample_layers\.0 "):
         run(root / "poisoned", sources, world, "fsdp", model=other(_Poisoned))
     steep = other(_Steep)
-    with pytest.raises(TrainingError, match=r"the gradient is not finite.*the gradient of mask_token \[1, 16, 1, 1\]"):
+    with pytest.raises(UserError, match=r"the gradient is not finite.*the gradient of mask_token \[1, 16, 1, 1\]"):
         run(root / "steep", sources, world, model=steep)
 
     # a signal to the first process, while the model lies in shards
