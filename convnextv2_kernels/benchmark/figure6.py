@@ -198,15 +198,14 @@ def _choose_dense(
 
 
 def _joined_by_graphs(comparison: StepComparison, ours: Variant, batch: Batch, effort: Effort, log) -> StepComparison:
-    """The comparison, and ours in a graph beside the fastest eager step of each format and the compiled one in graphs."""
-    dense = []
-    for layout in MEMORY_FORMATS:
-        dense.append(
-            comparison.fastest(
-                lambda v, layout=layout: not v.ours and v.execution == "eager" and v.baseline.layout == layout
-            )
-        )
-    dense.append(comparison.fastest(is_compiled))
+    """The comparison, and ours in a graph beside graphs of the fastest eager step of each format and the compiled
+    one."""
+
+    def eager_in(layout: str) -> Callable[[Variant], bool]:
+        return lambda v: not v.ours and v.execution == "eager" and v.baseline.layout == layout
+
+    groups = [*(eager_in(layout) for layout in MEMORY_FORMATS), is_compiled]
+    dense = [comparison.fastest(group) for group in groups]
     graphs = compare_graphs([ours], [variant for variant in dense if variant is not None], batch, effort, log)
     return comparison if graphs is None else comparison.joined(graphs)
 

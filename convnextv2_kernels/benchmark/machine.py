@@ -168,15 +168,11 @@ def git_commit() -> dict | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
+    git = ["git", "-c", f"safe.directory={root}", "-C", str(root)]
+    options = {"capture_output": True, "text": True, "check": True, "timeout": 30}
     try:
         commit, changes = (
-            subprocess.run(
-                ["git", "-c", f"safe.directory={root}", "-C", str(root), *command],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=30,
-            ).stdout.strip()
+            subprocess.run([*git, *command], **options).stdout.strip()
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.SubprocessError):

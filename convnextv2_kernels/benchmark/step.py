@@ -265,8 +265,8 @@ def saved_bytes(variant: Variant, batch: Batch) -> int:
 def compiled_variants(
     sparse: Variant, chosen: Sequence, batch: Batch, budget: Budget, log: Callable[[str], None]
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Baselines compiled and warm, and why others were skipped: half of the budget spent, out of memory, or the compiler
-    failed."""
+    """Baselines compiled and warm, and why others were skipped: half of the budget spent, out of memory, or the
+    compiler failed."""
     # The variants are instances of one class, each a recompilation to the compiler; a fresh start
     # for each model keeps their number within its limit.
     torch._dynamo.reset()
@@ -386,7 +386,7 @@ def fastest_of(rows: Mapping[str, dict], wanted: Callable[[dict], bool]) -> str 
 def ratios(rows: Mapping[str, dict], ours: str) -> dict:
     """Our variant against the fastest dense one, and the most frugal ones; and like with like by execution.
 
-    Empty without a dense variant. ``throughput``: the fastest of all; ``throughput_eager`` and ``throughput_graph``: the
+    Empty without a dense variant. ``throughput``: the fastest of all; ``throughput_eager``, ``throughput_graph``: the
     fastest on both sides, each executed so; ``saved`` and ``peak``: the least of all dense variants over ours.
     """
     dense = {name: row for name, row in rows.items() if row["baseline"] is not None}

@@ -69,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Parser of the benchmark's options; absent ones are None, so that --quick can fill them."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Measure the FCMAE training step against masked dense PyTorch, after checking that both compute the "
-        "same, with a baseline against its own copy as the control.",
-        epilog="Writes one JSON file and its picture to --output and prints a table. Exit code 1: the results disagree, "
-        "and nothing was timed. --figure6, with a --help of its own: the paper's Figure 6, every size against masked "
-        "dense PyTorch. Ops, scaling and comparisons of results: `python -m bench` in a clone of the repository.",
+        description="Measure the FCMAE training step against masked dense PyTorch, after checking that both compute "
+        "the same, with a baseline against its own copy as the control.",
+        epilog="Writes one JSON file and its picture to --output and prints a table. Exit code 1: the results "
+        "disagree, and nothing was timed. --figure6, with a --help of its own: the paper's Figure 6, every size against "
+        "masked dense PyTorch. Ops, scaling and comparisons of results: `python -m bench` in a clone of the repository.",
     )
     sizes = ", ".join(short_name(name) for name in CONFIGS)
     add = parser.add_argument
@@ -182,7 +182,7 @@ def _run_steps(args: argparse.Namespace, mode: str) -> int:
     budget = Budget(args.time_budget)
     with (
         machine.dense_at_its_best(),
-        Progress("Step", len(settings.models), console=report.make_console(stderr=True)) as bar,
+        Progress("Step", len(settings.models), console=report.make_console(stderr=True), percent=True) as bar,
     ):
         warn_if_busy(result, bar.log)
         for done, model in enumerate(settings.models):
@@ -217,8 +217,8 @@ def build_figure6_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROG} --figure6",
         description="Throughput, peak memory and bytes saved for backward of masked pre-training by model size: masked "
-        "dense PyTorch, eager and compiled, against every backend of this library, on a GPU also in CUDA graphs on both "
-        "sides; the comparison of the paper's Figure 6 (Appendix C). Results are checked against float64 before "
+        "dense PyTorch, eager and compiled, against every backend of this library, on a GPU also in CUDA graphs on "
+        "both sides; the comparison of the paper's Figure 6 (Appendix C). Results are checked against float64 before "
         "anything is timed, and a baseline is timed against its own copy.",
         epilog="Writes figure6.json, figure6.csv and figure6.png to --output, after every size. Re-running the command "
         "resumes where it was stopped, and measures a size again that was measured with less effort. Exit code 1: "
