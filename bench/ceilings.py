@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from convnextv2_kernels.benchmark.counts import Work
-from convnextv2_kernels.benchmark.device import synchronize, synchronized
+from convnextv2_kernels.benchmark.machine import synchronize, synchronized
 
 # Bytes moved (read and written) by one copy: from what the first cache holds to what hardly any does.
 TRAFFIC = tuple(1 << power for power in range(16, 31, 2))
@@ -80,24 +81,40 @@ def seconds_of(call: Callable[[], object], device: str, clock: Callable[[], floa
     return best
 
 
-def copy_rate(traffic: int, dtype: torch.dtype, device: str) -> float:
-    """GB/s, bytes read plus bytes written: the faster of a copy and a sum of two maps that move ``traffic`` bytes."""
-    counts = (traffic // maps // dtype.itemsize for maps in (2, 3))
-    half, third = (torch.ones(count, dtype=dtype, device=device) for count in counts)
-    copied, total, other = torch.empty_like(half), torch.empty_like(third), torch.ones_like(third)
-    copy = 2 * half.nbytes / seconds_of(lambda: copied.copy_(half), device)
-    add = 3 * third.nbytes / seconds_of(lambda: torch.add(third, other, out=total), device)
-    return 1e-9 * max(copy, add)
+def copy_rate(traffic: int, dtype: torch.dtype, device: str, seconds: Callable[[Callable], float]) -> float:
+    """Bytes per second, read plus written, of a copy that moves ``traffic`` bytes; ``seconds`` times a call."""
+    source = torch.ones(traffic // 2 // dtype.itemsize, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds(lambda: target.copy_(source))
+
+
+def sum_rate(traffic: int, dtype: torch.dtype, device: str, seconds: Callable[[Callable], float]) -> float:
+    """The same of a sum of two maps."""
+    a, b = (torch.ones(traffic // 3 // dtype.itemsize, dtype=dtype, device=device) for _ in range(2))
+    total = torch.empty_like(a)
+    return 3 * a.nbytes / seconds(lambda: torch.add(a, b, out=total))
+
+
+def matmul_rate(side: int, dtype: torch.dtype, device: str, seconds: Callable[[Callable], float]) -> float:
+    """FLOP/s of a square matrix product of random matrices."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / seconds(lambda: a @ b)
+
+
+def traffic_rate(traffic: int, dtype: torch.dtype, device: str) -> float:
+    """GB/s: the faster of a copy and a sum of two maps that move ``traffic`` bytes."""
+    seconds = functools.partial(seconds_of, device=device)
+    return 1e-9 * max(rate(traffic, dtype, device, seconds) for rate in (copy_rate, sum_rate))
 
 
 def product_rates(side: int, dtype: torch.dtype, device: str) -> dict[str, float]:
     """GFLOP/s of a square product by the two libraries that PyTorch calls: as a matrix product and as a convolution."""
     a, b = (torch.randn(side, side, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
     maps, weight = a.t().reshape(1, side, 1, side).contiguous(memory_format=torch.channels_last), b[:, :, None, None]
-    flops = 2e-9 * side**3
+    seconds = functools.partial(seconds_of, device=device)
     return {
-        f"matmul {side}": flops / seconds_of(lambda: a @ b, device),
-        f"conv1x1 {side}": flops / seconds_of(lambda: F.conv2d(maps, weight), device),
+        f"matmul {side}": 1e-9 * matmul_rate(side, dtype, device, seconds),
+        f"conv1x1 {side}": 2e-9 * side**3 / seconds(lambda: F.conv2d(maps, weight)),
     }
 
 
@@ -107,6 +124,6 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Ceilings
     with torch.no_grad():
         for side in PRODUCTS[device]:
             products |= product_rates(side, dtype, device)
-        gbytes = {traffic: copy_rate(traffic, dtype, device) for traffic in TRAFFIC}
+        gbytes = {traffic: traffic_rate(traffic, dtype, device) for traffic in TRAFFIC}
     fastest = max(products, key=products.__getitem__)
     return Ceilings(products[fastest], fastest, gbytes)

@@ -1,10 +1,9 @@
-"""Two result files side by side: ``bench --compare A.json B.json``, what got worse and what got better in B."""
+"""Two result files side by side: ``python -m bench compare A.json B.json``, what got worse and what got better in B."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from convnextv2_kernels._atomic_io import write_json
+from convnextv2_kernels.benchmark import results
 from convnextv2_kernels.benchmark.report import make_console
+from convnextv2_kernels.benchmark.timing import control_sentence
+from convnextv2_kernels.cli.exit_codes import USAGE, UserError
+from convnextv2_kernels.cli.types import percentage
 
-from .quantities import NotAResult, Quantity, flatten, read_result
+from .quantities import Quantity, flatten
 
-PROG = "python -m convnextv2_kernels bench --compare"
+PROG = "python -m bench compare"
 # Of the machine, what times depend on and two runs of one machine may differ in.
 MACHINE = ("cpu", "gpu", "threads", "torch", "environment")
 # Parameters that choose which numbers are measured, or how often, and not what work one number stands for.
@@ -50,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("b", type=Path, metavar="B.json", help="the result after")
     parser.add_argument(
         "--threshold",
-        type=_percent,
+        type=percentage,
         default=5.0,
         metavar="PERCENT",
         help="smallest change of what is measured with noise (times, rates, resident memory) that counts, and only if "
@@ -70,23 +73,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _percent(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a percentage of at least 0")
-    return value
-
-
 def differences(a: dict, b: dict) -> list[str]:
     """What makes times of two results incomparable, one phrase each."""
-    before, after = ({name: result["machine"].get(name) or None for name in MACHINE} for result in (a, b))
+    before, after = ({name: result.get("machine", {}).get(name) or None for name in MACHINE} for result in (a, b))
     for sides, result in ((before, a), (after, b)):
         sides |= {k: v for k, v in result.get("parameters", {}).items() if k not in CHOICES}
     names = dict.fromkeys([*before, *after])
-    return [f"{n}: {before.get(n)} in A, {after.get(n)} in B" for n in names if before.get(n) != after.get(n)]
+    found = [f"{n}: {before.get(n)} in A, {after.get(n)} in B" for n in names if before.get(n) != after.get(n)]
+    return found + [f"{side}: {text}" for side, result in (("A", a), ("B", b)) for text in invalid(result)]
+
+
+def invalid(value: object) -> list[str]:
+    """Controls anywhere in a result that are off: times beside them cannot be compared."""
+    if isinstance(value, list):
+        return [text for item in value for text in invalid(item)]
+    if not isinstance(value, dict):
+        return []
+    control = value.get("control")
+    own = [control_sentence(control)] if isinstance(control, dict) and not control["valid"] else []
+    return own + [text for key, item in value.items() if key != "control" for text in invalid(item)]
 
 
 def compare(a: dict[str, Quantity], b: dict[str, Quantity], threshold: float, comparable: bool) -> list[Change]:
@@ -120,21 +125,17 @@ def main(argv: Sequence[str]) -> int:
     """Compare, print, and return the exit code: 0 nothing worse, 1 something worse, 2 bad input."""
     args = build_parser().parse_args(argv)
     try:
-        results = [read_result(path) for path in (args.a, args.b)]
-        a, b = (_chosen(result, path, args.only) for result, path in zip(results, (args.a, args.b), strict=True))
+        found = [results.read(path) for path in (args.a, args.b)]
+        a, b = (_chosen(result, path, args.only) for result, path in zip(found, (args.a, args.b), strict=True))
         if not a.keys() & b.keys():
-            raise NotAResult(f"{args.a} and {args.b} have no number in common")
-        differing = differences(*results)
+            raise results.NotAResult(f"{args.a} and {args.b} have no number in common")
+        differing = differences(*found)
         changes = compare(a, b, args.threshold, args.ignore_machine or not differing)
         only = {"A": [key for key in a if key not in b], "B": [key for key in b if key not in a]}
         if args.json is not None:
             write_json(args.json, _as_json(args, differing, changes, only))
-    except NotAResult as error:
-        print(error, file=sys.stderr)
-        return 2
     except OSError as error:
-        print(f"--json {args.json} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        raise UserError(f"--json {args.json} cannot be written: {error.strerror}", code=USAGE) from error
     _print(make_console(), args, differing, changes, only)
     return 1 if _of(changes, "worse") else 0
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
 def _chosen(result: dict, path: Path, only: str) -> dict[str, Quantity]:
     found = flatten(result)
     if not found:
-        raise NotAResult(f"{path} is not a result of this benchmark, expected times, bytes or counts in it")
+        raise results.NotAResult(f"{path} is not a result of this benchmark, expected times, bytes or counts in it")
     return {key: q for key, q in found.items() if only == "all" or q.noisy == (only == "time")}
 
 

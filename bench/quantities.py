@@ -1,27 +1,23 @@
-"""The numbers of a result file under readable names, whatever kind of result it is."""
+"""The numbers of a result under readable names, whatever kind of result it is."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from convnextv2_kernels.benchmark.results import NotAResult
+
 # Descriptions of the run, counted work, checks of correctness, fits: no measurements.
-_SKIPPED = {"machine", "parameters", "software", "gate", "work", "flops", "rates", "ratios", "skipped", "variant"}
+_SKIPPED = {"machine", "parameters", "software", "correctness", "control", "allocator", "work", "flops", "rates", "ratios", "skipped", "baseline", "default_allocator"}
 _SKIPPED |= {"ideal", "fit", "left_out", "ceilings", "limit_ms", "probe_ms", "effort", "git", "parameters_bytes"}
 # Levels that say nothing about a number.
-_SILENT = {"arms", "points", "rows", "series", "sizes"}
+_SILENT = {"variants", "points", "rows", "series", "sizes"}
 # Names of an entry of a list, in the order in which they are read.
-_NAMES = ("library", "model", "op", "kernel", "name", "arm", "backend", "axis")
+_NAMES = ("library", "model", "op", "kernel", "name", "backend", "axis")
 _SIZES = (("width", "C="), ("side", "s="), ("rows", "rows="), ("channels", "C="))
 _SEPARATOR = " / "
-
-
-class NotAResult(ValueError):
-    """A file that holds no result of this benchmark; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +39,6 @@ class Quantity:
     @property
     def more_is_better(self) -> bool:
         return self.unit == "images/s"
-
-
-def read_result(path: Path) -> dict:
-    """A result file; raises NotAResult when it is missing, no JSON, or something else."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotAResult(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise NotAResult(f"{path} is not JSON: {error}") from error
-    if not isinstance(result, dict) or not isinstance(result.get("machine"), dict):
-        raise NotAResult(f"{path} is not a result of this benchmark, expected an object with the key 'machine'")
-    if not isinstance(result.get("parameters", {}), dict):
-        raise NotAResult(f"{path} is not a result of this benchmark, expected an object under 'parameters'")
-    return result
 
 
 def flatten(result: dict) -> dict[str, Quantity]:

@@ -1,11 +1,17 @@
-"""Each op of the library beside the plain PyTorch that masked dense execution uses for it."""
+"""Each op of the library beside the plain PyTorch that masked dense execution uses for it.
+
+What an op is called and which parameters it takes is in the tests' catalogue of op calls, ``conformance/samples.py``.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch.nn.functional as F
+from conformance.samples import Sample, make_sample
 from torch import Tensor
 
 from convnextv2_kernels import ops
@@ -18,9 +24,8 @@ Params = Mapping[str, Tensor]
 # Of an NCHW-shaped map in either memory format and keep [N, H, W, 1]; returns an NHWC-shaped map.
 DenseOp = Callable[[Tensor, Params, Tensor], Tensor]
 
-CONV = ("weight", "bias")
-NORM = ("ln_weight", "ln_bias")
 MLP = ("w1", "b1", "gamma", "beta", "w2", "b2")
+_PLAIN = {"residual": False, "drop": False, "hidden": None}
 
 
 @dataclass(frozen=True)
@@ -28,44 +33,56 @@ class OpSpec:
     """An op, its dense peers, and its counted work.
 
     Attributes:
-        parameters: names, of :func:`parameter_shapes`.
-        sparse: packed input, parameters, layout -> packed output.
+        op: its public name.
         dense: name -> (memory layout of the input, function).
         work: (rows, taps, width, itemsize) -> :class:`Work`.
+        axes: of its sample, besides the width.
         factor: input channels as a multiple of the stage's width.
         stride: sites of the input per site of the output, along one side.
     """
 
     name: str
-    parameters: tuple[str, ...]
-    sparse: Callable[[Tensor, Params, PatchLayout], Tensor]
+    op: str
     dense: Mapping[str, tuple[str, DenseOp]]
     work: Callable[[int, int, int, int], Work]
+    axes: Mapping[str, Any] = field(default_factory=dict)
     factor: int = 1
     stride: int = 1
 
+    def sample(self, width: int) -> Sample:
+        """A call of the op at a stage of this width, on one patch."""
+        axes = dict(self.axes)
+        if "out_c" in axes:
+            axes["out_c"] *= width
+        return make_sample(self.op, at=("one_cell", 2), c=self.factor * width, **axes)
 
-def parameter_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all parameters the specs name, for a stage of this width."""
-    return {
-        "weight": (width, 1, 7, 7),
-        "bias": (width,),
-        "ln_weight": (width,),
-        "ln_bias": (width,),
-        "w1": (4 * width, width),
-        "b1": (4 * width,),
-        "gamma": (4 * width,),
-        "beta": (4 * width,),
-        "w2": (width, 4 * width),
-        "b2": (width,),
-        "down_weight": (2 * width, width, 2, 2),
-        "down_bias": (2 * width,),
-    }
+    def parameters(self, width: int) -> dict[str, Tensor]:
+        """The parameters of that call, in float64."""
+        tensors = self.sample(width).tensors
+        return {name: t.flatten() if name in ("gamma", "beta") else t for name, t in tensors.items() if _is_one(name, t)}
+
+    def sparse(self, x: Tensor, parameters: Params, layout: PatchLayout) -> Tensor:
+        """The library's op on packed patches."""
+        given = {"layout": layout} if "layout" in self.sample_constants else {}
+        return getattr(ops, self.op)(x, **parameters, **given)
+
+    @property
+    def sample_constants(self) -> frozenset[str]:
+        return _constants(self.op)
 
 
-def _conv(x: Tensor, p: Params) -> Tensor:
-    weight = p["weight"]
-    return F.conv2d(x, weight, p["bias"], padding=weight.shape[-1] // 2, groups=weight.shape[0])
+def _is_one(name: str, tensor: Tensor | None) -> bool:
+    return tensor is not None and name not in ("x", "residual")
+
+
+@functools.cache
+def _constants(op: str) -> frozenset[str]:
+    return frozenset(make_sample(op).constants)
+
+
+def _conv(x: Tensor, p: Params, prefix: str = "") -> Tensor:
+    weight = p[f"{prefix}weight"]
+    return F.conv2d(x, weight, p[f"{prefix}bias"], padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
 def _dense_conv(x: Tensor, p: Params, keep: Tensor) -> Tensor:
@@ -77,7 +94,7 @@ def _dense_conv_norm(x: Tensor, p: Params, keep: Tensor) -> Tensor:
 
 
 def _dense_norm(x: Tensor, p: Params, keep: Tensor) -> Tensor:
-    return channel_norm(x, p["ln_weight"], p["ln_bias"])
+    return channel_norm(x, p["weight"], p["bias"])
 
 
 def _dense_gelu_grn(x: Tensor, p: Params, keep: Tensor) -> Tensor:
@@ -93,13 +110,13 @@ def _dense_mlp(kind: str) -> DenseOp:
 
 def _dense_downsample(x: Tensor, p: Params, keep: Tensor) -> Tensor:
     y = channel_norm(x, p["ln_weight"], p["ln_bias"]).permute(0, 3, 1, 2)
-    y = F.conv2d(y, p["down_weight"], p["down_bias"], stride=2)
+    y = F.conv2d(y, p["weight"], p["bias"], stride=2)
     return y.permute(0, 2, 3, 1) * keep
 
 
 def _dense_block(kind: str) -> DenseOp:
     def run(x: Tensor, p: Params, keep: Tensor) -> Tensor:
-        y = channel_norm(_conv(x, p), p["ln_weight"], p["ln_bias"])
+        y = channel_norm(_conv(x, p, "dw_"), p["ln_weight"], p["ln_bias"])
         y = masked_mlp(y, *(p[k] for k in MLP), keep, kind)
         return (x + y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
@@ -113,59 +130,55 @@ def _both_layouts(function: DenseOp) -> dict[str, tuple[str, DenseOp]]:
 SPECS = (
     OpSpec(
         "depthwise_conv",
-        CONV,
-        lambda x, p, layout: ops.submanifold_depthwise_conv2d(x, p["weight"], p["bias"], layout),
+        "submanifold_depthwise_conv2d",
         _both_layouts(_dense_conv),
         lambda rows, taps, width, size: counts.depthwise_conv(rows, taps, width, itemsize=size),
+        {"k": 7},
     ),
     OpSpec(
         "depthwise_conv_layer_norm",
-        CONV + NORM,
-        lambda x, p, layout: ops.depthwise_conv_layer_norm(
-            x, p["weight"], p["bias"], p["ln_weight"], p["ln_bias"], layout
-        ),
+        "depthwise_conv_layer_norm",
         _both_layouts(_dense_conv_norm),
         lambda rows, taps, width, size: counts.depthwise_conv_layer_norm(rows, taps, width, itemsize=size),
+        {"k": 7},
     ),
     OpSpec(
         "layer_norm",
-        NORM,
-        lambda x, p, layout: ops.layer_norm(x, p["ln_weight"], p["ln_bias"]),
+        "layer_norm",
         {"channels_last": ("channels_last", _dense_norm)},
         lambda rows, taps, width, size: counts.layer_norm(rows, width, size),
     ),
     OpSpec(
         "gelu_grn",
-        ("gamma", "beta"),
-        lambda x, p, layout: ops.gelu_grn(x, p["gamma"], p["beta"], layout),
+        "gelu_grn",
         {"channels_last": ("channels_last", _dense_gelu_grn)},
         lambda rows, taps, width, size: counts.gelu_grn(rows, 4 * width, size),
         factor=4,
     ),
     OpSpec(
         "pointwise_mlp",
-        MLP,
-        lambda x, p, layout: ops.pointwise_mlp(x, *(p[k] for k in MLP), layout),
+        "pointwise_mlp",
         {kind: ("channels_last", _dense_mlp(kind)) for kind in ("linear", "conv1x1")},
         lambda rows, taps, width, size: counts.pointwise_mlp(rows, width, 4 * width, size),
+        {**_PLAIN, "out_c": 1},
     ),
     OpSpec(
         "downsample",
-        (*NORM, "down_weight", "down_bias"),
-        lambda x, p, layout: ops.downsample(x, p["ln_weight"], p["ln_bias"], p["down_weight"], p["down_bias"]),
+        "downsample",
         _both_layouts(_dense_downsample),
         lambda rows, taps, width, size: counts.downsample(rows, width, 2 * width, size),
+        {"out_c": 2},
         stride=2,
     ),
     OpSpec(
         "block",
-        CONV + NORM + MLP,
-        lambda x, p, layout: ops.convnextv2_block(x, *(p[k] for k in CONV + NORM + MLP), layout),
+        "convnextv2_block",
         {
             f"{layout} {kind}": (layout, _dense_block(kind))
             for layout in ("nchw", "channels_last")
             for kind in ("linear", "conv1x1")
         },
         counts.block,
+        {"k": 7, "drop": False, "hidden": None},
     ),
 )

@@ -1,4 +1,4 @@
-"""The layers of other sparse convolution engines as arms of the op benchmark; :mod:`.peers` says which may be timed.
+"""The layers of other sparse convolution engines as variants of the op benchmark; :mod:`.peers` says which may be timed.
 
 What is timed is one call of the engine's own layer on a sparse tensor around our packed rows, and autograd's backward
 of it. Every engine gets what helps it: coordinates and kernel maps are built beforehand and kept for reuse, as each of
@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cases import Params
-from .measure import OpArm, OpCase, pack
+from .measure import OpVariant, OpCase, pack
 
 # Of rows [R, C] in the engine's order, the weight and the bias; returns rows [R, C] in the same order.
 Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class PeerArm(OpArm):
-    """An arm of another engine; not ``comparable`` where it computes another operation than ours."""
+class EngineVariant(OpVariant):
+    """An variant of another engine; not ``comparable`` where it computes another operation than ours."""
 
     comparable: bool = True
 
@@ -59,14 +59,14 @@ def row_orders(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor] | None:
     return our_rows.argsort()[their_rows], their_rows.argsort()[our_rows]
 
 
-def _bind(case: OpCase, weight: Tensor, sites: Tensor, convolve: Convolve, comparable: bool = True) -> PeerArm:
+def _bind(case: OpCase, weight: Tensor, sites: Tensor, convolve: Convolve, comparable: bool = True) -> EngineVariant:
     """Arm of an engine that holds ``sites`` [R, 3], on packed patches as ours; builds the engine's kernel maps."""
     x, bias = pack(case.x, case.mask), case.parameters["bias"].clone()
     # The weight is not cloned: its strides are the engine's.
     leaves = {k: v.detach().requires_grad_() for k, v in {"x": x, "weight": weight, "bias": bias}.items()}
     orders = row_orders(site_coordinates(case.mask, case.side), sites)
 
-    def run() -> Tensor:
+    def call(leaves: dict[str, Tensor]) -> Tensor:
         rows = leaves["x"].flatten(0, 2)
         if orders is not None:
             rows = rows.index_select(0, orders[0])
@@ -76,9 +76,9 @@ def _bind(case: OpCase, weight: Tensor, sites: Tensor, convolve: Convolve, compa
         return rows.view(x.shape)
 
     with torch.no_grad():
-        run()
-    return PeerArm(
-        run=run, leaves=leaves, cotangent=pack(case.cotangent, case.mask), autocast=False, comparable=comparable
+        call(leaves)
+    return EngineVariant(
+        call=call, leaves=leaves, cotangent=pack(case.cotangent, case.mask), autocast=False, comparable=comparable
     )
 
 
@@ -101,7 +101,7 @@ def _release(module: nn.Module, **shapes: tuple[int, ...]) -> None:
         delattr(module, name)
 
 
-def minkowski_engine(case: OpCase) -> PeerArm:
+def minkowski_engine(case: OpCase) -> EngineVariant:
     """``MinkowskiChannelwiseConvolution``: PyTorch calls, tap by tap, on a kernel map that its manager keeps.
 
     Timed: the layer, with a ``SparseTensor`` made of our rows and the key of a coordinate map inserted beforehand.
@@ -124,7 +124,7 @@ def minkowski_engine(case: OpCase) -> PeerArm:
     return _bind(case, weight, manager.get_coordinates(key)[:, [0, 2, 1]], convolve)
 
 
-def sparse_conv_net(case: OpCase) -> PeerArm:
+def sparse_conv_net(case: OpCase) -> EngineVariant:
     """``SubmanifoldConvolution`` with one group a channel; the tensor's metadata keeps its rules for reuse.
 
     Written from the interface in the project's sources, and tested against a stand-in for it; the package is not on
@@ -150,7 +150,7 @@ def sparse_conv_net(case: OpCase) -> PeerArm:
 
 
 def full_channel_case(case: OpCase) -> OpCase:
-    """The inputs of ``case`` for a convolution that mixes all channels: weight [C, C, k, k], dense arms to match."""
+    """The inputs of ``case`` for a convolution that mixes all channels: weight [C, C, k, k], dense variants to match."""
     c, _, k, _ = case.parameters["weight"].shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(c, c, k, k, generator=generator) * (c * k * k) ** -0.5
@@ -165,7 +165,7 @@ def full_channel_case(case: OpCase) -> OpCase:
     return full
 
 
-def spconv_full_channel(case: OpCase) -> PeerArm:
+def spconv_full_channel(case: OpCase) -> EngineVariant:
     """``SubMConv2d`` of a :func:`full_channel_case`: another operation, C times the products of ours.
 
     Timed: the layer, on a ``SparseConvTensor`` that carries the index pairs of an earlier call. The backward of spconv

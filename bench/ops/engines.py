@@ -1,7 +1,7 @@
-"""Sparse convolution engines of other projects as optional arms of the op benchmark, on a CPU in float32.
+"""Sparse convolution engines of other projects as optional variants of the op benchmark, on a CPU in float32.
 
 Nothing here is needed: an engine that is not installed, fails to import, raises or computes something else is left out,
-with the reason. Two engines compute our depthwise convolution; spconv has no groups, so its arm is another operation,
+with the reason. Two engines compute our depthwise convolution; spconv has no groups, so its variant is another operation,
 marked by ``comparable`` and never to be put in a ratio.
 """
 
@@ -15,24 +15,24 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from convnextv2_kernels.benchmark.correctness import GateError, compare, require, rounding_floor
+from convnextv2_kernels.benchmark.correctness import CorrectnessError, compare, require, rounding_floor
 
-from .engine_adapters import PeerArm, full_channel_case, minkowski_engine, sparse_conv_net, spconv_full_channel
+from .engine_adapters import EngineVariant, full_channel_case, minkowski_engine, sparse_conv_net, spconv_full_channel
 from .measure import OpCase
 
 
 @dataclass(frozen=True)
-class Peer:
-    """An engine: its name, the module to import, what its arm is called, and how to build it.
+class Engine:
+    """An engine: its name, the module to import, what its variant is called, and how to build it.
 
     Attributes:
-        case: what the arm is built for and judged by, of the case that is benchmarked.
+        case: what the variant is built for and judged by, of the case that is benchmarked.
     """
 
     name: str
     module: str
     operation: str
-    build: Callable[[OpCase], PeerArm]
+    build: Callable[[OpCase], EngineVariant]
     case: Callable[[OpCase], OpCase] = lambda case: case
 
     @property
@@ -52,12 +52,12 @@ class Peer:
         return " ".join(part for part in (self.name, version, self.operation) if part)
 
 
-PEERS = (
-    Peer("SparseConvNet", "sparseconvnet", "groups=C", sparse_conv_net),
-    Peer("MinkowskiEngine", "MinkowskiEngine", "channelwise", minkowski_engine),
-    Peer("spconv", "spconv.pytorch", "dense-channel (other operation)", spconv_full_channel, full_channel_case),
+ENGINES = (
+    Engine("SparseConvNet", "sparseconvnet", "groups=C", sparse_conv_net),
+    Engine("MinkowskiEngine", "MinkowskiEngine", "channelwise", minkowski_engine),
+    Engine("spconv", "spconv.pytorch", "dense-channel (other operation)", spconv_full_channel, full_channel_case),
 )
-BY_NAME = {peer.name: peer for peer in PEERS}
+BY_NAME = {engine.name: engine for engine in ENGINES}
 
 
 def _one_line(error: BaseException) -> str:
@@ -67,40 +67,40 @@ def _one_line(error: BaseException) -> str:
 def available() -> dict[str, str | None]:
     """For every engine, by name: None when it can be imported, or one sentence why it cannot."""
     reasons: dict[str, str | None] = {}
-    for peer in PEERS:
+    for engine in ENGINES:
         try:
-            peer.load()
-            reasons[peer.name] = None
+            engine.load()
+            reasons[engine.name] = None
         except Exception as error:
-            missing = isinstance(error, ModuleNotFoundError) and error.name == peer.package
-            failure = f"import of {peer.module} fails with {_one_line(error)}"
-            reasons[peer.name] = f"{peer.package} is not installed" if missing else failure
+            missing = isinstance(error, ModuleNotFoundError) and error.name == engine.package
+            failure = f"import of {engine.module} fails with {_one_line(error)}"
+            reasons[engine.name] = f"{engine.package} is not installed" if missing else failure
     return reasons
 
 
-def peer_arms(case: OpCase) -> tuple[dict[str, PeerArm], dict[str, str]]:
+def engine_variants(case: OpCase) -> tuple[dict[str, EngineVariant], dict[str, str]]:
     """Arms of the engines that compute a depthwise case right, by label, and why the others are left out, by name.
 
-    Each arm has passed the gate of our own op (:mod:`.gate`), on this very case, with its maps already built; the
-    comparison is with dense PyTorch of the operation the arm computes. Both are empty unless the case is a depthwise
+    Each variant has passed the check of our own op, on this very case, with its maps already built; the
+    comparison is with dense PyTorch of the operation the variant computes. Both are empty unless the case is a depthwise
     convolution in float32 on a CPU. Nothing an engine raises gets out of here.
     """
-    arms: dict[str, PeerArm] = {}
+    variants: dict[str, EngineVariant] = {}
     reasons: dict[str, str] = {}
     if case.spec.name != "depthwise_conv" or case.dtype != torch.float32 or case.x.device.type != "cpu":
-        return arms, reasons
+        return variants, reasons
     if case.mask.all():
-        return arms, {peer.name: "the case has no visible site" for peer in PEERS}
+        return variants, {engine.name: "the case has no visible site" for engine in ENGINES}
     reference: dict[str, list[dict[str, Tensor]]] = {}
     for name, reason in available().items():
         if reason is not None:
             reasons[name] = reason
             continue
-        peer = BY_NAME[name]
-        judged = peer.case(case)
+        engine = BY_NAME[name]
+        judged = engine.case(case)
         try:
-            arm = peer.build(judged)
-            results = judged._results(arm, packed=True)
+            variant = engine.build(judged)
+            results = judged._results(variant, packed=True)
         except Exception as error:
             reasons[name] = _one_line(error)
             continue
@@ -111,15 +111,15 @@ def peer_arms(case: OpCase) -> tuple[dict[str, PeerArm], dict[str, str]]:
         floor = rounding_floor(judged.rows(dense=False), judged.dtype)
         try:
             require(compare(truth, dense, results, floor), f"{judged.spec.name} {judged.label}")
-        except GateError as error:
+        except CorrectnessError as error:
             reasons[name] = _one_line(error)
         else:
-            arms[peer.label] = arm
-    return arms, reasons
+            variants[engine.label] = variant
+    return variants, reasons
 
 
 def _dense_results(case: OpCase) -> list[dict[str, Tensor]]:
-    """Results of dense PyTorch: in float64 first, then of every dense arm in the case's dtype."""
+    """Results of dense PyTorch: in float64 first, then of every dense variant in the case's dtype."""
     names = list(case.spec.dense)
-    arms = [case.dense_arm(names[-1], torch.float64), *(case.dense_arm(name) for name in names)]
-    return [case._results(arm, packed=False) for arm in arms]
+    variants = [case.dense_variant(names[-1], torch.float64), *(case.dense_variant(name) for name in names)]
+    return [case._results(variant, packed=False) for variant in variants]

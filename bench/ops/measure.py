@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,32 +12,39 @@ from torch import Tensor
 from convnextv2_kernels.benchmark import counts
 from convnextv2_kernels.benchmark.baseline import MEMORY_FORMATS, PATCH, keep_map
 from convnextv2_kernels.benchmark.correctness import compare, require, rounding_floor
-from convnextv2_kernels.benchmark.device import synchronized
-from convnextv2_kernels.benchmark.options import Budget, Options
-from convnextv2_kernels.benchmark.timing import rounds_for, summarize, time_interleaved
-from convnextv2_kernels.benchmark.variants import SPARSE
+from convnextv2_kernels.benchmark.machine import synchronized
+from convnextv2_kernels.benchmark.timing import Budget, Control, rounds_for, summarize, time_interleaved
+from convnextv2_kernels.benchmark.variants import SPARSE, Settings
 from convnextv2_kernels.layout import PatchLayout, random_mask
 from convnextv2_kernels.models import get_config
 
 from .. import ceilings
-from .cases import SPECS, OpSpec, parameter_shapes
+from .cases import SPECS, OpSpec
 
 # Short ops get more rounds, until they fill this time, so that their medians settle.
 MIN_SECONDS = 0.4
 # A sample is as many calls as fill this time, so that a short op is not timed with cold caches.
 SAMPLE_SECONDS = 0.005
-GATE_IMAGES = 2
+CHECKED_IMAGES = 2
 
 
 @dataclass
-class OpArm:
+class OpVariant:
     """An op bound to its inputs: leaves to differentiate, and the gradient of the output."""
 
-    run: Callable[[], Tensor]
+    call: Callable[[dict[str, Tensor]], Tensor]
     leaves: dict[str, Tensor]
     cotangent: Tensor
     autocast: bool
     device: str = "cpu"
+
+    def copy(self) -> OpVariant:
+        """The same op on inputs of its own."""
+        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in self.leaves.items()}
+        return replace(self, leaves=leaves, cotangent=self.cotangent.clone())
+
+    def run(self) -> Tensor:
+        return self.call(self.leaves)
 
     def forward_backward(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Output and gradients of all leaves."""
@@ -57,7 +64,7 @@ def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:
 
 
 def pack(dense: Tensor, mask: Tensor) -> Tensor:
-    """Visible patches [P, s, s, C] of an NHWC map, by indexing (the gate trusts no kernel)."""
+    """Visible patches [P, s, s, C] of an NHWC map, by indexing (the check trusts no kernel)."""
     n, height, width, c = dense.shape
     gh, gw = mask.shape[1:]
     patches = dense.reshape(n, gh, height // gh, gw, width // gw, c).transpose(2, 3)
@@ -65,7 +72,7 @@ def pack(dense: Tensor, mask: Tensor) -> Tensor:
 
 
 class OpCase:
-    """One op on one stage: random inputs, shared by all arms, zero at hidden sites.
+    """One op on one stage: random inputs, shared by all variants, zero at hidden sites.
 
     Args:
         spec: the op.
@@ -87,13 +94,7 @@ class OpCase:
         x = torch.randn(shape, generator=generator).to(device) * keep
         self.x = x.to(dtype).to(torch.float32)
         self.keep = keep_map(mask, side // spec.stride, torch.float32)
-        self.parameters = {}
-        for name in spec.parameters:
-            size = parameter_shapes(width)[name]
-            value = torch.randn(size, generator=generator).to(device)
-            fan_in = value[0].numel() if len(size) > 1 else 1
-            scale = 0.2 if len(size) == 1 else fan_in**-0.5
-            self.parameters[name] = scale * value + (1.0 if name == "ln_weight" else 0.0)
+        self.parameters = {name: value.to(device, torch.float32) for name, value in spec.parameters(width).items()}
         with torch.no_grad():
             output = self._dense_output(next(iter(spec.dense)))
             cotangent = torch.randn(output.shape, generator=generator).to(device) * self.keep
@@ -104,23 +105,23 @@ class OpCase:
         function = self.spec.dense[name][1]
         return function(self.x.permute(0, 3, 1, 2), self.parameters, self.keep)
 
-    def arms(self) -> dict[str, OpArm]:
-        """The sparse arm and each dense one."""
-        return {SPARSE: self.sparse_arm(), **{k: self.dense_arm(k) for k in self.spec.dense}}
+    def variants(self) -> dict[str, OpVariant]:
+        """The sparse variant and each dense one."""
+        return {SPARSE: self.sparse_variant(), **{k: self.dense_variant(k) for k in self.spec.dense}}
 
-    def sparse_arm(self) -> OpArm:
+    def sparse_variant(self) -> OpVariant:
         """The library's op on packed visible patches."""
         x = pack(self.x, self.mask).to(self.dtype)
         leaves = self._leaves(x, torch.float32)
         cotangent = pack(self.cotangent, self.mask).to(self.dtype)
 
-        def run() -> Tensor:
-            return self.spec.sparse(leaves["x"], leaves, self.layout)
+        def call(leaves: dict[str, Tensor]) -> Tensor:
+            return self.spec.sparse(leaves["x"], {k: t for k, t in leaves.items() if k != "x"}, self.layout)
 
-        return OpArm(run, leaves, cotangent, self._autocast, self.mask.device.type)
+        return OpVariant(call, leaves, cotangent, self._autocast, self.mask.device.type)
 
-    def dense_arm(self, name: str, dtype: torch.dtype | None = None) -> OpArm:
-        """The plain PyTorch peer called ``name``; with ``dtype`` float64 it is the gate's truth."""
+    def dense_variant(self, name: str, dtype: torch.dtype | None = None) -> OpVariant:
+        """The plain PyTorch peer called ``name``; with ``dtype`` float64 it is the truth of the check."""
         layout, function = self.spec.dense[name]
         exact = dtype == torch.float64
         x = self.x.permute(0, 3, 1, 2).to(dtype or self.dtype)
@@ -128,15 +129,15 @@ class OpCase:
         leaves = self._leaves(x, torch.float64 if exact else torch.float32)
         keep = self.keep.to(x.dtype)
 
-        def run() -> Tensor:
+        def call(leaves: dict[str, Tensor]) -> Tensor:
             return function(leaves["x"], leaves, keep)
 
         autocast, device = self._autocast and not exact, self.mask.device.type
-        arm = OpArm(run, leaves, self.cotangent, autocast, device)
+        variant = OpVariant(call, leaves, self.cotangent, autocast, device)
         with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
             # In the strides of the output, as the gradient of a next layer would come.
-            arm.cotangent = torch.empty_like(run()).copy_(self.cotangent)
-        return arm
+            variant.cotangent = torch.empty_like(variant.run()).copy_(self.cotangent)
+        return variant
 
     @property
     def _autocast(self) -> bool:
@@ -146,9 +147,9 @@ class OpCase:
         leaves = {"x": x, **{k: v.to(dtype) for k, v in self.parameters.items()}}
         return {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
 
-    def _results(self, arm: OpArm, packed: bool) -> dict[str, Tensor]:
-        output, grads = arm.forward_backward()
-        results = {f"gradient of {k}": g for k, g in zip(arm.leaves, grads, strict=True)}
+    def _results(self, variant: OpVariant, packed: bool) -> dict[str, Tensor]:
+        output, grads = variant.forward_backward()
+        results = {f"gradient of {k}": g for k, g in zip(variant.leaves, grads, strict=True)}
         results["output"] = output.detach()
         if not packed:
             results["output"] = pack(results["output"], self.mask)
@@ -157,11 +158,11 @@ class OpCase:
         return results
 
     def check(self) -> dict:
-        """Gate: output and gradients against float64; raises GateError when red."""
+        """Output and gradients against float64; raises CorrectnessError where they are wrong."""
         names = list(self.spec.dense)
-        truth = self._results(self.dense_arm(names[-1], torch.float64), packed=False)
-        dense = [self._results(self.dense_arm(name), packed=False) for name in names]
-        sparse = self._results(self.sparse_arm(), packed=True)
+        truth = self._results(self.dense_variant(names[-1], torch.float64), packed=False)
+        dense = [self._results(self.dense_variant(name), packed=False) for name in names]
+        sparse = self._results(self.sparse_variant(), packed=True)
         floor = rounding_floor(self.rows(dense=False), self.dtype)
         return require(compare(truth, dense, sparse, floor), f"{self.spec.name} {self.label}")
 
@@ -193,44 +194,52 @@ def stage_cases(
                 yield OpCase(spec, width, 8 >> stage, mask, dtype, seed)
 
 
-def measure_ops(model_name: str, options: Options, budget: Budget, log: Callable[[str], None]) -> dict:
+@dataclass(frozen=True)
+class OpSettings(Settings):
+    """What ``bench ops`` measures; ``quick``: no more rounds for short ops, and limits measured once."""
+
+    models: tuple[str, ...] = ("convnextv2_atto", "convnextv2_tiny")
+    quick: bool = False
+
+
+def measure_ops(model_name: str, settings: OpSettings, budget: Budget, log: Callable[[str], None]) -> dict:
     """Check, then time every op of a model beside its limits, measured before and after.
 
-    Raises GateError before timing when one disagrees.
+    Raises CorrectnessError before timing when one disagrees.
     """
-    from .engines import peer_arms  # here, because it imports this module
+    from .engines import engine_variants  # here, because it imports this module
 
-    few = min(GATE_IMAGES, options.batch_size)
-    shape = (options.img_size, options.torch_dtype, options.seed, options.device)
+    few = min(CHECKED_IMAGES, settings.batch_size)
+    shape = (settings.img_size, settings.torch_dtype, settings.seed, settings.device)
     log(f"{model_name}: comparing every op with float64")
-    gates = [case.check() for case in stage_cases(model_name, few, *shape)]
+    checks = [case.check() for case in stage_cases(model_name, few, *shape)]
     log(f"{model_name}: what this machine can do at most")
-    limits = ceilings.measure(options.device, options.torch_dtype)
+    limits = ceilings.measure(settings.device, settings.torch_dtype)
     rows, skipped = [], []
-    for case in stage_cases(model_name, options.batch_size, *shape):
+    for case in stage_cases(model_name, settings.batch_size, *shape):
         if budget.spent:
             skipped.append(f"{case.spec.name} {case.label}")
             continue
         log(f"{model_name}: {case.spec.name} {case.label}")
-        floor = 0.0 if options.quick else MIN_SECONDS
-        engines, left_out = peer_arms(case)
-        row = measure_case(case, options.repeats, budget, floor, engines)
+        floor = 0.0 if settings.quick else MIN_SECONDS
+        engines, left_out = engine_variants(case)
+        row = measure_case(case, settings.repeats, budget, floor, engines)
         rows.append({**row, "engines_left_out": left_out} if left_out else row)
-    if not options.quick:
-        limits = limits.best(ceilings.measure(options.device, options.torch_dtype))
+    if not settings.quick:
+        limits = limits.best(ceilings.measure(settings.device, settings.torch_dtype))
     for row in rows:
-        _hold_against(row, limits)
-    return {"gate_cases": len(gates), "ceilings": limits.to_json(), "rows": rows, "skipped": skipped}
+        _add_limits(row, limits)
+    return {"checked_cases": len(checks), "ceilings": limits.to_json(), "rows": rows, "skipped": skipped}
 
 
-def _hold_against(row: dict, limits: ceilings.Ceilings) -> None:
-    """Add to each arm of a row the least time of its counted work, and the share of its time that this is."""
-    for name, arm in row["arms"].items():
-        if "comparable" in arm:
+def _add_limits(row: dict, limits: ceilings.Ceilings) -> None:
+    """Add to each variant of a row the least time of its counted work, and the share of its time that this is."""
+    for name, variant in row["variants"].items():
+        if "comparable" in variant:
             continue  # another engine, whose own limits nobody here counts
         work = counts.Work(**row["work"][SPARSE if name == SPARSE else "dense"])
         least = limits.limit_ms(work)
-        arm |= {"limit_ms": least, "share": least / arm["median_ms"], "bound": limits.bound(work)}
+        variant |= {"limit_ms": least, "share": least / variant["median_ms"], "bound": limits.bound(work)}
 
 
 def measure_case(
@@ -238,35 +247,46 @@ def measure_case(
     repeats: int,
     budget: Budget,
     min_seconds: float = MIN_SECONDS,
-    engines: Mapping[str, OpArm] | None = None,
+    engines: Mapping[str, OpVariant] | None = None,
 ) -> dict:
-    """Time the arms of one case, interleaved; JSON-ready, with rates by counted work.
+    """Time the variants of one case, interleaved; JSON-ready, with rates by counted work.
 
-    ``engines`` are arms of other sparse engines (:mod:`.peers`), timed beside ours and the dense ones and flagged
-    ``comparable`` or not; the ratio is against dense PyTorch all the same.
+    ``engines`` are variants of other sparse engines (:mod:`.engines`), timed beside ours and the dense ones and flagged
+    ``comparable`` or not; the ratio is against dense PyTorch all the same. The control is the fastest dense variant
+    against itself on inputs of its own.
     """
     engines = engines or {}
-    arms = {**case.arms(), **engines}
-    # Two warm rounds; the second, without one-time set-up, tells how many calls make a sample and
-    # how many rounds are affordable.
-    calls = {}
-    for _ in range(2):
-        for name, arm in arms.items():
-            start = budget.clock()
-            synchronized(arm.forward_backward, case.mask.device.type)()
-            calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(budget.clock() - start, 1e-9)))
+    variants = {**case.variants(), **engines}
     device = case.mask.device.type
-    steps = {name: synchronized(repeated(arm.forward_backward, calls[name]), device) for name, arm in arms.items()}
+    seconds: dict[str, float] = {}
+
+    def warm(name: str) -> None:
+        # Two warm calls; the second, without one-time set-up, tells how many calls make a sample.
+        for _ in range(2):
+            start = budget.clock()
+            synchronized(variants[name].forward_backward, device)()
+            seconds[name] = budget.clock() - start
+
+    for name in variants:
+        warm(name)
+    dense = [name for name in variants if name != SPARSE and name not in engines]
+    original = min(dense, key=seconds.__getitem__)
+    copied = f"{original} copy"
+    variants[copied] = variants[original].copy()
+    warm(copied)
+    seconds[copied] = seconds[original]
+    calls = {name: max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-9))) for name, once in seconds.items()}
+    steps = {name: synchronized(repeated(v.forward_backward, calls[name]), device) for name, v in variants.items()}
     start = budget.clock()
     for step in steps.values():
         step()
     rounds = rounds_for(budget.clock() - start, repeats, min_seconds)
     samples = time_interleaved(steps, rounds, budget.deadline, budget.clock)
+    control = Control.from_samples(original, samples[original], samples.pop(copied))
     results = {
         name: {**summarize([t / calls[name] for t in times]), "calls_per_sample": calls[name]}
         for name, times in samples.items()
     }
-    dense = [name for name in results if name != SPARSE and name not in engines]
     for name, result in results.items():
         if name in engines:
             result["comparable"] = engines[name].comparable
@@ -278,7 +298,8 @@ def measure_case(
         "width": case.width,
         "side": case.side,
         "work": {kind: vars(case.work(dense=kind == "dense")) for kind in (SPARSE, "dense")},
-        "arms": results,
+        "variants": results,
+        "control": control.to_json(),
         "fastest_dense": fastest,
         "time_ratio": results[fastest]["median_ms"] / results[SPARSE]["median_ms"],
     }

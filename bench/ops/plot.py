@@ -42,13 +42,13 @@ def _draw(axis, model: str, rows: list[dict], names: list[str]) -> None:
     shares = np.full((len(names), len(stages)), np.nan)
     for row in rows:
         place = names.index(row["op"]), stages.index((row["width"], row["side"]))
-        arm = row["arms"][SPARSE]
-        shares[place] = arm["share"]
-        limit = f"{100 * arm['share']:.0f} % {arm['bound'][0].upper()}"
+        variant = row["variants"][SPARSE]
+        shares[place] = variant["share"]
+        limit = f"{100 * variant['share']:.0f} % {variant['bound'][0].upper()}"
         axis.text(
             place[1],
             place[0],
-            f"{limit}\n{arm['median_ms']:.2f} ms, {row['time_ratio']:.1f}x",
+            f"{limit}\n{variant['median_ms']:.2f} ms, {row['time_ratio']:.1f}x",
             ha="center",
             va="center",
             fontsize=8,

@@ -96,11 +96,9 @@ def kind_of(name: str, row: dict) -> tuple[str, str]:
     written, execution = row["baseline"], row["execution"]
     if written is None:
         backend = row.get("backend") or name.split()[1]
-        return (
-            (f"sparse, {backend}, graph", _OUR_GRAPH)
-            if execution == "graph"
-            else (f"sparse, {backend}", _OURS[backend])
-        )
+        if execution == "graph":
+            return f"sparse, {backend}, graph", _OUR_GRAPH
+        return f"sparse, {backend}", _OURS[backend]
     if written["pointwise"] == "plain" and execution == "eager":
         return "masked dense, as commonly written", _COMMON
     how = {"eager": "", "compile": ", compiled", "graph": ", graph"}[execution]
