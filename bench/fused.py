@@ -1,10 +1,10 @@
 """Training step of other libraries' ConvNeXt V2 as they come, compiled, and after ``fuse``.
 
-    python bench/fused_models.py --output bench/results/cpu_fused.json
+    python -m bench fused --output bench/results/cpu_fused.json
 
 A step is forward, cross-entropy and backward, in both memory formats. Before anything is timed, loss and gradients of
-the fused model must agree with float64 as well as the model's own do (the gate of
-``convnextv2_kernels/benchmark/gate.py``). Interleaved rounds, medians; bytes saved for backward as in the other
+the fused model must agree with float64 as well as the model's own do (the check of
+``convnextv2_kernels/benchmark/correctness.py``). Interleaved rounds, medians; bytes saved for backward as in the other
 benchmarks. ``--libraries official`` is plain PyTorch under the official names; the others have to be installed.
 """
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.metadata
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.benchmark.correctness import compare, require, rounding_floor
-from convnextv2_kernels.benchmark.machine import describe
+from convnextv2_kernels.benchmark import allocator, machine, results
+from convnextv2_kernels.benchmark.correctness import CorrectnessError, compare, require, rounding_floor
 from convnextv2_kernels.benchmark.memory import saved_bytes
-from convnextv2_kernels.benchmark.report import mebibytes, write_report
-from convnextv2_kernels.benchmark.timing import summarize, time_interleaved
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
+from convnextv2_kernels.benchmark.report import mebibytes
+from convnextv2_kernels.benchmark.timing import Control, control_sentence, summarize, time_interleaved
+from convnextv2_kernels.cli.bench import each_allocator
+from convnextv2_kernels.cli.exit_codes import USAGE, UserError
+from convnextv2_kernels.cli.types import model_name, positive_int, side
 
 CLASSES = 1000
+COPY = "copy"  # the control
 LIBRARIES = ("timm", "transformers", "official")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -62,7 +64,7 @@ def make_model(library: str, size: str) -> nn.Module:
 
 
 @dataclass
-class Arm:
+class FusedVariant:
     """One way to run the step; ``run`` is the model or its compiled form."""
 
     model: nn.Module
@@ -70,6 +72,11 @@ class Arm:
     images: Tensor
     labels: Tensor
     autocast: torch.dtype | None
+
+    def copy(self) -> FusedVariant:
+        """The same on a copy of the model."""
+        model = copy.deepcopy(self.model)
+        return FusedVariant(model, model, self.images, self.labels, self.autocast)
 
     def loss(self) -> Tensor:
         context = contextlib.nullcontext()
@@ -100,35 +107,39 @@ class Arm:
         return {"loss": loss.detach()} | grads
 
 
-def make_arms(model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Namespace) -> dict[str, Arm]:
-    arms = {}
+def make_variants(
+    model: nn.Module, images: Tensor, labels: Tensor, options: argparse.Namespace
+) -> dict[str, FusedVariant]:
+    variants = {}
     autocast = None if options.dtype == "float32" else getattr(torch, options.dtype)
     for name, memory_format in FORMATS.items():
         x = images.contiguous(memory_format=memory_format)
         plain = copy.deepcopy(model).to(memory_format=memory_format)
-        arms[f"eager {name}"] = Arm(plain, plain, x, labels, autocast)
+        variants[f"eager {name}"] = FusedVariant(plain, plain, x, labels, autocast)
         if options.compile:
             compiled = copy.deepcopy(plain)
-            arms[f"compile {name}"] = Arm(compiled, torch.compile(compiled), x, labels, autocast)
+            variants[f"compile {name}"] = FusedVariant(compiled, torch.compile(compiled), x, labels, autocast)
         for kind, save in (("fused", None), ("hidden kept", "hidden")):
             fused = copy.deepcopy(plain)
             report = ck.fuse(fused, save=save)
-            arms[f"{kind} {name}"] = Arm(fused, fused, x, labels, autocast)
+            variants[f"{kind} {name}"] = FusedVariant(fused, fused, x, labels, autocast)
     print(report)
-    return arms
+    return variants
 
 
-def gate(model: nn.Module, arms: dict[str, Arm], images: Tensor, labels: Tensor, dtype: torch.dtype) -> dict:
+def check(
+    model: nn.Module, variants: dict[str, FusedVariant], images: Tensor, labels: Tensor, dtype: torch.dtype
+) -> dict:
     """Loss and gradients of two images against float64."""
-    few = {name: Arm(a.model, a.model, a.images[:2], labels[:2], a.autocast) for name, a in arms.items()}
+    few = {name: FusedVariant(a.model, a.model, a.images[:2], labels[:2], a.autocast) for name, a in variants.items()}
     wide = copy.deepcopy(model).double()
-    truth = Arm(wide, wide, images[:2].double(), labels[:2], None).results()
-    plain = [arm.results() for name, arm in few.items() if name.startswith("eager")]
+    truth = FusedVariant(wide, wide, images[:2].double(), labels[:2], None).results()
+    plain = [variant.results() for name, variant in few.items() if name.startswith("eager")]
     floor = rounding_floor(2 * (images.shape[2] // 4) * (images.shape[3] // 4), dtype)
     passed = {}
-    for name, arm in few.items():
+    for name, variant in few.items():
         if name.startswith(("fused", "hidden kept")):
-            passed[name] = require(compare(truth, plain, arm.results(), floor), name)
+            passed[name] = require(compare(truth, plain, variant.results(), floor), name)
     return passed
 
 
@@ -139,39 +150,68 @@ def measure(library: str, size: str, options: argparse.Namespace) -> dict:
     images = torch.randn(options.batch_size, 3, options.img_size, options.img_size, generator=generator)
     labels = torch.randint(CLASSES, (options.batch_size,), generator=generator)
     images, labels = images.to(options.device), labels.to(options.device)
-    arms = make_arms(model, images, labels, options)
-    passed = gate(model, arms, images, labels, getattr(torch, options.dtype))
-    saved = {name: arm.saved_bytes() for name, arm in arms.items()}
-    for arm in arms.values():
-        arm.step()
-        arm.step()
-    samples = time_interleaved({name: arm.step for name, arm in arms.items()}, options.repeats)
-    results = {name: {**summarize(samples[name]), "saved_bytes": saved[name]} for name in arms}
+    variants = make_variants(model, images, labels, options)
+    passed = check(model, variants, images, labels, getattr(torch, options.dtype))
+    saved = {name: variant.saved_bytes() for name, variant in variants.items()}
+    original = "eager channels_last"  # the usual format on a CPU
+    variants[COPY] = variants[original].copy()
+    for variant in variants.values():
+        variant.step()
+        variant.step()
+    samples = time_interleaved({name: variant.step for name, variant in variants.items()}, options.repeats)
+    control = Control.from_samples(original, samples[original], samples.pop(COPY)).to_json()
+    rows = {name: {**summarize(samples[name]), "saved_bytes": saved[name]} for name in samples}
     print(f"{library} {size}, batch {options.batch_size}, {options.img_size} px, {options.dtype}")
-    for name, arm in results.items():
-        quartiles = f"{arm['q1_ms']:.0f} - {arm['q3_ms']:.0f}"
-        print(f"  {name:<24} {arm['median_ms']:8.1f} ms ({quartiles})  {mebibytes(arm['saved_bytes'])} saved")
-    return {"library": library, "model": size, "gate": passed, "arms": results}
+    for name, variant in rows.items():
+        quartiles = f"{variant['q1_ms']:.0f} - {variant['q3_ms']:.0f}"
+        print(f"  {name:<24} {variant['median_ms']:8.1f} ms ({quartiles})  {mebibytes(variant['saved_bytes'])} saved")
+        print("  " + (control_sentence(control) or f"control {control['ratio']:.3f}"))
+    return {"library": library, "model": size, "correctness": passed, "variants": rows, "control": control}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--libraries", nargs="+", default=LIBRARIES[:2], choices=LIBRARIES)
-    parser.add_argument("--models", nargs="+", default=["convnextv2_atto", "convnextv2_tiny"])
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=10, help="interleaved rounds")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
-    options = parser.parse_args()
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the mode's options."""
+    parser = argparse.ArgumentParser(prog="python -m bench fused", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="JSON file to write")
+    add("--libraries", nargs="+", default=LIBRARIES[:2], choices=LIBRARIES)
+    add("--models", nargs="+", type=model_name, default=["convnextv2_atto", "convnextv2_tiny"])
+    add("--batch-size", type=positive_int, default=8)
+    add("--img-size", type=side, default=224)
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16 is autocast")
+    add("--device", default="cpu")
+    add("--repeats", type=positive_int, default=10, help="interleaved rounds")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    add(
+        "--allocator",
+        choices=allocator.CHOICES,
+        default="constant",
+        help="of the C library; default and both: the file of the allocator as it is ends in _default_allocator",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the mode; return the exit code."""
+    options = build_parser().parse_args(argv)
+    device = options.device.partition(":")[0]
+    reason = machine.no_gpu(device)
+    if reason:
+        raise UserError(reason, code=USAGE)
+    try:
+        return each_allocator(options.allocator, functools.partial(_run, options, device))
+    except CorrectnessError as error:
+        raise UserError(f"correctness check: {error}") from error
+
+
+def _run(options: argparse.Namespace, device: str, mode: str) -> int:
     steps = [measure(library, size, options) for size in options.models for library in options.libraries]
-    parameters = {name: value for name, value in vars(options).items() if name != "output"}
-    versions = {name: importlib.metadata.version(name) for name in sorted(set(options.libraries) - {"official"})}
-    machine = describe(options.device.partition(":")[0]) | versions
-    write_report(options.output, {"machine": machine, "parameters": parameters, "step": steps})
-
-
-if __name__ == "__main__":
-    main()
+    parameters = {name: value for name, value in vars(options).items() if name not in ("output", "allocator")}
+    result = results.describe_run("fused", parameters, mode, device)
+    for name in sorted(set(options.libraries) - {"official"}):
+        result["machine"][name] = importlib.metadata.version(name)
+    path = options.output
+    if mode == "default":
+        path = path.with_name(f"{path.stem}_default_allocator{path.suffix}")
+    results.write(path, {**result, "step": steps})
+    return 0

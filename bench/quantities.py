@@ -10,7 +10,21 @@ from typing import Any
 from convnextv2_kernels.benchmark.results import NotAResult
 
 # Descriptions of the run, counted work, checks of correctness, fits: no measurements.
-_SKIPPED = {"machine", "parameters", "software", "correctness", "control", "allocator", "work", "flops", "rates", "ratios", "skipped", "baseline", "default_allocator"}
+_SKIPPED = {
+    "machine",
+    "parameters",
+    "software",
+    "correctness",
+    "control",
+    "allocator",
+    "work",
+    "flops",
+    "rates",
+    "ratios",
+    "skipped",
+    "baseline",
+    "default_allocator",
+}
 _SKIPPED |= {"ideal", "fit", "left_out", "ceilings", "limit_ms", "probe_ms", "effort", "git", "parameters_bytes"}
 # Levels that say nothing about a number.
 _SILENT = {"variants", "points", "rows", "series", "sizes"}

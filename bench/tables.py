@@ -1,31 +1,38 @@
 """Writes the measured numbers of README.md and docs/ from the committed results, so that none is typed by hand.
 
-python bench/readme_tables.py           # rewrite the files
-python bench/readme_tables.py --check   # exit 1 if they differ from the results
+python -m bench tables           # rewrite the files
+python -m bench tables --check   # exit 1 if they differ from the results
 """
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+import argparse
+from collections.abc import Sequence
 
-from benchmark_tables import engines, figure6_details, figure6_summary, ops, scaling
-from training_tables import training
+from convnextv2_kernels.benchmark import results
+from convnextv2_kernels.benchmark.report import short
 
-ROOT = Path(__file__).resolve().parents[1]
-FIGURE6 = ROOT / "bench" / "results" / "cpu_figure6.json"
-FIGURE6_INTEL = ROOT / "bench" / "results" / "cpu_figure6_intel.json"
-OPS = ROOT / "bench" / "results" / "cpu_ops.json"
-ENGINES = ROOT / "bench" / "results" / "cpu_engines.json"
-SCALING = ROOT / "bench" / "results" / "cpu_scaling.json"
-FUSED = ROOT / "bench" / "results" / "cpu_fused.json"
-FUSED_MALLOC = ROOT / "bench" / "results" / "cpu_fused_malloc.json"  # the same, pages kept by the allocator
-CHOICES = ROOT / "bench" / "results" / "cpu_choices.json"
-CHOICES_INTEL = ROOT / "bench" / "results" / "cpu_choices_intel.json"
-RESOURCES = ROOT / "bench" / "results" / "cuda_resources.json"
-TRAINING = ROOT / "bench" / "results" / "training_evidence.json"
-TRITON_RESOURCES = ROOT / "bench" / "results" / "triton_resources.json"
+from . import RESULTS, ROOT
+from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, ops, scaling
+from .training_tables import training
+
+FIGURE6 = RESULTS / "cpu_figure6.json"
+FIGURE6_INTEL = RESULTS / "cpu_figure6_intel.json"
+OPS = RESULTS / "cpu_ops.json"
+ENGINES = RESULTS / "cpu_engines.json"
+SCALING = RESULTS / "cpu_scaling.json"
+FUSED = RESULTS / "cpu_fused.json"
+# the same under the other allocator; the older of the two names is from before the benchmark could hold it constant
+FUSED_OTHER = next(
+    (path for path in (RESULTS / "cpu_fused_default_allocator.json",) if path.exists()),
+    RESULTS / "cpu_fused_malloc.json",
+)
+FIGURE6_DEFAULT = RESULTS / "cpu_figure6_default_allocator.json"
+CHOICES = RESULTS / "cpu_choices.json"
+CHOICES_INTEL = RESULTS / "cpu_choices_intel.json"
+RESOURCES = RESULTS / "cuda_resources.json"
+TRAINING = RESULTS / "training_evidence.json"
+TRITON_RESOURCES = RESULTS / "triton_resources.json"
 
 
 def _mib(count: float) -> str:
@@ -49,16 +56,17 @@ def choices(report: dict) -> str:
     lines += ["", "FCMAE step by `CONVNEXTV2_KERNELS_SAVE`:", "", "| model | " + " | ".join(_columns(report["save"]))]
     lines[-1] += " |"
     lines.append("|---" * (1 + len(_columns(report["save"]))) + "|")
-    for model, arms in report["save"].items():
-        cells = [f"{arm['median_ms']:.0f} ms, {_mib(arm['saved_bytes'])} MiB" for arm in arms.values()]
+    for model, found in report["save"].items():
+        cells = [f"{row['median_ms']:.0f} ms, {_mib(row['saved_bytes'])} MiB" for row in found["variants"].values()]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     sizes = [f"{int(b) / 2**20:g} MiB" for b in _columns(report["chunk"])]
     lines += ["", "FCMAE step by `CONVNEXTV2_KERNELS_CHUNK_BYTES`:", "", "| model | " + " | ".join(sizes) + " |"]
     lines.append("|---" * (1 + len(sizes)) + "|")
-    for model, arms in report["chunk"].items():
-        lines.append(f"| {model} | " + " | ".join(f"{arm['median_ms']:.0f} ms" for arm in arms.values()) + " |")
-    machine = report["machine"]
-    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32."]
+    for model, found in report["chunk"].items():
+        cells = [f"{row['median_ms']:.0f} ms" for row in found["variants"].values()]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    timed = [*report["products"], *report["save"].values(), *report["chunk"].values()]
+    lines += ["", f"{_machine(report)}, float32{footnote(report, timed)}."]
     return "\n".join(lines)
 
 
@@ -75,13 +83,17 @@ def intel_products(report: dict) -> str:
         g = row["gflops"]
         cells = [f"{g[f'mm{kind}']:.0f} / {g[f'backend{kind}']:.0f}" for kind in kinds]
         lines.append(f"| {row['rows']} x {row['width']} | {' | '.join(cells)} |")
-    machine = report["machine"]
-    lines += ["", f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, float32."]
+    lines += ["", f"{_machine(report)}, float32{footnote(report, report['products'])}."]
     return "\n".join(lines)
 
 
+def _machine(report: dict) -> str:
+    machine = report["machine"]
+    return f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}"
+
+
 def _columns(table: dict) -> list[str]:
-    return list(next(iter(table.values())))
+    return list(next(iter(table.values()))["variants"])
 
 
 def resources(report: dict) -> str:
@@ -126,9 +138,9 @@ def fused(report: dict) -> str:
     ]
     for step in report["step"]:
         kinds = ("eager", "compile", "fused", "hidden kept")
-        eager, compiled, ours, hidden = (_fastest(step["arms"], kind) for kind in kinds)
+        eager, compiled, ours, hidden = (_fastest(step["variants"], kind) for kind in kinds)
         lines.append(
-            f"| {step['library']} {step['model'].removeprefix('convnextv2_')} | {eager['median_ms']:.0f} ms | "
+            f"| {step['library']} {short(step['model'])} | {eager['median_ms']:.0f} ms | "
             f"{compiled['median_ms']:.0f} ms | **{ours['median_ms']:.0f} ms** | {_times(eager, ours, 'median_ms')} / "
             f"{_times(compiled, ours, 'median_ms')} | {_mib(eager['saved_bytes'])} / {_mib(ours['saved_bytes'])} MiB "
             f"({_times(eager, ours, 'saved_bytes')}) | {hidden['median_ms']:.0f} ms, "
@@ -137,26 +149,60 @@ def fused(report: dict) -> str:
     machine, parameters = report["machine"], report["parameters"]
     lines += [
         "",
-        f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}, timm {machine['timm']}, "
+        f"{_machine(report)}, timm {machine['timm']}, "
         f"transformers {machine['transformers']}, {parameters['dtype']}, batch {parameters['batch_size']}, "
         f"{parameters['img_size']} px, all pixels visible, the better memory format of each; "
-        "`bench/fused_models.py`, medians of interleaved rounds.",
+        f"`python -m bench fused`, medians of interleaved rounds{footnote(report, report['step'])}.",
     ]
     return "\n".join(lines)
 
 
-def fused_malloc(report: dict) -> str:
-    """Table of docs/benchmarks.md: eager and fused steps where the allocator keeps its pages."""
+def fused_other(report: dict) -> str:
+    """Table of docs/benchmarks.md: eager and fused steps under the other allocator."""
     lines = ['| training step | eager | `fuse(model)` | `save="hidden"` |', "|---|---|---|---|"]
     for step in report["step"]:
-        eager, *ours = (_fastest(step["arms"], kind)["median_ms"] for kind in ("eager", "fused", "hidden kept"))
+        eager, *ours = (_fastest(step["variants"], kind)["median_ms"] for kind in ("eager", "fused", "hidden kept"))
         cells = " | ".join(f"{ms:.0f} ms ({eager / ms:.2f}x)" for ms in ours)
-        lines.append(f"| {step['library']} {step['model'].removeprefix('convnextv2_')} | {eager:.0f} ms | {cells} |")
+        lines.append(f"| {step['library']} {short(step['model'])} | {eager:.0f} ms | {cells} |")
+    kept = report["allocator"]["large_blocks"] == "kept"
+    how = "The allocator keeps large freed blocks" if kept else "The allocator as it is by default"
+    lines += ["", f"{how}{footnote(report, report['step']) if kept else _controls(report)}."]
     return "\n".join(lines)
 
 
-def _fastest(arms: dict, kind: str) -> dict:
-    return min((arm for name, arm in arms.items() if name.startswith(kind)), key=lambda arm: arm["median_ms"])
+def _controls(report: dict) -> str:
+    """The footnote without the allocator, which the sentence names already."""
+    silent = {**report, "machine": {**report["machine"], "device": ""}}
+    return footnote(silent, report["step"])
+
+
+def figure6_default() -> str:
+    """Table of docs/benchmarks.md: Figure 6 as a program has it that does nothing about the allocator."""
+    if not FIGURE6_DEFAULT.exists():
+        return "Figure 6 with the allocator as it is by default, beside a control: not measured yet."
+    return figure6_summary(results.read(FIGURE6_DEFAULT))
+
+
+def host_time(report: dict) -> str:
+    """Table of docs/benchmarks.md: microseconds of a block's passes before any work is done."""
+    if not report.get("host"):
+        return "Host time of a block: not measured yet."
+    names = list(dict.fromkeys(n for h in report["host"].values() for p in h["passes"].values() for n in p["variants"]))
+    lines = ["| block of one site, one thread | " + " | ".join(f"{name}, us" for name in names) + " |"]
+    lines.append("|---" * (1 + len(names)) + "|")
+    timed = []
+    for host in report["host"].values():
+        for kind, found in host["passes"].items():
+            timed.append(found)
+            cells = [
+                f"{found['variants'][name]['median_us']:.0f}" if name in found["variants"] else "" for name in names
+            ]
+            lines.append(f"| C={host['width']}, {kind} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"{_machine(report)}{footnote(report, timed)}."])
+
+
+def _fastest(rows: dict, kind: str) -> dict:
+    return min((row for name, row in rows.items() if name.startswith(kind)), key=lambda row: row["median_ms"])
 
 
 def _times(other: dict, ours: dict, key: str) -> str:
@@ -170,36 +216,48 @@ def fill(text: str, content: str, section: str) -> str:
     return f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
-def main(arguments: list[str]) -> int:
-    figure6 = json.loads(FIGURE6.read_text())
-    stale = []
-    contents = [
+def contents() -> list[tuple[str, str, str]]:
+    """Document, section and text of every table."""
+    figure6, measured_ops = results.read(FIGURE6), results.read(OPS)
+    return [
         ("README.md", "figure6", figure6_summary(figure6)),
-        ("README.md", "fused", fused(json.loads(FUSED.read_text()))),
+        ("README.md", "fused", fused(results.read(FUSED))),
         ("docs/benchmarks.md", "figure6", figure6_details(figure6)),
-        ("docs/benchmarks.md", "figure6_intel", figure6_summary(json.loads(FIGURE6_INTEL.read_text()))),
-        ("docs/benchmarks.md", "ops", ops(json.loads(OPS.read_text()))),
-        ("docs/benchmarks.md", "engines", engines(json.loads(ENGINES.read_text()))),
-        ("docs/benchmarks.md", "scaling", scaling(json.loads(SCALING.read_text()))),
-        ("docs/benchmarks.md", "fused_malloc", fused_malloc(json.loads(FUSED_MALLOC.read_text()))),
-        ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
-        ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
-        ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
-        ("docs/training.md", "evidence", training(json.loads(TRAINING.read_text()))),
-        ("docs/kernels.md", "triton", triton_resources(json.loads(TRITON_RESOURCES.read_text()))),
+        ("docs/benchmarks.md", "figure6_default", figure6_default()),
+        ("docs/benchmarks.md", "figure6_intel", figure6_summary(results.read(FIGURE6_INTEL))),
+        ("docs/benchmarks.md", "ops", ops(measured_ops)),
+        ("docs/benchmarks.md", "host", host_time(measured_ops)),
+        ("docs/benchmarks.md", "engines", engines(results.read(ENGINES))),
+        ("docs/benchmarks.md", "scaling", scaling(results.read(SCALING))),
+        ("docs/benchmarks.md", "fused_malloc", fused_other(results.read(FUSED_OTHER))),
+        ("docs/kernels.md", "results", choices(results.read(CHOICES))),
+        ("docs/kernels.md", "intel", intel_products(results.read(CHOICES_INTEL))),
+        ("docs/kernels.md", "resources", resources(results.read(RESOURCES))),
+        ("docs/training.md", "evidence", training(results.read(TRAINING))),
+        ("docs/kernels.md", "triton", triton_resources(results.read(TRITON_RESOURCES))),
     ]
-    for path, section, content in contents:
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench tables", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 if a document is not up to date"
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the mode; return the exit code."""
+    args = build_parser().parse_args(argv)
+    stale: dict[str, None] = {}
+    for path, section, content in contents():
         text = (ROOT / path).read_text()
         new = fill(text, content, section)
         if new != text:
-            stale.append(path)
-            if "--check" not in arguments:
+            stale[path] = None
+            if not args.check:
                 (ROOT / path).write_text(new)
-    if stale and "--check" in arguments:
-        print(f"not up to date with bench/results: {', '.join(stale)}; run python bench/readme_tables.py")
+    if stale and args.check:
+        print(f"not up to date with bench/results: {', '.join(stale)}; run python -m bench tables")
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

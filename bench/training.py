@@ -4,7 +4,7 @@ Every number comes out of the command line's own runs; this script only prepares
 folder, calls the commands, and collects what they wrote into one JSON file. The data are small: the result shows that
 the pieces work together, and nothing about ImageNet.
 
-    python bench/training_evidence.py --photos-v2 RUN --photos-v1 RUN --work FOLDER --out bench/results
+    python -m bench training --photos-v2 RUN --photos-v1 RUN --work FOLDER --out bench/results
 
 RUN are output folders of `pretrain --demo`, the second one with `--grn none`.
 """
@@ -15,13 +15,14 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from convnextv2_kernels._atomic_io import write_json
-from convnextv2_kernels.benchmark.machine import describe
+from convnextv2_kernels.benchmark import machine, results
 
 SIZE = 96
 SEEDS = (0, 1, 2)
@@ -68,13 +69,13 @@ def last_line(path: Path) -> dict:
     return json.loads(path.read_text().splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench training", description=__doc__.splitlines()[0])
     parser.add_argument("--photos-v2", type=Path, required=True)
     parser.add_argument("--photos-v1", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON file and the pictures")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     work = args.work
     counts = write_digits(work / "digits")
     pretrained = work / "pretrained_digits"
@@ -84,11 +85,11 @@ def main() -> None:
         "pre-trained on 11 photographs": args.photos_v2 / "encoder.safetensors",
         "pre-trained on the digits": pretrained / "encoder.safetensors",
     }
-    results: dict[str, dict] = {}
+    found: dict[str, dict] = {}
     for name, init in arms.items():
-        results[name] = {"finetune_top1": []}
+        found[name] = {"finetune_top1": []}
         for seed in SEEDS:
-            output = work / f"finetune_{len(results)}_{seed}"
+            output = work / f"finetune_{len(found)}_{seed}"
             more = ["--init", init] if init else []
             run(
                 "finetune",
@@ -105,12 +106,12 @@ def main() -> None:
                 *more,
                 *FINETUNE.split(),
             )
-            results[name]["finetune_top1"].append(last_line(output / "metrics.jsonl")["top1"])
-        print(name, results[name], flush=True)
+            found[name]["finetune_top1"].append(last_line(output / "metrics.jsonl")["top1"])
+        print(name, found[name], flush=True)
     pictures = args.out
     for name, init in arms.items():
         for kind in ("knn", "probe"):
-            output = work / f"{kind}_{len(results[name])}_{list(arms).index(name)}"
+            output = work / f"{kind}_{len(found[name])}_{list(arms).index(name)}"
             what = ["--random", "--model", "convnextv2_atto"] if init is None else [init]
             run(
                 "analyze",
@@ -125,7 +126,7 @@ def main() -> None:
                 "--output",
                 output,
             )
-            results[name][f"{kind}_top1"] = json.loads((output / f"{kind}.json").read_text())["results"][0]["top1"]
+            found[name][f"{kind}_top1"] = json.loads((output / f"{kind}.json").read_text())["results"][0]["top1"]
     weights = (args.photos_v2 / "encoder.safetensors", args.photos_v1 / "encoder.safetensors")
     labels = ("--label", "V2 (GRN)", "--label", "V1-style (no GRN)")
     run("analyze", "cosine", *weights, *labels, "--photos", "--random", "--output", work / "cosine")
@@ -133,7 +134,9 @@ def main() -> None:
     write_json(
         args.out / "training_evidence.json",
         {
-            "machine": describe(),
+            "format": results.FORMAT,
+            "kind": "training",
+            "machine": machine.describe(),
             "model": "convnextv2_atto",
             "img_size": SIZE,
             "images": {"pre-training": counts["all"], "fine-tuning": counts["few"], "evaluation": counts["val"]},
@@ -147,16 +150,13 @@ def main() -> None:
                 for name, run_ in (("GRN", args.photos_v2), ("no GRN", args.photos_v1))
             },
             "seeds": list(SEEDS),
-            "arms": results,
+            "arms": found,
             "cosine": json.loads(next((work / "cosine").glob("*.json")).read_text()),
         },
     )
+    return 0
 
 
 def _mean_loss(folder: Path) -> float:
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()[-100:]]
     return float(np.mean(losses))
-
-
-if __name__ == "__main__":
-    main()

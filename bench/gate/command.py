@@ -1,17 +1,19 @@
 """Regression gate on quantities that do not depend on how fast or how busy the machine is.
 
-    python bench/regression_gate.py             # compare with bench/results/regression_gate.json; exit 1 if worse
-    python bench/regression_gate.py --update    # measure, and rewrite that file
+    python -m bench gate             # compare with bench/results/regression_gate.json; exit 1 if worse
+    python -m bench gate --update    # measure, and rewrite that file
 
 Bytes saved for backward, bytes asked of PyTorch's allocator and numbers of dispatched operators, of the training step
-of whole models and of every op; executed instructions of every C++ CPU kernel, counted by callgrind where valgrind is
-installed. One thread; half a minute, plus the build of the C++ kernels if they are not built. Never a time.
+of whole models and of every op; Python calls and dispatches of a block of one site; executed instructions of every C++
+CPU kernel, counted by callgrind where valgrind is installed. One thread; half a minute, plus the build of the C++
+kernels if they are not built. Never a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -19,29 +21,33 @@ from pathlib import Path
 
 import torch
 
-from convnextv2_kernels import backends
-from convnextv2_kernels.benchmark import machine
-from convnextv2_kernels.benchmark.report import write_report
+from convnextv2_kernels.benchmark import machine, results
+from convnextv2_kernels.cli.exit_codes import USAGE, UserError
 
-from . import instructions, operators, steps
+from .. import RESULTS, ROOT
+from . import host, instructions, operators, steps
 from .judge import RULES, SECTIONS, flat, judge
 from .settings import fixed
 
-ROOT = Path(__file__).resolve().parents[1]
-BASELINE = ROOT / "bench" / "results" / "regression_gate.json"
+BASELINE = RESULTS / "regression_gate.json"
 KIND = "regression_gate"
-UPDATE = "python bench/regression_gate.py --update"
+UPDATE = "python -m bench gate --update"
 
 
-class BadInput(RuntimeError):
+class BadInput(UserError):
     """Exit code 2."""
+
+    def __init__(self, message: str, code: int = USAGE) -> None:
+        super().__init__(f"regression gate: {message}", code)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python bench/regression_gate.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench gate", description=__doc__.splitlines()[0])
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="(default: the committed one)")
     parser.add_argument("--update", action="store_true", help="write what is found to the baseline")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write what is found, for bench --compare")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write what is found, for python -m bench compare"
+    )
     parser.add_argument(
         "--build",
         type=Path,
@@ -90,17 +96,19 @@ def parameters() -> dict:
 
 def measure(args: argparse.Namespace, log) -> tuple[dict, dict[str, str]]:
     """The result, and for sections that were not measured the reason."""
-    reason = backends.why_not("cpu", "cpu", torch.float32)
+    reason = machine.unsupported_reason("cpu", "cpu", torch.float32)
     if reason is not None:
         raise BadInput(f"the gate counts what the cpu backend does, but {reason}")
     with fixed():
         result = {
+            "format": results.FORMAT,
             "kind": KIND,
             "machine": machine.describe(),
-            "software": {"torch": torch.__version__},
+            "software": {"torch": torch.__version__, "python": platform.python_version()},
             "parameters": parameters(),
             "step": steps.measure(steps.SIZES, log),
             "op": operators.measure(log),
+            "host": host.measure(log),
         }
     try:
         if args.skip_instructions:
@@ -128,9 +136,8 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         return _run(args, log)
-    except (BadInput, RuntimeError, OSError) as error:
-        print(f"regression gate: {error}", file=sys.stderr)
-        return 2
+    except (RuntimeError, OSError) as error:
+        raise BadInput(str(error)) from error
 
 
 def _run(args: argparse.Namespace, log) -> int:
@@ -139,12 +146,12 @@ def _run(args: argparse.Namespace, log) -> int:
         raise BadInput(f"--baseline is of {baseline['parameters']}, the gate measures {parameters()}; run {UPDATE}")
     found, left_out = measure(args, log)
     if args.output is not None:
-        write_report(args.output, found)
+        results.write(args.output, found)
     if baseline is None:
         if left_out:
             reasons = ", ".join(sorted(set(left_out.values())))
             raise BadInput(f"--update would drop the instructions from the baseline; they were not counted: {reasons}")
-        write_report(args.baseline, found)
+        results.write(args.baseline, found)
         print(f"regression gate: {len(flat(found))} quantities written to {args.baseline.name}")
         return 0
     verdict = judge(baseline, found, left_out)
@@ -161,7 +168,3 @@ def _run(args: argparse.Namespace, log) -> int:
         f"{len(verdict.better)} better" + (f" (keep it: {UPDATE})" if verdict.better else "")
     )
     return 1 if verdict.worse else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -59,6 +59,11 @@ def _calls(events) -> dict[str, int]:
     return counts
 
 
+def dispatches(events) -> int:
+    """Dispatched operators, with those that operators call."""
+    return sum(_calls(events).values())
+
+
 def _drop_gradients(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         tensor.grad = None

@@ -1,8 +1,8 @@
 """Build, test and measure on a GPU, in one command and within a time limit.
 
-    python bench/gpu_check.py --out DIR                        # everything, at most 9 minutes
-    python bench/gpu_check.py --out DIR --only build,kernels   # some stages; those of earlier runs stay in the file
-    python bench/gpu_check.py --out DIR --dry-run              # the same program on a CPU, to test it
+    python -m bench gpu --out DIR                        # everything, at most 9 minutes
+    python -m bench gpu --out DIR --only build,kernels   # some stages; those of earlier runs stay in the file
+    python -m bench gpu --out DIR --dry-run              # the same program on a CPU, to test it
 
 Results go to DIR/results.json as soon as they are known. The dry run needs the emulated kernels
 (``python setup.py build_emulation``, CONVNEXTV2_KERNELS_CUDA_EMULATION), for the Triton stages TRITON_INTERPRET=1; its
@@ -16,6 +16,7 @@ import importlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .machine import source_digest
@@ -44,8 +45,10 @@ STAGES = (
 NAMES = [stage.name for stage in STAGES]
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder for results.json, logs and the picture")
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit (default: %(default)s)")
     parser.add_argument("--only", default=",".join(NAMES), help=f"stages, of {','.join(NAMES)}")
@@ -83,7 +86,8 @@ def open_results(setting: Setting) -> None:
     results, digest = Results(setting.folder), source_digest()
     same = results.data.get("source_sha256") == digest and results.data.get("dry_run") == setting.dry_run
     header = {
-        "format": 1,
+        "format": 2,
+        "kind": "gpu_check",
         "dry_run": setting.dry_run,
         "note": "a dry run on a CPU: its times mean nothing" if setting.dry_run else "see bench/README.md",
         "source_sha256": digest,
@@ -92,7 +96,7 @@ def open_results(setting: Setting) -> None:
     results.save()
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options.child is not None:
         module = importlib.import_module(options.child)
@@ -108,7 +112,3 @@ def main(arguments: list[str]) -> int:
     print_report(results.data)
     failed = any(stage["status"] == "failed" for stage in results.data["stages"].values())
     return 1 if failed or errors_of(results.data) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 
+from convnextv2_kernels.benchmark.machine import free_memory
+
 from .cases import DRY_STAGES, stage_shapes
 from .results import Recorder
 from .setting import Setting
 from .triton_kernels import shape_of
 from .triton_products import Tiles
 from .triton_setup import compile_ahead, feature_dtype, require
-
-from convnextv2_kernels.benchmark.device import free_memory
 
 PLAN = (("tiny", 256), ("atto", 256))
 

@@ -59,7 +59,9 @@ class OpSpec:
     def parameters(self, width: int) -> dict[str, Tensor]:
         """The parameters of that call, in float64."""
         tensors = self.sample(width).tensors
-        return {name: t.flatten() if name in ("gamma", "beta") else t for name, t in tensors.items() if _is_one(name, t)}
+        return {
+            name: t.flatten() if name in ("gamma", "beta") else t for name, t in tensors.items() if _is_one(name, t)
+        }
 
     def sparse(self, x: Tensor, parameters: Params, layout: PatchLayout) -> Tensor:
         """The library's op on packed patches."""

@@ -1,4 +1,4 @@
-"""The layers of other sparse convolution engines as variants of the op benchmark; :mod:`.peers` says which may be timed.
+"""Layers of other sparse convolution engines as variants of the op benchmark; :mod:`.engines` says which are timed.
 
 What is timed is one call of the engine's own layer on a sparse tensor around our packed rows, and autograd's backward
 of it. Every engine gets what helps it: coordinates and kernel maps are built beforehand and kept for reuse, as each of
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cases import Params
-from .measure import OpVariant, OpCase, pack
+from .measure import OpCase, OpVariant, pack
 
 # Of rows [R, C] in the engine's order, the weight and the bias; returns rows [R, C] in the same order.
 Convolve = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -150,7 +150,7 @@ def sparse_conv_net(case: OpCase) -> EngineVariant:
 
 
 def full_channel_case(case: OpCase) -> OpCase:
-    """The inputs of ``case`` for a convolution that mixes all channels: weight [C, C, k, k], dense variants to match."""
+    """The inputs of ``case`` for a convolution that mixes all channels: weight [C, C, k, k], dense ones to match."""
     c, _, k, _ = case.parameters["weight"].shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(c, c, k, k, generator=generator) * (c * k * k) ** -0.5

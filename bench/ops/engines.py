@@ -1,8 +1,8 @@
 """Sparse convolution engines of other projects as optional variants of the op benchmark, on a CPU in float32.
 
 Nothing here is needed: an engine that is not installed, fails to import, raises or computes something else is left out,
-with the reason. Two engines compute our depthwise convolution; spconv has no groups, so its variant is another operation,
-marked by ``comparable`` and never to be put in a ratio.
+with the reason. Two engines compute our depthwise convolution; spconv has no groups, so its variant is another
+operation, marked by ``comparable`` and never to be put in a ratio.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def engine_variants(case: OpCase) -> tuple[dict[str, EngineVariant], dict[str, s
     """Arms of the engines that compute a depthwise case right, by label, and why the others are left out, by name.
 
     Each variant has passed the check of our own op, on this very case, with its maps already built; the
-    comparison is with dense PyTorch of the operation the variant computes. Both are empty unless the case is a depthwise
-    convolution in float32 on a CPU. Nothing an engine raises gets out of here.
+    comparison is with dense PyTorch of the operation the variant computes. Both are empty unless the case is a
+    depthwise convolution in float32 on a CPU. Nothing an engine raises gets out of here.
     """
     variants: dict[str, EngineVariant] = {}
     reasons: dict[str, str] = {}

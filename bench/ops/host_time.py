@@ -79,10 +79,7 @@ def calls_of(block: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Callable
     leaf = x.clone().requires_grad_()
     with torch.no_grad():
         cotangent = torch.ones_like(block(leaf))
-    return {
-        "forward": lambda: block(leaf),
-        "forward and backward": lambda: block(leaf).backward(cotangent),
-    }
+    return {"forward": lambda: block(leaf), "forward and backward": lambda: block(leaf).backward(cotangent)}
 
 
 def repeated(call: Callable[[], object], times: int) -> Callable[[], None]:

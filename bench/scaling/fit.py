@@ -176,7 +176,7 @@ def series_of(
     """Points of one axis in order, each with its ideal, and what they say.
 
     Args:
-        points: as :func:`.scaling.measure_axis` gives them.
+        points: as :func:`.measure.measure_axis` gives them.
         left_out: reasons by name, passed on.
         itemsize: bytes of a value in matrix products, as autocast keeps the error of the prediction.
         save: the policy of ``schedule.save_policy``.
@@ -184,7 +184,7 @@ def series_of(
 
     Returns:
         JSON-ready. ``fit``: of time (ms) and saved bytes over visible pixels, see :class:`Fit`; on the batch axis
-        ``hidden_chunk``, see :func:`.scaling_memory.chunk_verdict`.
+        ``hidden_chunk``, see :func:`.memory.chunk_verdict`.
     """
     points = sorted(points, key=lambda point: (point["patches"], point["visible_patches"]))
     series: dict = {"axis": axis, "points": points, "fit": {}, "left_out": left_out}
@@ -194,8 +194,8 @@ def series_of(
         return series
     reference = max(points, key=lambda point: (point["visible_patches"], point["patches"]))
     visible, patches = reference["visible_patches"], reference["patches"]
-    ours = [point["arms"][SPARSE] for point in points]
-    measured = reference["arms"][SPARSE]
+    ours = [point["variants"][SPARSE] for point in points]
+    measured = reference["rows"][SPARSE]
     saved = measured["saved_bytes"], reference["saved_by_encoder_bytes"]
     weights = {
         "median_ms": flop_weights(reference["flops"], visible, patches),
@@ -207,11 +207,11 @@ def series_of(
             for name, w in weights.items()
         }
     xs = [point["visible_pixels"] for point in points]
-    quartiles = [[arm[name] for arm in ours] for name in ("q1_ms", "q3_ms")]
+    quartiles = [[row[name] for row in ours] for name in ("q1_ms", "q3_ms")]
     for name in weights:
-        ys, ideal = [arm[name] for arm in ours], [point["ideal"][name] for point in points]
+        ys, ideal = [row[name] for row in ours], [point["ideal"][name] for point in points]
         series["fit"][name] = fit(xs, ys, ideal, tolerance, *(quartiles if name == "median_ms" else ()))
     if axis == "batch_size":
-        hidden = [(point["batch_size"], arm["hidden"]) for point, arm in zip(points, ours, strict=True)]
+        hidden = [(point["batch_size"], row["hidden"]) for point, row in zip(points, ours, strict=True)]
         series["hidden_chunk"] = chunk_verdict(hidden, save)
     return series

@@ -1,37 +1,42 @@
 """Time and memory of our FCMAE step by batch size, image size and mask ratio, beside the ideal.
 
 Points of one axis are timed in interleaved rounds, so that drift of the machine falls on all of them alike. Memory is
-counted (:mod:`.scaling_memory`), and :mod:`.scaling_fit` draws the verdicts.
+counted (:mod:`.memory`), and :mod:`.fit` draws the verdicts.
 """
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from convnextv2_kernels.backends import use_backend
-from convnextv2_kernels.benchmark import fits, memory
-from convnextv2_kernels.benchmark.baseline import PATCH, Variant
-from convnextv2_kernels.benchmark.correctness import check_fcmae
-from convnextv2_kernels.benchmark.device import available_bytes, dense_at_its_best, free_memory, synchronized
-from convnextv2_kernels.benchmark.machine import git_commit
-from convnextv2_kernels.benchmark.options import DTYPES, Budget
-from convnextv2_kernels.benchmark.peak import arguments_for
-from convnextv2_kernels.benchmark.step import check_losses, step_saved_bytes
-from convnextv2_kernels.benchmark.timing import summarize, time_interleaved
+from convnextv2_kernels.benchmark import memory
+from convnextv2_kernels.benchmark.baseline import PATCH, Baseline
+from convnextv2_kernels.benchmark.correctness import check_fcmae, check_loss, step_floor
+from convnextv2_kernels.benchmark.machine import (
+    OUT_OF_MEMORY,
+    available_bytes,
+    dense_at_its_best,
+    free_memory,
+    git_commit,
+    out_of_memory,
+    synchronized,
+)
+from convnextv2_kernels.benchmark.step import OUT_OF_TIME, peak_of_process, saved_bytes
+from convnextv2_kernels.benchmark.timing import Budget, Control, summarize, time_interleaved
 from convnextv2_kernels.benchmark.variants import (
     MASK_RATIO,
     SPARSE,
-    Arm,
     Batch,
-    make_batch,
+    Settings,
+    Variant,
     make_dense,
     make_sparse,
-    served_by,
+    run_by,
 )
 from convnextv2_kernels.layout import num_kept
 from convnextv2_kernels.models import get_config
@@ -41,30 +46,19 @@ from .memory import names_of_blocks, step_memory
 
 AXES = ("batch_size", "img_size", "mask_ratio")
 DENSE = "dense"
-DENSE_VARIANT = Variant("channels_last", "conv1x1")
-PEAK_TIMEOUT = 1800.0
+COPY = "copy"  # the control
+DENSE_BASELINE = Baseline("channels_last", "conv1x1")
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScalingSettings(Settings):
     """What is measured at every point; ``batch_size``, ``img_size`` (pixels) and ``mask_ratio`` (share of hidden
     patches) are the values of the axes that do not vary."""
 
     model: str = "convnextv2_atto"
-    batch_size: int = 8
-    img_size: int = 224
-    mask_ratio: float = MASK_RATIO
-    repeats: int = 10
-    dtype: str = "float32"
-    device: str = "cpu"
     backend: str = "auto"
     dense: bool = True
     peak: bool = False
-    seed: int = 0
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
 
 class Point(NamedTuple):
@@ -90,128 +84,155 @@ class Point(NamedTuple):
         return f"batch {self.batch_size}, {self.img_size} px, mask ratio {self.mask_ratio:g}"
 
 
-def points_of(axis: str, values: Sequence[float], settings: Settings) -> list[Point]:
+def points_of(axis: str, values: Sequence[float], settings: ScalingSettings) -> list[Point]:
     """Points of one axis of :data:`AXES`, cheapest first, each once."""
     fixed = Point(settings.batch_size, settings.img_size, settings.mask_ratio)
     points = {fixed._replace(**{axis: value}) for value in values}
     return sorted(points, key=lambda point: (point.patches, point.visible))
 
 
-def check(settings: Settings) -> dict:
-    """Correctness gate at the fixed point; raises GateError when red. Where that point hides nothing or everything, the
-    loss is empty, so the gate takes ratio 0.6 of 64 px or more."""
+def check(settings: ScalingSettings) -> dict:
+    """Correctness at the fixed point; raises CorrectnessError where it is wrong. Where that point hides nothing or
+    everything, the loss is empty, so the check takes ratio 0.6 of 64 px or more."""
     fixed = Point(settings.batch_size, settings.img_size, settings.mask_ratio)
     if not 0 < fixed.visible < fixed.patches:
         fixed = Point(fixed.batch_size, max(fixed.img_size, 2 * PATCH), MASK_RATIO)
-    arms = make_arms(settings)
-    return check_fcmae(arms[SPARSE], [arms[DENSE]], _batch(fixed, settings))
+    variants = make_variants(settings)
+    return check_fcmae(variants[SPARSE], [variants[DENSE]], settings.make_batch(**fixed._asdict()))
 
 
-def make_arms(settings: Settings) -> dict[str, Arm]:
-    """Our arm by the backend asked for, and the dense one, with the same weights."""
+def make_variants(settings: ScalingSettings) -> dict[str, Variant]:
+    """Ours by the backend asked for, and the dense one, with the same weights."""
     sparse = make_sparse(settings.model, settings.seed, settings.device)
-    return {SPARSE: served_by(sparse, settings.backend), DENSE: make_dense(sparse, [DENSE_VARIANT])[0]}
-
-
-def _batch(point: Point, settings: Settings) -> Batch:
-    return make_batch(
-        point.batch_size, point.img_size, settings.seed, settings.torch_dtype, settings.device, point.mask_ratio
-    )
+    return {SPARSE: run_by(sparse, settings.backend), DENSE: make_dense(sparse, [DENSE_BASELINE])[0]}
 
 
 def measure_axis(
     points: Sequence[Point],
-    settings: Settings,
+    settings: ScalingSettings,
     budget: Budget,
     log: Callable[[str], None],
     advance: Callable[[float], None],
-) -> tuple[list[dict], dict[str, str]]:
+) -> tuple[list[dict], dict[str, str], dict | None]:
     """Weigh and time the points of one axis.
 
     ``advance`` is told the share of the work that has just been done.
 
     Returns:
-        JSON-ready results of the points (``measured``: start of the rounds they share), and for what was left out (a
-        point, or the dense arm of one) the reason.
+        JSON-ready results of the points (``measured``: start of the rounds they share); for what was left out (a
+        point, or the dense variant of one) the reason; and the control, of the last point: the dense variant against a
+        copy of itself, or ours where no dense one was timed.
 
     Raises:
-        GateError: a loss of the dense arm is not ours.
+        CorrectnessError: a loss of the dense variant is not ours.
     """
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     session = {"measured": now, "git": git_commit()}
-    arms = make_arms(settings)
+    variants = make_variants(settings)
     left_out: dict[str, str] = {}
     results: dict[Point, dict] = {}
     steps: dict[tuple[Point, str], Callable[[], None]] = {}
+    control: tuple[Point, str] | None = None
     preparing = budget.part(0.5)
     with dense_at_its_best():
         for point in points:
             advance(0.4 / len(points))
-            reason = "no patch is visible" if not point.visible else "time budget" if preparing.spent else None
+            reason = "no patch is visible" if not point.visible else OUT_OF_TIME if preparing.spent else None
             if reason:
                 left_out[str(point)] = reason
                 continue
             log(f"memory of {point}")
-            batch = _batch(point, settings)
-            chosen = _arms_at(point, arms, settings, left_out)
-            try:
-                results[point] = {**_weigh(point, chosen, batch, settings), **session}
-            except torch.OutOfMemoryError:
-                left_out[str(point)] = "out of memory"
-                for arm in chosen.values():
-                    arm.model.zero_grad(set_to_none=True)
-                free_memory(settings.device)
+            batch = settings.make_batch(**point._asdict())
+            chosen = _variants_at(point, variants, settings, left_out)
+            found = _weighed(point, chosen, batch, settings)
+            if found is None:
+                left_out[str(point)] = OUT_OF_MEMORY
                 continue
-            for name, arm in chosen.items():
-                step = lambda arm=arm, batch=batch: arm.step(batch)  # noqa: E731
-                steps[point, name] = synchronized(step, settings.device)
-        if steps:
+            results[point] = {**found, **session}
+            for name, variant in chosen.items():
+                steps[point, name] = _step(variant, batch)
+            control = point, name
+            copy, copied_batch = variant, batch
+        if control is not None:
+            steps[control[0], COPY] = _step(copy.copy(), copied_batch)
+            for _ in range(2):
+                steps[control[0], COPY]()
             log(f"timing {len(results)} points, interleaved")
             part = 0.4 / settings.repeats
             samples = time_interleaved(
                 steps, settings.repeats, budget.deadline, budget.clock, after_round=lambda: advance(part)
             )
+            told = Control.from_samples(
+                f"{control[1]}, {control[0]}", samples[control], samples.pop((control[0], COPY))
+            )
             for (point, name), seconds in samples.items():
-                results[point]["arms"][name] |= summarize(seconds)
+                results[point]["variants"][name] |= summarize(seconds)
     # The processes whose peak is measured need the memory.
     steps.clear()
-    arms = batch = chosen = None
+    batch = chosen = copy = copied_batch = variant = None
     free_memory(settings.device)
     for point, result in results.items():
-        for name, arm in result["arms"].items():
+        for name, row in result["variants"].items():
             spent = settings.peak and budget.spent
-            arm["peak"] = {"bytes": None, "reason": "time budget"} if spent else _peak(point, name, settings, log)
+            row["peak"] = (
+                {"bytes": None, "reason": OUT_OF_TIME} if spent else _peak(point, variants[name], settings, log)
+            )
     advance(0.2)
-    return list(results.values()), left_out
+    return list(results.values()), left_out, None if control is None else told.to_json()
 
 
-def _arms_at(point: Point, arms: dict[str, Arm], settings: Settings, left_out: dict[str, str]) -> dict[str, Arm]:
-    """The arms to measure at a point; the dense one only where it fits the machine's memory."""
+def _step(variant: Variant, batch: Batch) -> Callable[[], None]:
+    return synchronized(lambda: variant.step(batch), batch.device)
+
+
+def _variants_at(
+    point: Point, variants: dict[str, Variant], settings: ScalingSettings, left_out: dict[str, str]
+) -> dict[str, Variant]:
+    """The variants to measure at a point; the dense one only where it fits the machine's memory."""
     if not settings.dense:
-        return {SPARSE: arms[SPARSE]}
-    parameters, kept = fits.dense_bytes(settings.model, point.batch_size, point.img_size, DENSE_VARIANT)
-    reason = fits.why_not(int(parameters + fits.TEMPORARIES * kept), available_bytes(settings.device))
+        return {SPARSE: variants[SPARSE]}
+    parameters, kept = memory.dense_bytes(settings.model, point.batch_size, point.img_size, DENSE_BASELINE)
+    reason = memory.shortage(int(parameters + memory.TEMPORARIES * kept), available_bytes(settings.device))
     if reason:
         left_out[f"{DENSE}, {point}"] = reason
-        return {SPARSE: arms[SPARSE]}
-    return arms
+        return {SPARSE: variants[SPARSE]}
+    return variants
 
 
-def _weigh(point: Point, arms: dict[str, Arm], batch: Batch, settings: Settings) -> dict:
-    """Everything about a point but its time; leaves the arms warm."""
+def _weighed(point: Point, variants: dict[str, Variant], batch: Batch, settings: ScalingSettings) -> dict | None:
+    """:func:`_weigh`, None where memory runs out."""
+    try:
+        return _weigh(point, variants, batch, settings)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    for variant in variants.values():
+        variant.model.zero_grad(set_to_none=True)
+    free_memory(settings.device)
+    return None
+
+
+def _weigh(point: Point, variants: dict[str, Variant], batch: Batch, settings: ScalingSettings) -> dict:
+    """Everything about a point but its time; leaves the variants warm."""
     config = get_config(settings.model)
-    blocks = names_of_blocks(config.depths, len(arms[SPARSE].model.decoder))
+    blocks = names_of_blocks(config.depths, len(variants[SPARSE].model.decoder))
     results = {}
-    for name, arm in arms.items():
+    for name, variant in variants.items():
         for _ in range(2):
-            arm.step(batch)
-        saved = step_saved_bytes(arm, batch)
+            variant.step(batch)
+        saved = saved_bytes(variant, batch)
         free_memory(settings.device)
-        used = step_memory(lambda arm=arm: arm.step(batch), blocks, settings.device)
-        results[name] = {"saved_bytes": saved, "working_bytes": used["peak_bytes"] - saved, **used}
-    if DENSE in arms and point.visible < point.patches:
+        used = step_memory(lambda variant=variant: variant.step(batch), blocks, settings.device)
+        results[name] = {
+            **variant.described(),
+            "saved_bytes": saved,
+            "working_bytes": used["peak_bytes"] - saved,
+            **used,
+        }
+    if DENSE in variants and point.visible < point.patches:
         # With nothing hidden the dense loss is 0 / 0.
-        check_losses([arms[DENSE]], batch, arms[SPARSE].forward(batch)[0].detach().double())
+        ours, theirs = (variants[name].forward(batch)[0].detach() for name in (SPARSE, DENSE))
+        check_loss(DENSE, theirs, ours.double(), step_floor(batch))
     return {
         **point._asdict(),
         "patches": point.patches,
@@ -219,37 +240,26 @@ def _weigh(point: Point, arms: dict[str, Arm], batch: Batch, settings: Settings)
         "pixels": point.patches * scaling_fit.PATCH_PIXELS,
         "visible_pixels": point.visible * scaling_fit.PATCH_PIXELS,
         "flops": scaling_fit.split_flops(batch.mask, config.depths, config.dims),
-        "saved_by_encoder_bytes": _saved_by_encoder(arms[SPARSE], batch, settings),
-        "arms": results,
+        "saved_by_encoder_bytes": _saved_by_encoder(variants[SPARSE], batch, settings),
+        "variants": results,
     }
 
 
-def _saved_by_encoder(arm: Arm, batch: Batch, settings: Settings) -> int:
+def _saved_by_encoder(variant: Variant, batch: Batch, settings: ScalingSettings) -> int:
     def encode() -> torch.Tensor:
         with use_backend(settings.backend), torch.autocast(settings.device, batch.dtype, enabled=batch.autocast):
             # A sum saves nothing of its own.
-            return arm.model.encode(batch.images, batch.mask)[0].sum()
+            return variant.model.encode(batch.images, batch.mask)[0].sum()
 
-    alive = [*arm.model.parameters(), *arm.model.buffers(), batch.images, batch.mask]
+    alive = [*variant.model.parameters(), *variant.model.buffers(), batch.images, batch.mask]
     saved = memory.saved_bytes(encode, alive)
-    arm.model.zero_grad(set_to_none=True)
+    variant.model.zero_grad(set_to_none=True)
     return saved
 
 
-def _peak(point: Point, name: str, settings: Settings, log: Callable[[str], None]) -> dict | None:
+def _peak(point: Point, variant: Variant, settings: ScalingSettings, log: Callable[[str], None]) -> dict | None:
     """Peak memory of the step in a process of its own, None where it is not asked for."""
     if not settings.peak:
         return None
-    log(f"peak memory of {name}, {point}")
-    arguments = arguments_for(
-        None if name == SPARSE else DENSE_VARIANT,
-        settings.model,
-        point.batch_size,
-        point.img_size,
-        settings.dtype,
-        torch.get_num_threads(),
-        device=settings.device,
-        backend=settings.backend,
-        mask_ratio=point.mask_ratio,
-    )
-    return memory.peak_in_subprocess(arguments, PEAK_TIMEOUT)
+    log(f"peak memory of {variant.name}, {point}")
+    return peak_of_process(variant, settings.model, replace(settings, **point._asdict()))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from convnextv2_kernels import schedule
+from convnextv2_kernels.params import Segments
 
 from ..profiler import events_of, peak_bytes, requests
 
@@ -45,12 +46,24 @@ def limit_bytes(hidden: int, itemsize: int, budget: int, rows_of_largest_image: 
     return rows * hidden * itemsize
 
 
-def _rows_of_largest_image(rows: schedule.Rows) -> int:
-    if rows.batch_scope:
-        return rows.total
-    if rows.offsets is None:
-        return rows.total // max(1, rows.images)
-    return int(rows.offsets.diff().max()) * rows.rows_per_slot if rows.images else 0
+def _rows_of_largest_image(images: Segments, rows: int) -> int:
+    if images.offsets is None:
+        return rows // max(1, images.count)
+    return int(images.offsets.diff().max()) * images.rows_per_slot if images.count else 0
+
+
+class _Observed(list):
+    """Chunks of one pass. Going through them opens a range of a running profiler for each; a forward pass of a single
+    chunk takes it without, and has no range."""
+
+    def __init__(self, parts: Sequence[schedule.Chunk], label: str) -> None:
+        super().__init__(parts)
+        self.label = label
+
+    def __iter__(self) -> Iterator[schedule.Chunk]:
+        for part in super().__iter__():
+            with torch.profiler.record_function(self.label):
+                yield part
 
 
 @contextmanager
@@ -59,15 +72,13 @@ def observed_passes() -> Iterator[list[Pass]]:
     passes: list[Pass] = []
     original = schedule.chunks
 
-    def observed(rows: schedule.Rows, hidden: int, itemsize: int, budget: int) -> Iterator[schedule.Chunk]:
-        parts = list(original(rows, hidden, itemsize, budget))
+    def observed(images: Segments, rows: int, hidden: int, itemsize: int, budget: int) -> _Observed:
+        parts = list(original(images, rows, hidden, itemsize, budget))
         width, index = hidden * itemsize, len(passes)
         largest = max((part.r1 - part.r0 for part in parts), default=0)
-        limit = limit_bytes(hidden, itemsize, budget, _rows_of_largest_image(rows))
-        passes.append(Pass(hidden, len(parts), largest * width, rows.total * width, limit))
-        for part in parts:
-            with torch.profiler.record_function(f"{_RANGE}{index}"):
-                yield part
+        limit = limit_bytes(hidden, itemsize, budget, _rows_of_largest_image(images, rows))
+        passes.append(Pass(hidden, len(parts), largest * width, rows * width, limit))
+        return _Observed(parts, f"{_RANGE}{index}")
 
     schedule.chunks = observed
     try:

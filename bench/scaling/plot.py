@@ -109,23 +109,23 @@ def _frame(axis: Axes, series: dict, logarithmic: bool) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _arm(series: dict, name: str) -> tuple[list[float], list[dict]]:
+def _rows_of(series: dict, name: str) -> tuple[list[float], list[dict]]:
     pairs = [
-        (x, point["arms"][name])
+        (x, point["variants"][name])
         for x, point in zip(_places(series), series["points"], strict=True)
-        if name in point["arms"]
+        if name in point["variants"]
     ]
-    return [x for x, _ in pairs], [arm for _, arm in pairs]
+    return [x for x, _ in pairs], [row for _, row in pairs]
 
 
 def _draw_time(axis: Axes, series: dict) -> None:
     for name, color, label in (("dense", _DENSE, _DENSE_LABEL), (SPARSE, _OURS, _OURS_LABEL)):
-        xs, arms = _arm(series, name)
+        xs, rows = _rows_of(series, name)
         if not xs:
             continue
-        medians = [arm["median_ms"] for arm in arms]
-        below = [arm["median_ms"] - arm["q1_ms"] for arm in arms]
-        above = [arm["q3_ms"] - arm["median_ms"] for arm in arms]
+        medians = [row["median_ms"] for row in rows]
+        below = [row["median_ms"] - row["q1_ms"] for row in rows]
+        above = [row["q3_ms"] - row["median_ms"] for row in rows]
         style = {"color": color, "linewidth": 1.4, "markersize": 4.5, "capsize": 3, "elinewidth": 1.0}
         axis.errorbar(xs, medians, yerr=[below, above], fmt="o-", label=label, **style)
     _draw_ideal(axis, series, "median_ms", 1.0)
@@ -140,18 +140,18 @@ def _draw_ideal(axis: Axes, series: dict, name: str, scale: float) -> None:
 
 
 def _draw_memory(axis: Axes, series: dict) -> None:
-    xs, arms = _arm(series, "dense")
+    xs, rows = _rows_of(series, "dense")
     if xs:
-        _line(axis, xs, [arm["saved_bytes"] for arm in arms], "o-", _DENSE, _DENSE_LABEL)
-    xs, arms = _arm(series, SPARSE)
-    _line(axis, xs, [arm["saved_bytes"] for arm in arms], "o-", _OURS, _OURS_LABEL)
+        _line(axis, xs, [row["saved_bytes"] for row in rows], "o-", _DENSE, _DENSE_LABEL)
+    xs, rows = _rows_of(series, SPARSE)
+    _line(axis, xs, [row["saved_bytes"] for row in rows], "o-", _OURS, _OURS_LABEL)
     _draw_ideal(axis, series, "saved_bytes", MIB)
-    _line(axis, xs, [arm["working_bytes"] for arm in arms], "s-", _WORKING, "ours: working memory beyond that")
-    chunks = [largest_chunk(arm) for arm in arms]
+    _line(axis, xs, [row["working_bytes"] for row in rows], "s-", _WORKING, "ours: working memory beyond that")
+    chunks = [largest_chunk(row) for row in rows]
     if all(chunks):
         _line(axis, xs, chunks, "d-", _CHUNK, "ours: largest hidden chunk")
-        limits = [max(stage["limit_bytes"] for stage in arm["hidden"].values()) for arm in arms]
-        whole = [max(stage["whole_bytes"] for stage in arm["hidden"].values()) for arm in arms]
+        limits = [max(stage["limit_bytes"] for stage in row["hidden"].values()) for row in rows]
+        whole = [max(stage["whole_bytes"] for stage in row["hidden"].values()) for row in rows]
         axis.plot(
             xs, [limit / MIB for limit in limits], ":", color=_CHUNK, label="limit of a hidden chunk, by the rule"
         )

@@ -14,28 +14,28 @@ from convnextv2_kernels.benchmark.report import mebibytes
 from convnextv2_kernels.benchmark.variants import SPARSE
 
 POINT_COLUMNS = ("batch_size", "img_size", "mask_ratio", "patches", "visible_patches", "pixels", "visible_pixels")
-ARM_COLUMNS = ("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_bytes", "peak_bytes", "working_bytes")
+VARIANT_COLUMNS = ("median_ms", "q1_ms", "q3_ms", "min_ms", "saved_bytes", "peak_bytes", "working_bytes")
 TITLES = {"batch_size": "batch size", "img_size": "image size", "mask_ratio": "mask ratio"}
 
 
-def largest_chunk(arm: dict) -> int | None:
+def largest_chunk(row: dict) -> int | None:
     """Bytes of the largest hidden tensor of a step, None where there is no schedule."""
-    return max((stage["chunk_bytes"] for stage in arm["hidden"].values()), default=None)
+    return max((stage["chunk_bytes"] for stage in row["hidden"].values()), default=None)
 
 
 def write_csv(path: Path, result: dict) -> None:
-    """One row for each point and arm; sizes in bytes, times in milliseconds."""
+    """One row for each point and variant; sizes in bytes, times in milliseconds."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     extra = ("hidden_chunk_bytes", "process_peak_bytes", "ideal_ms", "ideal_saved_bytes")
-    writer.writerow(["axis", "arm", *POINT_COLUMNS, *ARM_COLUMNS, *extra])
+    writer.writerow(["axis", "variant", *POINT_COLUMNS, *VARIANT_COLUMNS, *extra])
     for series in result["series"]:
         for point in series["points"]:
-            for name, arm in point["arms"].items():
+            for name, row in point["variants"].items():
                 ideal = point["ideal"] if name == SPARSE else {"median_ms": None, "saved_bytes": None}
-                row = [series["axis"], name, *(point[key] for key in POINT_COLUMNS), *(arm[key] for key in ARM_COLUMNS)]
-                peak = (arm["peak"] or {}).get("bytes")
-                writer.writerow([*row, largest_chunk(arm), peak, *_rounded(ideal)])
+                cells = [series["axis"], name, *(point[k] for k in POINT_COLUMNS), *(row[k] for k in VARIANT_COLUMNS)]
+                peak = (row["peak"] or {}).get("bytes")
+                writer.writerow([*cells, largest_chunk(row), peak, *_rounded(ideal)])
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
 
@@ -50,12 +50,12 @@ def print_series(console: Console, series: dict) -> None:
     axis = series["axis"]
     table = Table(title=f"FCMAE step by {TITLES[axis]}", title_justify="left", padding=(0, 0, 0, 1))
     columns = (TITLES[axis], "visible Mpx", "ms", "quartiles", "ideal ms", "saved", "ideal", "working", "hidden chunk")
-    arms = {name: None for point in series["points"] for name in point["arms"] if name != SPARSE}
-    for name in (*columns, *(f"{arm} {what}" for arm in arms for what in ("ms", "saved"))):
+    names = {name: None for point in series["points"] for name in point["variants"] if name != SPARSE}
+    for name in (*columns, *(f"{name} {what}" for name in names for what in ("ms", "saved"))):
         table.add_column(name, justify="right", no_wrap=True)
     for point in series["points"]:
-        ours, chunk = point["arms"][SPARSE], largest_chunk(point["arms"][SPARSE])
-        others = [point["arms"].get(name) for name in arms]
+        ours, chunk = point["variants"][SPARSE], largest_chunk(point["variants"][SPARSE])
+        others = [point["variants"].get(name) for name in names]
         table.add_row(
             f"{point[axis]:g}",
             f"{point['visible_pixels'] / 1e6:.3f}",
@@ -66,7 +66,7 @@ def print_series(console: Console, series: dict) -> None:
             _mib(point["ideal"]["saved_bytes"]),
             _mib(ours["working_bytes"]),
             _mib(chunk),
-            *(text for arm in others for text in _times_and_bytes(arm)),
+            *(text for row in others for text in _times_and_bytes(row)),
         )
     console.print(table)
     console.print("Sizes in MiB; working: most live bytes of the allocator less those saved for backward.")
@@ -90,8 +90,8 @@ def _mib(count: float | None) -> str:
     return "" if count is None else mebibytes(count).removesuffix(" MiB")
 
 
-def _times_and_bytes(arm: dict | None) -> tuple[str, str]:
-    return ("", "") if arm is None else (f"{arm['median_ms']:.2f}", _mib(arm["saved_bytes"]))
+def _times_and_bytes(row: dict | None) -> tuple[str, str]:
+    return ("", "") if row is None else (f"{row['median_ms']:.2f}", _mib(row["saved_bytes"]))
 
 
 def _sentence(fit: dict | None, unit: str, scale: float) -> str:

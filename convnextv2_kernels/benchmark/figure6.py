@@ -32,15 +32,14 @@ from .step import (
     NOT_REQUESTED,
     OUT_OF_TIME,
     Effort,
-    StepComparison,
     compare,
-    compare_graphs,
     compiled_variants,
     fastest_of,
     flops_of,
     is_compiled,
     peak_of_process,
     ratios,
+    with_graphs,
 )
 from .timing import Budget, time_interleaved
 from .variants import SPARSE, Batch, Settings, Variant, make_dense, make_sparse, run_by
@@ -141,7 +140,8 @@ def _measure_in_process(
     first = sorted(ours, key=lambda variant: variant.name != name)
     comparison = compare([*first, *chosen.variants], batch, effort, say)
     if device == "cuda":
-        comparison = _joined_by_graphs(comparison, next(v for v in ours if v.name == name), batch, effort, say)
+        groups = [*(_eager_in(layout) for layout in MEMORY_FORMATS), is_compiled]
+        comparison = with_graphs(comparison, first[0], groups, batch, effort)
     advance(part * max(0, settings.repeats - done[0]))
     rows = comparison.rows()
     # dense ones first, as in the paper's figure
@@ -197,17 +197,8 @@ def _choose_dense(
     return _Chosen([*common, *dense, *compiled], probe, skipped | not_compiled)
 
 
-def _joined_by_graphs(comparison: StepComparison, ours: Variant, batch: Batch, effort: Effort, log) -> StepComparison:
-    """The comparison, and ours in a graph beside graphs of the fastest eager step of each format and the compiled
-    one."""
-
-    def eager_in(layout: str) -> Callable[[Variant], bool]:
-        return lambda v: not v.ours and v.execution == "eager" and v.baseline.layout == layout
-
-    groups = [*(eager_in(layout) for layout in MEMORY_FORMATS), is_compiled]
-    dense = [comparison.fastest(group) for group in groups]
-    graphs = compare_graphs([ours], [variant for variant in dense if variant is not None], batch, effort, log)
-    return comparison if graphs is None else comparison.joined(graphs)
+def _eager_in(layout: str) -> Callable[[Variant], bool]:
+    return lambda v: not v.ours and v.execution == "eager" and v.baseline.layout == layout
 
 
 def _fits(variant: Variant, batch: Batch, skipped: dict[str, str]) -> bool:

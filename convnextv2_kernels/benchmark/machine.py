@@ -19,7 +19,7 @@ from ..version import __version__
 DEVICES = ("cpu", "cuda")
 OUT_OF_MEMORY = "out of memory"  # why something was not measured
 # By name; "auto" chooses among them.
-BACKENDS = tuple(name for name in backends.NAMES if name != "auto")
+BACKENDS = tuple(backends.REGISTRY)
 _VARIABLES = ("OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "MALLOC_")
 _VARIABLES += ("GLIBC_TUNABLES", "CONVNEXTV2_KERNELS_")
 
@@ -31,12 +31,12 @@ def default_device() -> str:
 
 def unsupported_reason(backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run tensors of this dtype on a device, None if it can."""
-    return backends.why_not(backend, device, dtype)
+    return backends.unsupported_reason(backend, device, dtype)
 
 
 def automatic_backend(device: str, dtype: torch.dtype) -> str:
-    """The backend that "auto" takes for a block."""
-    return backends.automatic("convnextv2_block", device, (dtype,))
+    """The backend that "auto" takes."""
+    return backends.automatic(device, (dtype,))
 
 
 def synchronize(device: str) -> None:

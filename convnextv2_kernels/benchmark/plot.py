@@ -86,7 +86,8 @@ _DENSE = {
     ("nchw", "graph"): "#a5b4fc",
     ("channels_last", "graph"): "#4f46e5",
 }
-_OURS = {"reference": "#fdba74", "cpu": "#c2410c", "triton": "#ea580c", "cuda": "#c2410c", "auto": "#9a3412"}
+_OURS = {"reference": "#fdba74", "cpu": "#c2410c", "triton": "#ea580c", "cuda": "#dc2626"}
+_OURS |= {"cuda+triton": "#9a3412", "auto": "#9a3412"}
 _OUR_GRAPH = "#15803d"
 SIDE_BY_SIDE = 4  # more sizes than these: one panel above the other, so that a page can hold them
 

@@ -106,9 +106,13 @@ def upgraded(result: Any) -> dict:
         result = _renamed(result)
         if kind in ("step", "ops"):
             result = {**result, "step": [_with_ratios(step) for step in result["step"]]}
+    if kind == "cpu_choices":
+        parts = {part: result[part] for part in ("save", "chunk") if part in result}
+        result = {**result, **{k: {m: {"variants": v} for m, v in part.items()} for k, part in parts.items()}}
     head: dict[str, Any] = {"format": FORMAT, "kind": kind}
     if kind in TIMED:
         head["allocator"] = _allocator_of(result["machine"])
+        result = {**result, "parameters": {**result.get("parameters", {}), "allocator": head["allocator"]["mode"]}}
     return {**result, **head}
 
 

@@ -35,8 +35,8 @@ class Effort:
         sample_seconds: a sample is as many steps in a row as fill this, so that waiting for a GPU costs nothing.
         saved: count the bytes saved for backward.
         peak: measure what PyTorch's CUDA allocator holds at most, in this process.
-        keep_going: a variant whose loss is wrong or that cannot be captured is skipped, and named; otherwise it ends
-            the comparison. One that runs out of memory is always skipped.
+        keep_going: a variant whose loss is wrong, or that cannot be compiled or captured, is skipped, and named;
+            otherwise it ends the comparison. One that runs out of memory is always skipped.
         after_round: called when a round is over.
     """
 
@@ -130,7 +130,8 @@ def compare(
         log(f"warming up {variant.name}")
         session.add(variant)
     if first.name not in session.steps:
-        raise torch.OutOfMemoryError(f"{first.name}: {session.skipped[first.name]}")
+        reason = session.skipped[first.name]
+        raise (torch.OutOfMemoryError if reason == OUT_OF_MEMORY else RuntimeError)(f"{first.name}: {reason}")
     copied = session.add_control()
     names = [name for name in session.steps if name != copied]
     log(f"timing {len(names)} variants, interleaved, beside a control")
@@ -161,7 +162,7 @@ class _Session:
             self._make_ready(variant)
         except Exception as error:
             reason = why_skipped(error)
-            caught = self.effort.keep_going and (isinstance(error, CorrectnessError) or variant.execution == "graph")
+            caught = self.effort.keep_going and (isinstance(error, CorrectnessError) or variant.execution != "eager")
             if reason != OUT_OF_MEMORY and not caught:
                 raise
         if reason is not None:  # not in the handler, where the error's traceback keeps the activations alive
@@ -316,7 +317,7 @@ def measure_step(model_name: str, settings: StepSettings, budget: Budget, log: C
     effort = Effort(settings.repeats, budget)
     comparison = compare([sparse, *eager, *compiled], batch, effort, lambda text: log(f"{model_name}: {text}"))
     if settings.device == "cuda":
-        comparison = _with_graphs(comparison, [sparse], batch, effort, log)
+        comparison = with_graphs(comparison, sparse, (is_eager, is_compiled), batch, effort)
     rows = comparison.rows()
     for group in (sparse_only, is_eager, is_compiled):
         fastest = comparison.fastest(group)
@@ -348,12 +349,17 @@ def is_compiled(variant: Variant) -> bool:
     return not variant.ours and variant.execution == "compile"
 
 
-def _with_graphs(
-    comparison: StepComparison, ours: Sequence[Variant], batch: Batch, effort: Effort, log: Callable[[str], None]
+def with_graphs(
+    comparison: StepComparison, ours: Variant, groups: Sequence[Callable[[Variant], bool]], batch: Batch, effort: Effort
 ) -> StepComparison:
-    """The comparison, joined by graphs of ours, of the fastest eager baseline and of the fastest compiled one."""
-    fastest = [comparison.fastest(group) for group in (is_eager, is_compiled)]
-    graphs = compare_graphs(ours, [variant for variant in fastest if variant is not None], batch, effort, log)
+    """The comparison, and ours in a CUDA graph beside graphs of the fastest variant of each group."""
+    fastest = [comparison.fastest(group) for group in groups]
+    try:
+        graphs = compare_graphs([ours], [variant for variant in fastest if variant is not None], batch, effort)
+    except RuntimeError as error:  # ours could not be captured, or there is no memory for it beside the others
+        comparison.skipped[ours.graphed().name] = why_skipped(error)
+        graphs = None
+    free_memory(batch.device)  # where the GPU is lost, this says so
     return comparison if graphs is None else comparison.joined(graphs)
 
 

@@ -72,8 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure the FCMAE training step against masked dense PyTorch, after checking that both compute "
         "the same, with a baseline against its own copy as the control.",
         epilog="Writes one JSON file and its picture to --output and prints a table. Exit code 1: the results "
-        "disagree, and nothing was timed. --figure6, with a --help of its own: the paper's Figure 6, every size against "
-        "masked dense PyTorch. Ops, scaling and comparisons of results: `python -m bench` in a clone of the repository.",
+        "disagree, and nothing was timed. --figure6, with a --help of its own: the paper's Figure 6, every size "
+        "against masked dense PyTorch. Ops, scaling and comparisons: `python -m bench` in a clone of the repository.",
     )
     sizes = ", ".join(short_name(name) for name in CONFIGS)
     add = parser.add_argument
