@@ -21,7 +21,7 @@ def caveats(report: dict, timed: Iterable[dict]) -> list[str]:
 
     ``timed`` are the parts of the report with a control of their own: steps, sizes, rows, series."""
     found = []
-    if report["machine"]["device"] == "cpu":
+    if report["machine"].get("device", "cpu") == "cpu":
         found.append(allocator.sentence(report["allocator"]))
     found += [control_sentence(part.get("control")) for part in timed]
     return list(dict.fromkeys(text for text in found if text))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from convnextv2_kernels.benchmark.device import synchronize
+from convnextv2_kernels.benchmark.machine import synchronize
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from convnextv2_kernels._atomic_io import atomic_file
-from convnextv2_kernels.benchmark.arguments import short
-from convnextv2_kernels.benchmark.report import machine_line
+from convnextv2_kernels.benchmark.report import machine_line, short
 from convnextv2_kernels.benchmark.variants import SPARSE
 
 from .report import TITLES, largest_chunk

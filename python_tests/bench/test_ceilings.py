@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bench import ceilings
+from bench.__main__ import main
 from bench.ceilings import Ceilings
 from convnextv2_kernels.benchmark.counts import Work
-from convnextv2_kernels.cli.bench import main
 
 MADE_UP = Ceilings(gflops=100.0, product="matmul 512", gbytes={1000: 50.0, 10_000: 20.0, 100_000: 10.0})
 
@@ -44,25 +44,27 @@ def test_the_better_of_two_measurements_counts_rate_by_rate():
 def test_rates_count_what_is_moved_and_computed(monkeypatch, dtype):
     # One second for every call: the rate is then the count itself, in units of 10^9.
     monkeypatch.setattr(ceilings, "seconds_of", lambda call, device: call() is None or 1.0)
-    assert ceilings.copy_rate(6 * 1024, dtype, "cpu") == pytest.approx(6 * 1024e-9)
+    assert ceilings.traffic_rate(6 * 1024, dtype, "cpu") == pytest.approx(6 * 1024e-9)
+    assert ceilings.copy_rate(6 * 1024, dtype, "cpu", lambda call: 1.0) == 6 * 1024
     assert ceilings.product_rates(8, dtype, "cpu") == {"matmul 8": 2e-9 * 512, "conv1x1 8": 2e-9 * 512}
 
 
 def test_ops_alone_leave_shares_of_the_limit_and_a_chart(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ceilings, "TRAFFIC", (1 << 16, 1 << 20))
     monkeypatch.setattr(ceilings, "PRODUCTS", {"cpu": (64,)})
-    arguments = ["--quick", "--ops", "--img-size", "64", "--batch-size", "1", "--repeats", "1"]
+    arguments = ["ops", "--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "1"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
-    chart, report = sorted(tmp_path.iterdir())
-    assert chart.name.endswith("-ops.png") and chart.read_bytes().startswith(b"\x89PNG")
+    report, chart = sorted(tmp_path.iterdir())
+    assert chart.suffix == ".png" and chart.read_bytes().startswith(b"\x89PNG")
     result = json.loads(report.read_text())
-    assert result["step"] == []
+    assert result["kind"] == "ops" and set(result["host"]) == {"convnextv2_atto"}
     ops = result["ops"]["convnextv2_atto"]
     assert [copy["traffic_bytes"] for copy in ops["ceilings"]["copies"]] == [1 << 16, 1 << 20]
     for row in ops["rows"]:
-        for arm in row["arms"].values():
-            assert arm["share"] == pytest.approx(arm["limit_ms"] / arm["median_ms"]) and arm["bound"]
-            assert arm["share"] > 0
+        for variant in row["variants"].values():
+            assert variant["share"] == pytest.approx(variant["limit_ms"] / variant["median_ms"]) and variant["bound"]
+            assert variant["share"] > 0
         # the dense side has more to do
-        assert all(arm["limit_ms"] >= row["arms"]["sparse"]["limit_ms"] for arm in row["arms"].values())
-    assert "This machine at most" in capsys.readouterr().out
+        assert all(variant["limit_ms"] >= row["variants"]["sparse"]["limit_ms"] for variant in row["variants"].values())
+    out = capsys.readouterr().out
+    assert "This machine at most" in out and "host time of a block of width 40" in out

@@ -1,4 +1,4 @@
-"""bench --compare on made-up results."""
+"""bench compare on made-up results."""
 
 import copy
 import json
@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare
-from bench.quantities import flatten, read_result
+from bench.__main__ import main
+from bench.quantities import flatten
+from convnextv2_kernels.benchmark import results
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 MACHINE = {"cpu": "a cpu", "threads": 2, "torch": "2.13.0", "environment": {}}
@@ -23,13 +24,22 @@ def step_result():
         "dense nchw": {**times(300.0), "saved_bytes": 9000, "peak": None},
     }
     rows = [
-        {"op": "block", "width": 40, "side": s, "work": {"sparse": {"bytes": 7}}, "arms": {"sparse": times(2.0, 0.1)}}
+        {
+            "op": "block",
+            "width": 40,
+            "side": s,
+            "work": {"sparse": {"bytes": 7}},
+            "variants": {"sparse": times(2.0, 0.1)},
+        }
         for s in (8, 4)
     ]
     return {
+        "format": 2,
+        "kind": "step",
+        "allocator": {"mode": "constant"},
         "machine": dict(MACHINE),
         "parameters": {"batch_size": 8, "repeats": 10, "models": ["atto"]},
-        "step": [{"model": "atto", "arms": arms, "time_ratio": 3.0}],
+        "step": [{"model": "atto", "variants": arms, "time_ratio": 3.0}],
         "ops": {"atto": {"rows": rows}},
     }
 
@@ -43,7 +53,7 @@ def run(tmp_path, capsys):
         for path, result in zip(paths, (a, b), strict=True):
             path.write_text(json.dumps(result))
         report = tmp_path / "comparison.json"
-        code = compare.main([*map(str, paths), "--json", str(report), *options])
+        code = main(["compare", *map(str, paths), "--json", str(report), *options])
         return code, capsys.readouterr().out, json.loads(report.read_text())
 
     return run
@@ -72,7 +82,7 @@ def test_keys_name_things_and_not_places():
 
 def test_other_kinds():
     arm = {**times(200.0, 10.0), "images_per_s": 320.0, "saved_bytes": 7, "peak": {"bytes": None, "reason": "none"}}
-    figure = {"kind": "figure6", "machine": MACHINE, "sizes": [{"model": "tiny", "arms": {"sparse cpu": arm}}]}
+    figure = {"kind": "figure6", "machine": MACHINE, "sizes": [{"model": "tiny", "variants": {"sparse cpu": arm}}]}
     found = flatten(figure)
     assert set(found) == {f"tiny / sparse cpu / {name}" for name in ("median_ms", "images_per_s", "saved_bytes")}
     rate = found["tiny / sparse cpu / images_per_s"]
@@ -92,7 +102,7 @@ COMMITTED = [*sorted(RESULTS.glob("cpu*.json")), RESULTS / "regression_gate.json
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_equal_themselves(path, run):
-    result = read_result(path)
+    result = results.read(path)
     if not flatten(result):
         pytest.skip("rates only")
     code, out, report = run(result, result)
@@ -102,12 +112,12 @@ def test_committed_results_equal_themselves(path, run):
 
 def test_worse_better_and_noise(run):
     a, b = step_result(), step_result()
-    arms = b["step"][0]["arms"]
+    arms = b["step"][0]["variants"]
     arms["sparse"].update(times(120.0))  # slower by 20 %, quartiles apart
     arms["dense nchw"].update(times(270.0), saved_bytes=9001)  # faster; one byte more
-    b["ops"]["atto"]["rows"][0]["arms"]["sparse"] = times(2.5, 0.6)  # slower by 25 %, within the noise
-    b["ops"]["atto"]["rows"][1]["arms"]["sparse"] = times(2.09, 0.0)  # 4.5 %, below the threshold
-    a["ops"]["atto"]["rows"][1]["arms"]["sparse"] = times(2.0, 0.0)
+    b["ops"]["atto"]["rows"][0]["variants"]["sparse"] = times(2.5, 0.6)  # slower by 25 %, within the noise
+    b["ops"]["atto"]["rows"][1]["variants"]["sparse"] = times(2.09, 0.0)  # 4.5 %, below the threshold
+    a["ops"]["atto"]["rows"][1]["variants"]["sparse"] = times(2.0, 0.0)
     arms["sparse"]["peak"]["bytes"] = 5100  # 2 % of resident memory
     code, out, report = run(a, b)
     assert code == 1
@@ -123,14 +133,15 @@ def test_worse_better_and_noise(run):
 
 def test_throughput_is_better_when_higher(run):
     def result(rate):
-        return {"machine": MACHINE, "sizes": [{"model": "tiny", "arms": {"cpu": {"images_per_s": rate}}}]}
+        sizes = [{"model": "tiny", "variants": {"cpu": {"images_per_s": rate}}}]
+        return {"format": 2, "kind": "figure6", "machine": MACHINE, "parameters": {}, "left_out": {}, "sizes": sizes}
 
     assert run(result(100), result(120))[2]["better"] and run(result(100), result(80))[0] == 1
 
 
 def test_from_nothing_is_worse(run):
     a, b = step_result(), step_result()
-    a["step"][0]["arms"]["sparse"]["saved_bytes"] = 0
+    a["step"][0]["variants"]["sparse"]["saved_bytes"] = 0
     code, out, report = run(a, b)
     assert code == 1 and report["worse"][0]["change"] is None and "from 0" in out
 
@@ -148,19 +159,19 @@ def test_from_nothing_is_worse(run):
 def test_times_of_other_machines_do_not_count(where, name, value, run):
     a, b = step_result(), step_result()
     b[where][name] = value
-    b["step"][0]["arms"]["sparse"].update(times(200.0))
+    b["step"][0]["variants"]["sparse"].update(times(200.0))
     code, out, report = run(a, b)
     assert code == 0 and "Warning" in out and f"{name}: " in out and f"{value} in B" in out
     assert keys(report["not_comparable"]) == ["step / atto / sparse / median_ms"] and "1 not comparable" in out
     assert run(a, b, "--ignore-machine")[0] == 1
-    b["step"][0]["arms"]["sparse"]["saved_bytes"] += 1  # what is counted counts on every machine
+    b["step"][0]["variants"]["sparse"]["saved_bytes"] += 1  # what is counted counts on every machine
     assert run(a, b)[0] == 1
 
 
 def test_what_only_one_has_is_listed(run):
     a, b = step_result(), step_result()
     b["parameters"]["repeats"], b["parameters"]["models"] = 3, []  # no difference in the work
-    b["step"][0]["arms"]["triton"] = b["step"][0]["arms"].pop("dense nchw")
+    b["step"][0]["variants"]["triton"] = b["step"][0]["variants"].pop("dense nchw")
     code, out, report = run(a, b)
     assert code == 0 and "Warning" not in out and "2 only in A, 2 only in B" in out
     assert "only in A: step / atto / dense nchw / median_ms" in out and len(report["only_in_b"]) == 2
@@ -173,19 +184,30 @@ def test_bad_input(tmp_path, capsys):
     other["step"][0]["model"], other["ops"] = "huge", {}
     contents = {
         "text.json": ("no json", "is not JSON"),
-        "list.json": ("[1, 2]", "expected an object with the key 'machine'"),
-        "empty.json": (json.dumps({"machine": MACHINE, "gflops": 3}), "expected times, bytes or counts in it"),
+        "list.json": ("[1, 2]", "expected an object"),
+        "empty.json": (json.dumps({**step_result(), "step": [], "ops": {}}), "expected times, bytes or counts in it"),
         "other.json": (json.dumps(other), "have no number in common"),
     }
     for name, (content, message) in contents.items():
         (tmp_path / name).write_text(content)
-        assert compare.main([str(good), str(tmp_path / name)]) == 2
+        assert main(["compare", str(good), str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.count("\n") == 1 and not captured.out
-    assert compare.main([str(good), str(tmp_path / "absent.json")]) == 2
+    assert main(["compare", str(good), str(tmp_path / "absent.json")]) == 2
     assert "absent.json cannot be read: No such file or directory" in capsys.readouterr().err
-    assert compare.main([str(good), str(good), "--json", str(tmp_path / "nowhere" / "x.json")]) == 2
+    assert main(["compare", str(good), str(good), "--json", str(tmp_path / "nowhere" / "x.json")]) == 2
     assert "cannot be written: No such file or directory" in capsys.readouterr().err
     with pytest.raises(SystemExit) as caught:
-        compare.main([str(good), str(good), "--threshold", "-1"])
-    assert caught.value.code == 2 and "'-1' is not a percentage of at least 0" in capsys.readouterr().err
+        main(["compare", str(good), str(good), "--threshold", "-1"])
+    assert caught.value.code == 2 and "expected a percentage, 0 or more, got '-1'" in capsys.readouterr().err
+
+
+def test_times_beside_a_control_that_is_off_do_not_count(run):
+    a, b = step_result(), step_result()
+    b["step"][0]["variants"]["sparse"].update(times(200.0))
+    b["step"][0]["control"] = {"of": "dense nchw", "ratio": 1.2, "tolerance": 0.03, "valid": False}
+    code, out, report = run(a, b)
+    assert code == 0 and "B: INVALID: a copy of dense nchw took 1.200 times as long" in out
+    assert keys(report["not_comparable"]) == ["step / atto / sparse / median_ms"]
+    b["step"][0]["control"] = {"of": "dense nchw", "ratio": 1.01, "tolerance": 0.03, "valid": True}
+    assert run(a, b)[0] == 1

@@ -1,6 +1,6 @@
-"""Other engines as arms: against stand-ins that keep to each library's interface, and the real ones where installed.
+"""Other engines as variants: against stand-ins that keep to each library's interface, and real ones where installed.
 
-An adapter that confuses the order of coordinates, taps or rows fails the gate on a stand-in; the gate has to see it.
+An adapter that confuses the order of coordinates, taps or rows fails the check on a stand-in; the check has to see it.
 """
 
 import re
@@ -12,7 +12,7 @@ from helpers.sparse_engines import FAKES, Fault, shuffled
 
 from bench.ops.cases import SPECS
 from bench.ops.engine_adapters import row_orders, site_coordinates
-from bench.ops.engines import available, peer_arms
+from bench.ops.engines import available, engine_variants
 from bench.ops.measure import OpCase, pack
 from convnextv2_kernels import random_mask
 
@@ -72,7 +72,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
         "spconv": "spconv is not installed",
     }
     assert available() == expected
-    assert peer_arms(make_case()) == ({}, expected)
+    assert engine_variants(make_case()) == ({}, expected)
 
 
 def test_an_import_that_fails_says_how(install, monkeypatch, tmp_path):
@@ -90,13 +90,13 @@ def test_an_import_that_fails_says_how(install, monkeypatch, tmp_path):
 
 def test_right_engines_pass_with_maps_built_once(install):
     faults = install()
-    arms, reasons = peer_arms(make_case())
+    variants, reasons = engine_variants(make_case())
     assert reasons == {}
-    assert {label: arm.comparable for label, arm in arms.items()} == {
+    assert {label: variant.comparable for label, variant in variants.items()} == {
         label: name != "spconv" for name, label in LABELS.items()
     }
-    for arm in arms.values():
-        arm.forward_backward()
+    for variant in variants.values():
+        variant.forward_backward()
     assert {name: fault.built for name, fault in faults.items()} == dict.fromkeys(FAKES, 1)
 
 
@@ -104,27 +104,27 @@ def test_right_engines_pass_with_maps_built_once(install):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("taps", "GateError: .*C=6 s=2: . of 4 results disagree"),
-        ("rows", "GateError: .*C=6 s=2: . of 4 results disagree"),
-        ("numbers", "GateError: .*C=6 s=2: . of 4 results disagree"),
+        ("taps", "CorrectnessError: .*C=6 s=2: . of 4 results disagree"),
+        ("rows", "CorrectnessError: .*C=6 s=2: . of 4 results disagree"),
+        ("numbers", "CorrectnessError: .*C=6 s=2: . of 4 results disagree"),
         ("sites", "ValueError: the engine holds"),
         ("raises", "RuntimeError: this engine is broken"),
     ],
 )
 def test_a_faulty_engine_is_left_out_and_the_others_stay(install, name, kind, reason):
     install(**{name: kind})
-    arms, reasons = peer_arms(make_case())
-    assert set(arms) == set(LABELS.values()) - {LABELS[name]}
+    variants, reasons = engine_variants(make_case())
+    assert set(variants) == set(LABELS.values()) - {LABELS[name]}
     assert set(reasons) == {name}
     assert re.match(reason, reasons[name])
 
 
 def test_only_visible_float32_depthwise_cases_have_peers(install):
     install()
-    assert peer_arms(make_case("layer_norm")) == ({}, {})
-    assert peer_arms(make_case(dtype=torch.bfloat16)) == ({}, {})
+    assert engine_variants(make_case("layer_norm")) == ({}, {})
+    assert engine_variants(make_case(dtype=torch.bfloat16)) == ({}, {})
     nothing = make_case(mask=torch.ones_like(MASK))
-    assert peer_arms(nothing) == ({}, dict.fromkeys(FAKES, "the case has no visible site"))
+    assert engine_variants(nothing) == ({}, dict.fromkeys(FAKES, "the case has no visible site"))
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_only_visible_float32_depthwise_cases_have_peers(install):
 def test_real_engines_pass_the_gate_and_give_the_same_again(name, module, width, side):
     pytest.importorskip(module, exc_type=ImportError)
     case = OpCase(BY_NAME["depthwise_conv"], width, side, MASK, torch.float32, seed=1)
-    arms, reasons = peer_arms(case)
+    variants, reasons = engine_variants(case)
     assert name not in reasons
-    (arm,) = (arm for label, arm in arms.items() if label.startswith(name))
-    (first, first_grads), (again, again_grads) = arm.forward_backward(), arm.forward_backward()
+    (variant,) = (variant for label, variant in variants.items() if label.startswith(name))
+    (first, first_grads), (again, again_grads) = variant.forward_backward(), variant.forward_backward()
     # One thread, the same program and the same maps: nothing may depend on how often it ran.
     assert torch.equal(first, again)
     assert all(torch.equal(a, b) for a, b in zip(first_grads, again_grads, strict=True))

@@ -1,4 +1,4 @@
-"""bench/gpu_check.py: what can be tested of it without a GPU."""
+"""bench gpu: what can be tested of it without a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnextv2_kernels.backends import triton
+from convnextv2_kernels.backends.triton import backend as triton_backend
+from convnextv2_kernels.benchmark.variants import run_by
 
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = os.environ.get("CONVNEXTV2_KERNELS_CUDA_EMULATION")
@@ -23,10 +25,9 @@ needs_triton = pytest.mark.skipif(triton.load_error() is not None, reason=str(tr
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def gpu():
     """Imports a module of bench/gpu."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    return lambda name: importlib.import_module(f"gpu.{name}")
+    return lambda name: importlib.import_module(f"bench.gpu.{name}")
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_time_limit_holds(run_stages):
 
 
 def test_a_stage_may_skip_itself(run_stages):
-    source = "from gpu.setting import Skip\ndef run(setting, recorder):\n    raise Skip('no such tool')\n"
+    source = "from bench.gpu.setting import Skip\ndef run(setting, recorder):\n    raise Skip('no such tool')\n"
     stage = run_stages(absent=source)["absent"]
     assert stage["status"] == "skipped" and stage["reason"] == "no such tool"
 
@@ -122,11 +123,10 @@ class Counting:
 
 def test_counted_bytes_are_those_of_the_tensors(gpu):
     """Never more than all tensors of a call have, and not much less: what is left out is small."""
-    from convnextv2_kernels.backends import cpu, native
+    from convnextv2_kernels.backends import native
 
     if native.load_error is not None:
         pytest.skip(native.load_error)
-    assert cpu.extension is not None
     cases, conv, rows, operators = (gpu(name) for name in ("cases", "conv_cases", "row_cases", "operators"))
     counting = Counting(torch.ops.convnextv2_kernels)
     draw = operators.Draw("meta", torch.bfloat16)
@@ -177,21 +177,6 @@ def test_busy_share_counts_overlaps_once(gpu):
     assert profiling.busy_share([(0, 2), (1, 3), (6, 10)]) == pytest.approx(0.7)
     assert profiling.kind("void cnx::cuda::conv_patch<float>") == "own kernels"
     assert profiling.kind("nvjet_tst_128x256_64x4") == "matrix products"
-
-
-def test_ratios(gpu):
-    ratios = gpu("step_timing").ratios
-    rows = {
-        "ours eager": {"ms_median": 2.0, "peak_step_MiB": 10.0, "parameters_MiB": 10.0},
-        "dense a": {"ms_median": 12.0, "peak_step_MiB": 60.0, "parameters_MiB": 10.0},
-        "dense b": {"ms_median": 10.0, "peak_step_MiB": 90.0, "parameters_MiB": 10.0},
-        "dense c": {"error": "out of memory"},
-    }
-    got = ratios(rows, "ours eager")
-    assert got["fastest_dense"] == "dense b" and got["time_dense_over_ours_eager"] == 5.0
-    assert got["frugal_dense"] == "dense a" and got["peak_step_dense_over_ours"] == 6.0
-    assert got["peak_with_parameters_dense_over_ours"] == 3.5
-    assert ratios({"ours eager": {"error": "x"}, "dense b": rows["dense b"]}, "ours eager") == {}
 
 
 def test_junit_report(gpu, tmp_path):
@@ -299,13 +284,15 @@ def test_lines_of_fused_products(gpu):
 def test_ours_by_other_backends(gpu, tmp_path):
     step, setting = gpu("step"), gpu("setting")
     here = setting.Setting(str(tmp_path), time.time() + 60, True, "reference")
-    contest = gpu("step_arms").Contest("atto", 1, here)
-    other = step.served_by(contest, "auto")
-    assert contest.setting.backend == "reference" and other.setting.backend == "auto" and other.model is contest.model
-    rows = step.against_backends(contest, {"auto": other})["steps"]
-    assert list(rows) == ["ours eager", "ours eager by auto"] and all(row["ms_median"] > 0 for row in rows.values())
-    assert rows["ours eager"]["backend"] == "reference"
-    assert rows["ours eager by auto"]["backend"] == step.serving("auto", "cpu") != "auto"
+    contest = step.Contest.make("atto", 1, here)
+    other = run_by(contest.base, "auto")
+    assert contest.ours.backend == "reference" and other.model is contest.ours.model
+    found = step.against_backends(contest, [other], here)
+    rows = found["variants"]
+    assert list(rows) == ["sparse reference", "sparse auto"] and all(row["median_ms"] > 0 for row in rows.values())
+    assert found["control"]["of"] in rows and "samples_ms" not in rows["sparse auto"]
+    assert rows["sparse reference"]["run_by"] == "reference"
+    assert rows["sparse auto"]["run_by"] == step.running("auto", "cpu") != "auto"
 
 
 @needs_triton
@@ -314,14 +301,15 @@ def test_triton_stages_are_skipped_where_nothing_runs_them(gpu, monkeypatch, tmp
     monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(setting.Skip, match="needs TRITON_INTERPRET=1"):
         gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9, True))
-    monkeypatch.setattr(triton, "_load_error", "triton is not installed")
-    with pytest.raises(setting.Skip, match="triton cannot serve: triton is not installed"):
+    monkeypatch.setattr(triton_backend, "_load_error", "triton is not installed")
+    with pytest.raises(setting.Skip, match="triton cannot run: triton is not installed"):
         gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9))
 
 
 def check(*arguments: str, **more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "bench" / "gpu_check.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, **more})
+    command = [sys.executable, "-m", "bench", "gpu", *arguments]
+    environment = {**os.environ, **more}
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
 
 
 @needs_triton
@@ -340,7 +328,7 @@ def test_dry_run_of_the_triton_stages(tmp_path):
     for op in ("pointwise_mlp", "gathered_pointwise_mlp", "convnextv2_block"):
         key = f"{op} uniform 4 c8 float16"
         assert smoke["checks"][key] == "ok, forward fused, backward fused (plan: for tests)"
-        assert "auto picks" in smoke["skipped"][f"{key} by cuda+triton"]
+        assert "cuda+triton cannot run" in smoke["skipped"][f"{key} by cuda+triton"]
     assert all(row["cold_us"] > 0 and row["MB"] > 0 for row in kernels["kernels"].values())
     operators = {name.split()[0] for name in kernels["kernels"]}
     assert len(operators) >= 23 and not operators & {"torch", "layout_from_kept", "neighbour_slots"}
@@ -394,7 +382,7 @@ def test_dry_run(gpu, tmp_path):
     assert result["tests"]["counts"]["passed"] > 0 and not result["tests"]["failing"]
     assert all(row["cold_us"] > 0 and row["MB"] > 0 for row in result["kernels"]["kernels"].values())
     (step,) = result["step"]["eager"].values()
-    assert len(step["steps"]) == 10 and step["time_dense_over_ours_eager"] > 0
+    assert len(step["variants"]) == 10 and step["ratios"]["throughput"] > 0 and step["control"]["ratio"] > 0
     assert result["step"]["skipped"] == {"atto n1 graph": "no GPU: CUDA graphs"}
     assert list(result["profile"]["steps"]) == ["atto n1 ours eager"]
     assert "calls: " in (tmp_path / "memcheck.log").read_text()

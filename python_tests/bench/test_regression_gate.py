@@ -1,6 +1,5 @@
-"""bench/regression_gate.py: what it catches, on the smallest model, and that the committed baseline holds."""
+"""bench gate: what it catches, on the smallest model, and that the committed baseline holds."""
 
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,22 +8,24 @@ import pytest
 import torch
 
 import convnextv2_kernels as ck
+from bench.__main__ import main
+from bench.gate import command
+from bench.gate.judge import differing
+from convnextv2_kernels.backends.cpu import CPUBackend
 from convnextv2_kernels.ops import norm
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = "op / convnextv2_block cpu / "
 
-no_extension = ck.backends.why_not("cpu", "cpu", torch.float32)
+no_extension = ck.backends.unsupported_reason("cpu", "cpu", torch.float32)
 pytestmark = pytest.mark.skipif(no_extension is not None, reason=str(no_extension))
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """The script, set to one model."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    module = importlib.import_module("regression_gate")
-    monkeypatch.setattr(module.steps, "SIZES", ("atto",))
-    return module
+    """The program, set to one model."""
+    monkeypatch.setattr(command.steps, "SIZES", ("atto",))
+    return command
 
 
 @pytest.fixture
@@ -37,12 +38,12 @@ def baseline(gate):
 
 @pytest.fixture
 def check(gate, tmp_path, capsys):
-    """Runs the script against a baseline; returns (exit code, standard output, standard error)."""
+    """Runs the program against a baseline; returns (exit code, standard output, standard error)."""
 
     def check(baseline, *options):
         path = tmp_path / "baseline.json"
         path.write_text(baseline if isinstance(baseline, str) else json.dumps(baseline))
-        code = gate.main(["--baseline", str(path), *(options or ("--skip-instructions",))])
+        code = main(["gate", "--baseline", str(path), *(options or ("--skip-instructions",))])
         return code, *capsys.readouterr()
 
     return check
@@ -52,10 +53,12 @@ def check(gate, tmp_path, capsys):
 def only_ops(gate, monkeypatch, baseline):
     """The gate on two ops, for speed, and their baseline."""
     names = ("convnextv2_block", "layer_norm")
-    monkeypatch.setattr(gate.operators, "CALLS", {name: gate.operators.CALLS[name] for name in names})
+    monkeypatch.setattr(gate.operators, "OPS", names)
     monkeypatch.setattr(gate.operators, "DENSE", ())
     monkeypatch.setattr(gate.steps, "measure", lambda sizes, log: {"none": {"saved_bytes": 0}})
     baseline["step"] = {"none": {"saved_bytes": 0}}
+    monkeypatch.setattr(gate.host, "measure", lambda log: {"none": {"dispatches": 0}})
+    baseline["host"] = {"none": {"dispatches": 0}}
     baseline["op"] = {name: numbers for name, numbers in baseline["op"].items() if name.split()[0] in names}
     baseline["op"] = {name: numbers for name, numbers in baseline["op"].items() if " dense " not in name}
     return baseline
@@ -65,14 +68,13 @@ def test_the_committed_baseline_holds(check, baseline, gate):
     code, out, err = check(baseline)
     assert code == 0, out + err
     assert "not compared" in out and "--skip-instructions was given" in out
-    differing = importlib.import_module("gate.judge").differing
     if differing(("torch",), baseline["software"], {"torch": torch.__version__}) is None:
-        counted = sum(key.split(" / ")[0] in ("step", "op") for key in gate.flat(baseline))
+        counted = sum(key.split(" / ")[0] in ("step", "op", "host") for key in gate.flat(baseline))
         assert f"{counted} quantities compared, 0 worse or missing, 0 better" in out
 
 
 def test_every_op_and_both_kinds_of_kernels_are_counted(gate, baseline):
-    assert set(gate.operators.CALLS) == set(ck.ops.__all__)
+    assert set(gate.operators.OPS) == set(ck.ops.__all__)
     assert {name.removesuffix(" dense cpu").removesuffix(" cpu") for name in baseline["op"] if "cpu" in name} == set(
         ck.ops.__all__
     )
@@ -112,10 +114,8 @@ def test_one_more_saved_tensor_is_caught(check, only_ops, monkeypatch):
 
 
 def test_one_more_operator_is_caught(check, only_ops, monkeypatch):
-    from convnextv2_kernels.backends.cpu import primitives
-
-    kernel = primitives.column_sum
-    monkeypatch.setattr(primitives, "column_sum", lambda x: kernel(x) + 0 * kernel(x))
+    kernel = CPUBackend.column_sum
+    monkeypatch.setattr(CPUBackend, "column_sum", lambda self, x: kernel(self, x) + 0 * kernel(self, x))
     code, out, _ = check(only_ops)
     calls = only_ops["op"]["convnextv2_block cpu"]["own_calls"]
     assert code == 1 and f"WORSE: {BLOCK}own_calls: baseline {calls:,}, found {calls + 1:,}" in out
@@ -194,7 +194,7 @@ def test_instructions_of_a_built_driver(gate, baseline):
     if shutil.which("valgrind") is None or not driver.exists():
         pytest.skip("needs valgrind and the driver, which `make ctest` builds")
     facts, sections = gate.instructions.count(driver)
-    assert {**facts, "torch": ""}.keys() == baseline["software"].keys()
+    assert {**facts, "torch": "", "python": ""}.keys() == baseline["software"].keys()
     assert {k: v.keys() for k, v in sections.items()} == {k: baseline[k].keys() for k in sections}
     assert min(numbers["instructions"] for section in sections.values() for numbers in section.values()) > 1000
 
@@ -225,4 +225,19 @@ def test_bad_baselines(check, gate, baseline):
     ):
         code, out, err = check(given)
         assert code == 2 and message in err and not out
-    assert gate.main(["--baseline", "nowhere/b.json"]) == 2
+    assert main(["gate", "--baseline", "nowhere/b.json"]) == 2
+
+
+def test_one_more_python_call_and_one_more_dispatch_are_caught(gate, baseline, monkeypatch):
+    found = gate.host.measure()
+    assert set(found) == set(baseline["host"]) and all(n > 0 for counts in found.values() for n in counts.values())
+    assert found == gate.host.measure()  # every run counts the same
+    forward = ck.nn.ConvNeXtV2Block.forward
+
+    def slower(self, x, layout=None):
+        return forward(self, x, layout) + 0
+
+    monkeypatch.setattr(ck.nn.ConvNeXtV2Block, "forward", slower)
+    counts = gate.host.measure()["packed block, forward"]
+    before = found["packed block, forward"]
+    assert counts["python_calls"] > before["python_calls"] and counts["dispatches"] == before["dispatches"] + 1

@@ -10,10 +10,11 @@ from convnextv2_kernels import backends, random_mask, schedule
 from convnextv2_kernels.benchmark import counts
 from convnextv2_kernels.benchmark.variants import make_batch, make_sparse
 from convnextv2_kernels.models import CONFIGS
+from convnextv2_kernels.settings import override
 
 XS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
 needs_schedule = pytest.mark.skipif(
-    backends.why_not("cpu", "cpu", torch.float32) is not None, reason="the reference runs no schedule"
+    backends.unsupported_reason("cpu", "cpu", torch.float32) is not None, reason="the reference runs no schedule"
 )
 
 
@@ -105,20 +106,22 @@ def test_only_notices_of_the_profiler_are_dropped(capfd):
 
 def hidden_chunks(batches, img_size=64):
     """Of atto with one visible patch of four an image: 64 rows an image in stage 1."""
-    arm = make_sparse("convnextv2_atto", seed=0)
+    sparse = make_sparse("convnextv2_atto", seed=0)
     blocks = scaling_memory.names_of_blocks(CONFIGS["convnextv2_atto"].depths, 1)
     points = []
     for size in batches:
         batch = make_batch(size, img_size, seed=0)
-        arm.step(batch)
-        points.append((size, scaling_memory.step_memory(lambda batch=batch: arm.step(batch), blocks, "cpu")["hidden"]))
+        sparse.step(batch)
+        points.append(
+            (size, scaling_memory.step_memory(lambda batch=batch: sparse.step(batch), blocks, "cpu")["hidden"])
+        )
     return points
 
 
 @needs_schedule
-def test_hidden_chunk_does_not_grow_with_the_batch(monkeypatch):
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(2 * 64 * 160 * 4))
-    points = hidden_chunks((2, 4, 6))
+def test_hidden_chunk_does_not_grow_with_the_batch():
+    with override(chunk_bytes=2 * 64 * 160 * 4):
+        points = hidden_chunks((2, 4, 6))
     verdict = scaling_memory.chunk_verdict(points)
     assert verdict["bounded"] is True and verdict["cut"] == ["stage 1"]
     for size, hidden in points:
@@ -129,9 +132,9 @@ def test_hidden_chunk_does_not_grow_with_the_batch(monkeypatch):
 
 
 @needs_schedule
-def test_one_chunk_for_the_whole_batch_is_told(monkeypatch):
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(1 << 30))
-    points = hidden_chunks((2, 4))
+def test_one_chunk_for_the_whole_batch_is_told():
+    with override(chunk_bytes=1 << 30):
+        points = hidden_chunks((2, 4))
     first, last = (hidden["stage 1"]["chunk_bytes"] for _, hidden in points)
     assert last == 2 * first
     verdict = scaling_memory.chunk_verdict(points)
@@ -140,12 +143,12 @@ def test_one_chunk_for_the_whole_batch_is_told(monkeypatch):
 
 @needs_schedule
 def test_a_schedule_that_ignores_its_rule_is_told(monkeypatch):
-    def one_chunk(rows, hidden, itemsize, budget):
-        yield schedule.Chunk(0, rows.images, 0, rows.total, (rows.offsets, rows.rows_per_slot, rows.images))
+    def one_chunk(images, rows, hidden, itemsize, budget):
+        return [schedule.Chunk(0, images.count, 0, rows, images)]
 
     monkeypatch.setattr(schedule, "chunks", one_chunk)
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "1")
-    verdict = scaling_memory.chunk_verdict(hidden_chunks((1, 4)))
+    with override(chunk_bytes=1):
+        verdict = scaling_memory.chunk_verdict(hidden_chunks((1, 4)))
     assert verdict["bounded"] is False
     # 80 rows, half the hidden width, are allowed; four images have 256.
     assert f"stage 1: a hidden tensor has {256 * 640} bytes, the rule allows {80 * 640}" in verdict["reason"]

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from bench.scaling import command as scaling_cli
+from bench.__main__ import main
 from bench.scaling import measure as scaling
 from convnextv2_kernels.benchmark.variants import SPARSE
 
@@ -12,7 +12,7 @@ ALONE = [*TINY, "--no-dense", "--img-sizes", "--mask-ratios"]
 
 
 def run(output, *arguments):
-    return scaling_cli.main([*arguments, "--output", str(output)])
+    return main(["scaling", *arguments, "--output", str(output)])
 
 
 def read(output):
@@ -23,14 +23,15 @@ def test_a_run_leaves_json_csv_and_picture(tmp_path, capsys):
     axes = ["--batch-sizes", "1", "2", "3", "--img-sizes", "32", "64", "--mask-ratios", "0"]
     assert run(tmp_path, *TINY, *axes) == 0
     result = read(tmp_path)
-    assert result["kind"] == "scaling" and result["gate"]["results"] > 50
+    assert result["kind"] == "scaling" and result["correctness"]["results"] > 50
     by_axis = {series["axis"]: series for series in result["series"]}
     assert list(by_axis) == list(scaling.AXES)
     assert by_axis["img_size"]["left_out"] == {"batch 1, 32 px, mask ratio 0.6": "no patch is visible"}
     batch = by_axis["batch_size"]
+    assert batch["control"]["of"].startswith("dense, batch 3") and batch["control"]["ratio"] > 0
     assert [point["visible_pixels"] for point in batch["points"]] == [1024, 2048, 3072]
     for point in batch["points"]:
-        ours, dense = point["arms"][SPARSE], point["arms"][scaling.DENSE]
+        ours, dense = point["variants"][SPARSE], point["variants"][scaling.DENSE]
         assert len(ours["samples_ms"]) == len(dense["samples_ms"]) == 2
         assert ours["saved_bytes"] < dense["saved_bytes"] and ours["working_bytes"] > 0
         assert dense["hidden"] == {}
@@ -39,7 +40,7 @@ def test_a_run_leaves_json_csv_and_picture(tmp_path, capsys):
     saved = batch["fit"]["saved_bytes"]
     assert saved["linear"] is True and saved["exponent"] == pytest.approx(1, abs=0.01)
     largest = batch["points"][-1]
-    assert largest["ideal"]["median_ms"] == pytest.approx(largest["arms"][SPARSE]["median_ms"])
+    assert largest["ideal"]["median_ms"] == pytest.approx(largest["variants"][SPARSE]["median_ms"])
     assert batch["hidden_chunk"]["bounded"] is False  # three tiny images fit in a chunk
     assert by_axis["mask_ratio"]["fit"]["median_ms"] is None
     rows = list(csv.DictReader((tmp_path / "scaling.csv").open()))
@@ -84,16 +85,16 @@ def test_spent_budget_names_what_it_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--batch-sizes", "1", "0"], "'0' is not a whole number of at least 1"),
-        (["--img-sizes", "100"], "'100' is not a multiple of 32"),
-        (["--mask-ratios", "1.0"], "'1.0' is not a number from 0 to below 1"),
-        (["--model", "giant"], "'giant' is not one of convnextv2_atto"),
+        (["--batch-sizes", "1", "0"], "expected a whole number above 0, got '0'"),
+        (["--img-sizes", "100"], "expected a side in pixels, a multiple of 32, got '100'"),
+        (["--mask-ratios", "1.0"], "expected a number of at least 0 and below 1, got '1.0'"),
+        (["--model", "giant"], "expected one of convnextv2_atto"),
         (["--backend", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_bad_input(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        scaling_cli.main(arguments)
+        main(["scaling", *arguments])
     assert caught.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -105,7 +106,7 @@ def test_a_backend_that_cannot_serve(tmp_path, capsys):
 
 
 def test_points_come_cheapest_first_and_once():
-    settings = scaling.Settings(batch_size=2, img_size=224)
+    settings = scaling.ScalingSettings(batch_size=2, img_size=224)
     points = scaling.points_of("mask_ratio", [0.0, 0.9, 0.6, 0.6], settings)
     assert [point.mask_ratio for point in points] == [0.9, 0.6, 0.0]
     assert [point.visible for point in points] == [2 * int(49 * (1 - ratio)) for ratio in (0.9, 0.6, 0.0)]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from convnextv2_kernels import random_mask
-from convnextv2_kernels.benchmark.baseline import MaskedDenseFCMAE, Variant, eager_variants, encoder_sizes
+from convnextv2_kernels.benchmark.baseline import Baseline, MaskedDenseFCMAE, baselines, encoder_sizes
 from convnextv2_kernels.models import FCMAE
 
 
@@ -23,7 +23,7 @@ def results(model, images, mask):
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-@pytest.mark.parametrize("variant", eager_variants(), ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", baselines(), ids=lambda v: v.name)
 def test_equals_the_sparse_model(variant, norm_pix_loss):
     sparse = small_fcmae(norm_pix_loss)
     dense = MaskedDenseFCMAE.from_state_dict(sparse.state_dict(), norm_pix_loss, variant)
@@ -49,11 +49,11 @@ def test_sizes_are_read_from_the_state_dict():
         encoder_sizes({"stages.0.0.dwconv.weight": torch.zeros(1)})
 
 
-def test_unknown_variants_are_refused():
+def test_unknown_baselines_are_refused():
     with pytest.raises(ValueError, match="layout is 'nhwc', expected one of"):
-        Variant("nhwc", "linear")
+        Baseline("nhwc", "linear")
     with pytest.raises(ValueError, match="pointwise is 'conv', expected one of"):
-        Variant("nchw", "conv")
+        Baseline("nchw", "conv")
 
 
 def test_weights_are_copies():

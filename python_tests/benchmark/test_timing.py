@@ -1,9 +1,17 @@
 import itertools
+from collections import Counter
 
 import pytest
 
-from convnextv2_kernels.benchmark.options import Budget
-from convnextv2_kernels.benchmark.timing import rounds_for, summarize, time_interleaved
+from convnextv2_kernels.benchmark.timing import (
+    Budget,
+    Control,
+    control_sentence,
+    orders,
+    rounds_for,
+    summarize,
+    time_interleaved,
+)
 
 
 class Clock:
@@ -27,11 +35,30 @@ def test_each_arm_gets_its_own_time():
     assert samples == {"a": [1.0] * 5, "b": [2.0] * 5}
 
 
-def test_rounds_rotate():
+def test_every_round_runs_each_once():
     calls = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     time_interleaved(steps, 4)
-    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
+    assert len(calls) == 12 and all(set(calls[i : i + 3]) == set("abc") for i in range(0, 12, 3))
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_each_follows_each_other_equally_often(count):
+    rows = orders(count)
+    assert all(sorted(row) == list(range(count)) for row in rows)
+    pairs = Counter(pair for row in rows for pair in itertools.pairwise(row))
+    assert len(pairs) == count * (count - 1) and len(set(pairs.values())) <= 1
+
+
+def test_a_control_is_valid_within_three_percent():
+    assert Control.from_samples("x", [1.0, 1.0, 1.0], [1.02, 1.03, 5.0]).valid
+    off = Control.from_samples("x", [1.0] * 3, [1.04] * 3)
+    assert not off.valid and off.to_json() == {"of": "x", "ratio": 1.04, "tolerance": 0.03, "valid": False}
+    assert "INVALID: a copy of x took 1.040 times as long" in control_sentence(off.to_json())
+    none = Control("x", None, "out of memory")
+    assert not none.valid and control_sentence(none.to_json()) == "INVALID: no control, out of memory"
+    assert control_sentence(Control("x", 0.99).to_json()) is None
+    assert control_sentence(None) == "measured without a control"
 
 
 @pytest.mark.parametrize(("deadline", "rounds"), [(0.0, 3), (4.5, 5), (100.0, 6)])
