@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as nvcc reports them; needs no GPU.
 
     python -m bench resources cuda            # a table
-    python -m bench resources cuda --write    # and bench/results/cuda_resources.json, which docs/kernels.md shows
+    python -m bench resources cuda --write    # and bench/results/cuda_resources.json, for docs/kernels/gpu.md
 
 A source is compiled again only when it or a header changed (``build/resources``).
 """

@@ -40,7 +40,7 @@ def _mib(count: float) -> str:
 
 
 def choices(report: dict) -> str:
-    """Tables of docs/kernels.md: products by library, what is kept for backward, chunk sizes."""
+    """Tables of docs/kernels/mlp.md: products by library, what is kept for backward, chunk sizes."""
     lines = [
         "Matrix products, GFLOP/s, warm:",
         "",
@@ -71,7 +71,7 @@ def choices(report: dict) -> str:
 
 
 def intel_products(report: dict) -> str:
-    """Table of docs/kernels.md: MKL against oneDNN on an Intel processor."""
+    """Table of docs/kernels/mlp.md: MKL against oneDNN on an Intel processor."""
     kinds = ("", " input gradient", " weight gradient", " second input gradient", " second weight gradient")
     lines = [
         "Matrix products, GFLOP/s, warm, mm / oneDNN:",
@@ -97,7 +97,7 @@ def _columns(table: dict) -> list[str]:
 
 
 def resources(report: dict) -> str:
-    """Table of docs/kernels.md: what nvcc makes of each kernel template, the largest of its instantiations."""
+    """Table of docs/kernels/gpu.md: what nvcc makes of each kernel template, the largest of its instantiations."""
     archs = report["architectures"]
     lines = [
         f"nvcc {report['nvcc']}, the most of all instantiations:",
@@ -112,7 +112,7 @@ def resources(report: dict) -> str:
 
 
 def triton_resources(report: dict) -> str:
-    """Table of docs/kernels.md: what Triton makes of each kernel, the largest over all that were compiled."""
+    """Table of docs/kernels/gpu.md: what Triton makes of each kernel, the largest over all that were compiled."""
     targets = report["targets"]
     lines = [
         f"Triton {report['triton']}, the most of all compiled, float64 apart:",
@@ -230,11 +230,11 @@ def contents() -> list[tuple[str, str, str]]:
         ("docs/benchmarks.md", "engines", engines(results.read(ENGINES))),
         ("docs/benchmarks.md", "scaling", scaling(results.read(SCALING))),
         ("docs/benchmarks.md", "fused_malloc", fused_other(results.read(FUSED_OTHER))),
-        ("docs/kernels.md", "results", choices(results.read(CHOICES))),
-        ("docs/kernels.md", "intel", intel_products(results.read(CHOICES_INTEL))),
-        ("docs/kernels.md", "resources", resources(results.read(RESOURCES))),
+        ("docs/kernels/mlp.md", "results", choices(results.read(CHOICES))),
+        ("docs/kernels/mlp.md", "intel", intel_products(results.read(CHOICES_INTEL))),
+        ("docs/kernels/gpu.md", "resources", resources(results.read(RESOURCES))),
         ("docs/training.md", "evidence", training(results.read(TRAINING))),
-        ("docs/kernels.md", "triton", triton_resources(results.read(TRITON_RESOURCES))),
+        ("docs/kernels/gpu.md", "triton", triton_resources(results.read(TRITON_RESOURCES))),
     ]
 
 

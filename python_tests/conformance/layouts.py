@@ -1,4 +1,4 @@
-"""Named masks of the suite: every kind of batch a layout has to describe."""
+"""Named masks of the suite: every kind of batch that a layout must support."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _COUNTS = {
 }
 LAYOUTS = tuple(_COUNTS)
 _COUNTS["six_of_nine"] = ((3, 3), (6, 6))  # of bench/gate, no case of the suite
-# no multiple of any tile, and a map smaller than every kernel
+# not a multiple of any tile, and a map smaller than every kernel
 DENSE_SIZES = {"dense_7x7": (7, 7), "dense_14x9": (14, 9), "dense_28x30": (28, 30), "dense_1x5": (1, 5)}
 
 
