@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from convnextv2_kernels.benchmark import variants
 from convnextv2_kernels.benchmark.baseline import Baseline
 from convnextv2_kernels.benchmark.correctness import CorrectnessError
-from convnextv2_kernels.benchmark.step import Effort, compare, compare_graphs, ratios, with_graphs
+from convnextv2_kernels.benchmark.step import Effort, compare, compare_graphs, is_eager, ratios, with_graphs
 from convnextv2_kernels.benchmark.variants import Variant, make_batch, make_dense, make_sparse, run_by
 
 LINEAR, CONV = Baseline("nchw", "linear"), Baseline("channels_last", "conv1x1")
@@ -126,3 +127,48 @@ def test_of_two_measurements_the_slower_and_the_worse_control_count(sparse, batc
     joined = first.joined(second)
     assert joined.times["sparse"].seconds == [2.0]
     assert abs(joined.control.ratio - 1) == max(abs(c.control.ratio - 1) for c in (first, second))
+
+
+@pytest.fixture
+def pretended_graphs(monkeypatch):
+    """Without a GPU: what a graph would replay runs eagerly; returns the names of the models' classes."""
+    captured = []
+
+    def make(model, images, loss, autocast=None):
+        captured.append(type(model).__name__)
+
+        def step(batch):
+            value = loss(model, batch)
+            value.backward()
+            return value.detach().clone()
+
+        return step
+
+    monkeypatch.setattr(variants, "make_graphed_step", make)
+    return captured
+
+
+def test_graphs_on_both_sides(sparse, batch, pretended_graphs):
+    dense = make_dense(sparse, [LINEAR, CONV])
+    eager = compare([run_by(sparse, "reference"), *dense], batch, Effort(2))
+    found = with_graphs(eager, run_by(sparse, "reference"), (is_eager,), batch, Effort(2))
+    best = eager.fastest(is_eager).name
+    graph = best.removesuffix(" eager") + " graph"
+    assert list(found.times) == [*eager.times, "sparse reference graph", graph]
+    assert pretended_graphs == ["FCMAE", "MaskedDenseFCMAE"]
+    rows = found.rows()
+    assert rows[graph]["execution"] == "graph" and rows[graph]["saved_bytes"] is None
+    ratio = ratios(rows, "sparse reference graph")
+    assert ratio["fastest_graph"] == graph and ratio["fastest_eager"] == best and ratio["saved"] > 1
+    alone = compare_graphs([sparse], dense, batch, Effort(1))
+    assert set(alone.times) == {"sparse graph", "dense nchw linear graph", "dense channels_last conv1x1 graph"}
+    assert alone.control.of in alone.times  # of graphs the same one, replayed
+
+
+def test_a_wrong_graph_is_seen(sparse, batch, monkeypatch):
+    def make(model, images, loss, autocast=None):
+        return lambda batch: 2 * loss(model, batch).detach()
+
+    monkeypatch.setattr(variants, "make_graphed_step", make)
+    with pytest.raises(CorrectnessError, match="loss of 'sparse graph' differs"):
+        compare([sparse.graphed()], batch, Effort(1))
