@@ -13,7 +13,7 @@ from convnextv2_kernels.benchmark import results
 from convnextv2_kernels.benchmark.report import short
 
 from . import RESULTS, ROOT
-from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, ops, scaling
+from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, mib, ops, scaling
 from .training_tables import training
 
 FIGURE6 = RESULTS / "cpu_figure6.json"
@@ -35,10 +35,6 @@ TRAINING = RESULTS / "training_evidence.json"
 TRITON_RESOURCES = RESULTS / "triton_resources.json"
 
 
-def _mib(count: float) -> str:
-    return f"{count / 2**20:.1f}"
-
-
 def choices(report: dict) -> str:
     """Tables of docs/kernels/mlp.md: products by library, what is kept for backward, chunk sizes."""
     lines = [
@@ -57,7 +53,7 @@ def choices(report: dict) -> str:
     lines[-1] += " |"
     lines.append("|---" * (1 + len(_columns(report["save"]))) + "|")
     for model, found in report["save"].items():
-        cells = [f"{row['median_ms']:.0f} ms, {_mib(row['saved_bytes'])} MiB" for row in found["variants"].values()]
+        cells = [f"{row['median_ms']:.0f} ms, {mib(row['saved_bytes'])} MiB" for row in found["variants"].values()]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     sizes = [f"{int(b) / 2**20:g} MiB" for b in _columns(report["chunk"])]
     lines += ["", "FCMAE step by `CONVNEXTV2_KERNELS_CHUNK_BYTES`:", "", "| model | " + " | ".join(sizes) + " |"]
@@ -142,9 +138,9 @@ def fused(report: dict) -> str:
         lines.append(
             f"| {step['library']} {short(step['model'])} | {eager['median_ms']:.0f} ms | "
             f"{compiled['median_ms']:.0f} ms | **{ours['median_ms']:.0f} ms** | {_times(eager, ours, 'median_ms')} / "
-            f"{_times(compiled, ours, 'median_ms')} | {_mib(eager['saved_bytes'])} / {_mib(ours['saved_bytes'])} MiB "
+            f"{_times(compiled, ours, 'median_ms')} | {mib(eager['saved_bytes'])} / {mib(ours['saved_bytes'])} MiB "
             f"({_times(eager, ours, 'saved_bytes')}) | {hidden['median_ms']:.0f} ms, "
-            f"{_times(eager, hidden, 'median_ms')}; {_mib(hidden['saved_bytes'])} MiB |"
+            f"{_times(eager, hidden, 'median_ms')}; {mib(hidden['saved_bytes'])} MiB |"
         )
     machine, parameters = report["machine"], report["parameters"]
     lines += [

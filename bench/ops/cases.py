@@ -105,7 +105,7 @@ def _dense_gelu_grn(x: Tensor, p: Params, keep: Tensor) -> Tensor:
 
 def _dense_mlp(kind: str) -> DenseOp:
     def run(x: Tensor, p: Params, keep: Tensor) -> Tensor:
-        return masked_mlp(x.permute(0, 2, 3, 1), *(p[k] for k in MLP), keep, kind)
+        return masked_mlp(x.permute(0, 2, 3, 1), [p[k] for k in MLP], keep, kind)
 
     return run
 
@@ -119,7 +119,7 @@ def _dense_downsample(x: Tensor, p: Params, keep: Tensor) -> Tensor:
 def _dense_block(kind: str) -> DenseOp:
     def run(x: Tensor, p: Params, keep: Tensor) -> Tensor:
         y = channel_norm(_conv(x, p, "dw_"), p["ln_weight"], p["ln_bias"])
-        y = masked_mlp(y, *(p[k] for k in MLP), keep, kind)
+        y = masked_mlp(y, [p[k] for k in MLP], keep, kind)
         return (x + y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
     return run

@@ -83,18 +83,11 @@ def channel_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, EPS)
 
 
-def masked_mlp(
-    y: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    keep: Tensor | None,
-    kind: str,
-) -> Tensor:
-    """Pointwise layers of a block on an NHWC map; the result is zero where ``keep`` is."""
+def masked_mlp(y: Tensor, mlp: Sequence[Tensor], keep: Tensor | None, kind: str) -> Tensor:
+    """Pointwise layers of a block on an NHWC map; the result is zero where ``keep`` is.
+
+    ``mlp``: w1, b1, GRN's gamma and beta, w2, b2."""
+    w1, b1, gamma, beta, w2, b2 = mlp
     h = F.gelu(pointwise(y, w1, b1, kind))
     if kind == "plain":
         y = pointwise(official_grn(h, gamma, beta, keep), w2, b2, kind)
@@ -142,17 +135,9 @@ class Block(nn.Module):
         y = self.dwconv(x)
         if self.kind == "plain" and keep is not None:
             y = y * keep.permute(0, 3, 1, 2)
-        y = masked_mlp(
-            self.norm(y),
-            self.pwconv1.weight,
-            self.pwconv1.bias,
-            self.grn.gamma,
-            self.grn.beta,
-            self.pwconv2.weight,
-            self.pwconv2.bias,
-            keep,
-            self.kind,
-        )
+        first, grn, second = self.pwconv1, self.grn, self.pwconv2
+        mlp = (first.weight, first.bias, grn.gamma, grn.beta, second.weight, second.bias)
+        y = masked_mlp(self.norm(y), mlp, keep, self.kind)
         return x + y.permute(0, 3, 1, 2)
 
 

@@ -58,7 +58,7 @@ def test_mlp_flops_match_the_counter_of_pytorch():
     rows, width, hidden = 12, 8, 32
     shapes = [(1, 3, 4, width), (hidden, width), (hidden,), (hidden,), (hidden,), (width, hidden)]
     inputs = [torch.randn(shape) for shape in [*shapes, (width,)]]
-    measured = counted(lambda *a: masked_mlp(*a, None, "linear"), *inputs)
+    measured = counted(lambda *a: masked_mlp(a[0], a[1:], None, "linear"), *inputs)
     assert counts.pointwise_mlp(rows, width, hidden).flops == measured
 
 
