@@ -133,20 +133,24 @@ def fused(report: dict) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for step in report["step"]:
-        kinds = ("eager", "compile", "fused", "hidden kept")
-        eager, compiled, ours, hidden = (_fastest(step["variants"], kind) for kind in kinds)
+        eager, ours, hidden = (_fastest(step["variants"], kind) for kind in ("eager", "fused", "hidden kept"))
+        compiled = {n: row for n, row in step["variants"].items() if n.startswith("compile")}  # none with --no-compile
+        time, gain = "not measured", "not measured"
+        if compiled:
+            fastest = _fastest(compiled, "compile")
+            time, gain = f"{fastest['median_ms']:.0f} ms", _times(fastest, ours, "median_ms")
         lines.append(
             f"| {step['library']} {short(step['model'])} | {eager['median_ms']:.0f} ms | "
-            f"{compiled['median_ms']:.0f} ms | **{ours['median_ms']:.0f} ms** | {_times(eager, ours, 'median_ms')} / "
-            f"{_times(compiled, ours, 'median_ms')} | {mib(eager['saved_bytes'])} / {mib(ours['saved_bytes'])} MiB "
+            f"{time} | **{ours['median_ms']:.0f} ms** | {_times(eager, ours, 'median_ms')} / "
+            f"{gain} | {mib(eager['saved_bytes'])} / {mib(ours['saved_bytes'])} MiB "
             f"({_times(eager, ours, 'saved_bytes')}) | {hidden['median_ms']:.0f} ms, "
             f"{_times(eager, hidden, 'median_ms')}; {mib(hidden['saved_bytes'])} MiB |"
         )
     machine, parameters = report["machine"], report["parameters"]
+    libraries = ", ".join(f"{name} {machine[name]}" for name in ("timm", "transformers") if name in machine)
     lines += [
         "",
-        f"{_machine(report)}, timm {machine['timm']}, "
-        f"transformers {machine['transformers']}, {parameters['dtype']}, batch {parameters['batch_size']}, "
+        f"{_machine(report)}, {libraries}, {parameters['dtype']}, batch {parameters['batch_size']}, "
         f"{parameters['img_size']} px, all pixels visible, the better memory format of each; "
         f"`python -m bench fused`, medians of interleaved rounds{footnote(report, report['step'])}.",
     ]
