@@ -195,7 +195,7 @@ def series_of(
     reference = max(points, key=lambda point: (point["visible_patches"], point["patches"]))
     visible, patches = reference["visible_patches"], reference["patches"]
     ours = [point["variants"][SPARSE] for point in points]
-    measured = reference["rows"][SPARSE]
+    measured = reference["variants"][SPARSE]
     saved = measured["saved_bytes"], reference["saved_by_encoder_bytes"]
     weights = {
         "median_ms": flop_weights(reference["flops"], visible, patches),

@@ -240,4 +240,4 @@ def test_one_more_python_call_and_one_more_dispatch_are_caught(gate, baseline, m
     monkeypatch.setattr(ck.nn.ConvNeXtV2Block, "forward", slower)
     counts = gate.host.measure()["packed block, forward"]
     before = found["packed block, forward"]
-    assert counts["python_calls"] > before["python_calls"] and counts["dispatches"] == before["dispatches"] + 1
+    assert counts["python_calls"] > before["python_calls"] and counts["dispatches"] > before["dispatches"]

@@ -127,8 +127,10 @@ def test_hidden_chunk_does_not_grow_with_the_batch():
     for size, hidden in points:
         stage = hidden["stage 1"]
         assert (stage["chunk_bytes"], stage["chunks"]) == (2 * 64 * 160 * 4, size // 2)
-        # Two blocks, each with the activations of forward, those of backward and their gradient.
-        assert stage["storages"] == 2 * 3 * size // 2
+        # Two blocks, each with the activations of backward and their gradient, and with those of forward unless it has
+        # one chunk, which has no range.
+        each = 3 if stage["chunks"] > 1 else 2
+        assert stage["storages"] == 2 * each * size // 2
 
 
 @needs_schedule
