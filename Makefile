@@ -31,7 +31,7 @@ endif
 
 # Bytes saved, calls and instructions against the committed baseline; no times. GATE=--require-instructions: with valgrind.
 gate: venv
-	$(BIN)/python bench/regression_gate.py $(GATE)
+	$(BIN)/python -m bench gate $(GATE)
 
 # The CUDA kernels, compiled for the CPU, through the conformance suite.
 test-emulated: $(EMULATED)
@@ -39,7 +39,7 @@ test-emulated: $(EMULATED)
 		$(BIN)/python -m pytest -n $(WORKERS) -k cuda \
 		python_tests/conformance python_tests/test_schedule.py python_tests/backends/cuda python_tests/fuse/test_backends.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
-		$(BIN)/python -m pytest python_tests/benchmark/test_gpu_check.py
+		$(BIN)/python -m pytest python_tests/bench/test_gpu.py
 	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) TRITON_INTERPRET=1 \
 		$(BIN)/python -m pytest python_tests/backends/triton/test_cuda_triton.py
 
@@ -50,7 +50,7 @@ test-triton: venv
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py --out build/gpu_check
+	$(PYTHON) -m bench gpu --out build/gpu_check
 
 $(EMULATED): $(VENV)/.installed setup.py $(CUDA)
 	CUDA_HOME=$(CUDA_HOME) $(BIN)/python setup.py -q build_emulation --output $@
