@@ -82,6 +82,7 @@ def test_residual_of_another_dtype(backend, scope):
     assert got["residual"].dtype == F32 and got["x"].dtype == narrow
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends_and_dtypes((F64,), reference=True)
 def test_float64_is_untouched(backend, dtype, op):

@@ -1,13 +1,19 @@
 """Which tests run: all of them, a covering sample (`make test`), or what the sample leaves out.
 
-``pytest --selection short`` keeps of every parametrised test a few cases in which the same values meet, and leaves out
-what is marked ``thorough``. ``--selection rest`` is exactly what ``short`` leaves out. Both are functions of the tests
-that were collected, the same each time and in every worker.
+``pytest --selection=short`` keeps a few cases of every parametrised test and leaves out what is marked ``thorough``;
+``--selection=rest`` is exactly what ``short`` leaves out. Both are functions of the collected tests, the same in every
+run and every worker.
 
-A sample has every value of every argument, and each two values that meet in some case where one of the two arguments
-is an axis of MEET: each op with each backend, each dtype, each layout. An argument that is a dict, as the axes of
-``conformance/test_values.py`` are, counts as one argument an entry. A test may ask for more: ``@pytest.mark.meet("at",
-"k")`` has every pair of values of these two arguments too, and ``@pytest.mark.meet()`` every case.
+Of a test that has an argument of ``MEET``, the kept cases have every value of every argument, and every two values
+that meet in some case where one of the two arguments is in ``MEET``: each op with each backend, each dtype, each
+layout. Of other tests all cases are kept. An argument that is a dict, as the axes of ``conformance/test_values.py``
+are, counts as one argument an entry. Where kernels are interpreted, and a call takes a second, both arguments have to
+be in ``MEET``.
+
+Marks of a test:
+
+* ``thorough``: not in the short selection; ``thorough("triton")``: not its cases on that backend.
+* ``meet("at", "k")``: every pair of values of these arguments is kept too; ``meet()``: every case.
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--selection",
         choices=SELECTIONS,
         default=ALL,
-        help="all tests (default), a covering sample of them, or the rest: what the sample leaves out",
+        help="all tests (default), short: a covering sample, or rest: what the sample leaves out",
     )
 
 
@@ -38,28 +44,42 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     if selection == ALL:
         return
     short = sample(items)
-    wanted = [(item in short) == (selection == SHORT) for item in items]
-    config.hook.pytest_deselected(items=[item for item, keep in zip(items, wanted, strict=True) if not keep])
-    items[:] = [item for item, keep in zip(items, wanted, strict=True) if keep]
+    left_out = [item for item in items if (item in short) != (selection == SHORT)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if (item in short) == (selection == SHORT)]
+
+
+def keep_together(items: Iterable[pytest.Item]) -> None:
+    """Tests that share a fixture of their module run in one process, so that it is set up once (pytest-xdist)."""
+    for item in items:
+        fixtures = getattr(item, "_fixtureinfo", None)
+        definitions = fixtures.name2fixturedefs.values() if fixtures else ()
+        if any(found[-1].scope == "module" for found in definitions):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 def sample(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """The tests of the short selection."""
     functions: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("thorough") is None:
+        if not is_thorough(item):
             functions.setdefault(item.nodeid.partition("[")[0], []).append(item)
     return {cases[i] for cases in functions.values() for i in chosen(cases)}
 
 
+def is_thorough(item: pytest.Item) -> bool:
+    backend = getattr(axes_of(item).get("backend"), "name", None)
+    return any(not mark.args or backend in mark.args for mark in item.iter_markers("thorough"))
+
+
 def chosen(cases: Sequence[pytest.Item]) -> list[int]:
     """Numbers of the cases of one test that its sample has."""
-    marks = [mark.args for mark in cases[0].iter_markers("meet")]
+    asked = [frozenset(mark.args) for mark in cases[0].iter_markers("meet")]
     axes = [axes_of(case) for case in cases]
-    if () in marks or any(not a for a in axes):
+    if frozenset() in asked or not set(MEET) & axes[0].keys():
         return list(range(len(cases)))
-    pairs = {frozenset(mark) for mark in marks}
-    return cover([list(meetings(a, pairs)) for a in axes])
+    return cover([list(meetings(found, asked)) for found in axes])
 
 
 def axes_of(item: pytest.Item) -> dict[str, Hashable]:
@@ -72,18 +92,21 @@ def axes_of(item: pytest.Item) -> dict[str, Hashable]:
     return axes
 
 
-def meetings(axes: dict[str, Hashable], pairs: set[frozenset[str]]) -> Iterable[Hashable]:
+def meetings(axes: dict[str, Hashable], asked: Sequence[frozenset[str]]) -> Iterable[Hashable]:
     """What one case has of what a sample has to have."""
-    yield from axes.items()
+    enough = all if getattr(axes.get("backend"), "interpreted", False) else any
+    backend = axes.get("backend")
+    for axis, value in axes.items():
+        yield backend, axis, value
     for (a, x), (b, y) in itertools.combinations(sorted(axes.items(), key=lambda item: item[0]), 2):
-        if a in MEET or b in MEET or {a, b} in pairs:
-            yield a, x, b, y
+        if enough(axis in MEET for axis in (a, b)) or any({a, b} <= pair for pair in asked):
+            yield backend, a, x, b, y
 
 
 def cover(cases: Sequence[Sequence[Hashable]]) -> list[int]:
-    """Numbers of few cases that together have what all have, in order; greedy, and the first of equals."""
+    """Numbers of few cases that together have what all have, in order; greedy, the first of equals."""
     missing = set(itertools.chain.from_iterable(cases))
-    # what a case adds only shrinks, so a number that is still the largest after an update is right
+    # what a case adds only shrinks, so one that is still the best after an update is the best
     queue = [(-len(set(case)), i) for i, case in enumerate(cases)]
     heapq.heapify(queue)
     taken = []
