@@ -8,22 +8,10 @@ import platform
 import torch
 
 from . import backends, ops, schedule
-from .backends import cpu, cuda, triton
+from .backends import cuda, native, triton
+from .dtypes import FLOAT_DTYPES
+from .settings import VARIABLES
 from .version import __version__
-
-ENVIRONMENT = (
-    "CONVNEXTV2_KERNELS_BACKEND",
-    "CONVNEXTV2_KERNELS_CPU_ISA",
-    "CONVNEXTV2_KERNELS_CPU_GEMM",
-    "CONVNEXTV2_KERNELS_CHUNK_BYTES",
-    "CONVNEXTV2_KERNELS_SAVE",
-    "CONVNEXTV2_KERNELS_CUDA_CONV",
-    "CONVNEXTV2_KERNELS_CUDA_EMULATION",
-    "CONVNEXTV2_KERNELS_TRITON_PRODUCTS",
-    "CONVNEXTV2_KERNELS_CACHE",
-    "TRITON_INTERPRET",
-)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def serving_backends(device_type: str) -> dict[str, dict[str, str]]:
@@ -33,16 +21,16 @@ def serving_backends(device_type: str) -> dict[str, dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for op in ops.__all__:
         table[op] = {}
-        for dtype in _DTYPES:
+        for dtype in FLOAT_DTYPES:
             name = str(dtype).removeprefix("torch.")
-            table[op][name] = _serving(op, device_type, dtype)
+            table[op][name] = _serving(device_type, dtype)
     return table
 
 
-def _serving(op: str, device_type: str, dtype: torch.dtype) -> str:
+def _serving(device_type: str, dtype: torch.dtype) -> str:
     if backends.forced() != "auto":
-        return "error" if backends.why_not(backends.forced(), device_type, dtype) else backends.forced()
-    return backends.automatic(op, device_type, (dtype,))
+        return "error" if backends.unsupported_reason(backends.forced(), device_type, dtype) else backends.forced()
+    return backends.automatic(device_type, (dtype,))
 
 
 def _devices() -> list[str]:
@@ -50,10 +38,10 @@ def _devices() -> list[str]:
 
 
 def _extension_lines() -> list[str]:
-    if cpu.extension is None:
-        return [f"extension          not loaded: {cpu.load_error()}"]
-    build = cpu.extension.build_info()
-    isa, width = cpu.extension.cpu_isa()
+    if native.module is None:
+        return [f"extension          not loaded: {native.load_error}"]
+    build = native.module.build_info()
+    isa, width = native.module.cpu_isa()
     from .backends import cpu_gemm
 
     return [
@@ -80,7 +68,7 @@ def _cuda_convolutions(build: dict) -> list[str]:
         return []
     lines = []
     for side, channels in ((8, 96), (4, 192), (2, 384), (1, 768)):
-        row = cpu.extension.cuda_conv_kernel("bfloat16", side, channels, normalize=True)
+        row = native.module.cuda_conv_kernel("bfloat16", side, channels, normalize=True)
         norm = "with LayerNorm" if row["fused_norm"] else "LayerNorm after it"
         lines.append(
             f"  side {side}, C = {channels:<6}{row['kernel']}, {norm}, {row['threads']} threads, "
@@ -96,15 +84,11 @@ def _triton_lines() -> list[str]:
     version = triton.version()
     if triton.INTERPRETED:
         return [f"triton kernels     Triton {version}, interpreted on the CPU, for tests"]
-    reason = triton.why_not("cuda", torch.bfloat16)
+    reason = triton.unsupported_reason("cuda", torch.bfloat16)
     if reason is not None:
         return [f"triton kernels     Triton {version}; {reason}"]
     from .backends.triton import plans
 
-    try:
-        plans.wish()
-    except ValueError as error:
-        return [f"triton kernels     Triton {version}; {error}"]
     lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; products of tiny in bfloat16:"]
     for rows, channels in ((1216, 96), (304, 192), (76, 384), (19, 768)):
         plan = plans.choose(plans.Shape(torch.bfloat16, channels, 4 * channels, channels, rows))
@@ -126,19 +110,19 @@ def info() -> str:
         "",
         f"backend            {backends.forced()}",
     ]
-    for name in backends.NAMES[:-1]:
-        device = {"cuda": cuda.DEVICE, "triton": triton.DEVICE}.get(name, "cpu")
-        reason = backends.why_not(name, device, torch.float32)
+    for name, backend in backends.REGISTRY.items():
+        device = backend.device_type or "cpu"
+        reason = backend.unsupported_reason(device, torch.float32)
         if reason is None and device == "cuda" and not torch.cuda.is_available():
             reason = "compiled, but PyTorch sees no GPU"
         lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
     for device in _devices():
         table = serving_backends(device)
-        lines += ["", f"served on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in _DTYPES)]
+        lines += ["", f"served on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in FLOAT_DTYPES)]
         lines += [f"  {op:<30}" + "".join(f"{b:<12}" for b in row.values()) for op, row in table.items()]
         for name in backends.PREFERENCE.get(device, ()):
-            reasons = {backends.why_not(name, device, d) for d in _DTYPES} - {None}
+            reasons = {backends.unsupported_reason(name, device, d) for d in FLOAT_DTYPES} - {None}
             lines += [f"  {name} does not serve everything because {reason}" for reason in sorted(reasons)]
     lines += ["", "environment:"]
-    lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in ENVIRONMENT]
+    lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in (variable.name for variable in VARIABLES)]
     return "\n".join(lines)

@@ -4,7 +4,7 @@
 |---|---|---|
 | input and output of every op, residual stream | the input's | the input's |
 | depthwise convolution, LayerNorm, GRN arithmetic | the input's, accumulated in float32 | the same |
-| operands of matrix products (MLP, stem, downsampling) | the input's | T |
+| GEMM operands (MLP, stem, downsampling) | the input's | T |
 | hidden activations of the MLP | the input's | T |
 | means, 1/std, GRN norms and every sum over rows | float32 (float64 for float64) | the same |
 | parameter gradients | the parameter's | the parameter's |
@@ -19,11 +19,18 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .backends.reference.norm import statistics_dtype
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_NOTHING = contextlib.nullcontext()
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of matrix-product operands for input ``x`` under the current autocast state."""
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are float32, and float64 for float64 features."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def gemm_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of GEMM operands for input ``x`` under the current autocast state."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -32,12 +39,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The ops place their casts themselves, so autocast is off inside them."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
-def stat_params(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
-    """Native kernels take parameters in the statistics dtype, contiguous."""
+def as_statistics(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
+    """Parameters as native kernels take them: contiguous, in the statistics dtype of ``like``."""
     dtype = statistics_dtype(like.dtype)
     return tuple(None if p is None else p.to(dtype).contiguous() for p in params)

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import ModuleType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 _INT32_MAX = 2**31 - 1
 
-# Per device type the two kernels that build a layout in one launch each; a backend that has them registers itself.
-_kernels: dict[str, tuple[ModuleType, Callable[[torch.device], bool]]] = {}
+
+class LayoutKernels(Protocol):
+    """The two kernels that build a layout in one launch each: they return what the methods below compute."""
+
+    def builds_layouts(self, device: torch.device) -> bool:
+        """Whether they run on a device."""
+
+    def layout_from_kept(self, ids: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def neighbour_slots(
+        self, slot_of_patch: Tensor, patch_of_slot: Tensor, grid: tuple[int, int], radius: int
+    ) -> Tensor: ...
 
 
-def register_kernels(device_type: str, module: ModuleType, serves: Callable[[torch.device], bool]) -> None:
-    """Uses ``module.layout_from_kept(ids, Gh, Gw)`` and ``module.neighbour_slots(slot_of_patch, patch_of_slot, Gh, Gw,
-    radius)``, which return what the methods below compute, for tensors of the devices of a type that are served."""
-    _kernels[device_type] = module, serves
+# By device type; ``backends`` enters those that it has.
+KERNELS: dict[str, LayoutKernels] = {}
 
 
-def _kernels_for(device: torch.device) -> ModuleType | None:
-    module, serves = _kernels.get(device.type, (None, None))
-    return module if module is not None and serves(device) else None
+def _kernels_for(device: torch.device) -> LayoutKernels | None:
+    kernels = KERNELS.get(device.type)
+    return kernels if kernels is not None and kernels.builds_layouts(device) else None
 
 
 class PatchLayout:
@@ -116,7 +123,7 @@ class PatchLayout:
                 raise ValueError("ids must not repeat a patch within an image, got at least one repeated id")
         device = ids.device
         if native is not None:
-            return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), gh, gw), kept)
+            return cls((gh, gw), *native.layout_from_kept(ids.contiguous(), (gh, gw)), kept)
         flat = (ids + torch.arange(n, device=device)[:, None] * total).reshape(-1)
         slots = torch.full((n * total,), -1, dtype=torch.int32, device=device)
         slots = slots.scatter(0, flat, torch.arange(n * kept, dtype=torch.int32, device=device))
@@ -147,7 +154,7 @@ class PatchLayout:
         gh, gw = self.grid
         native = _kernels_for(self.device)
         if native is not None:
-            return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, gh, gw, radius)
+            return native.neighbour_slots(self.slot_of_patch, self.patch_of_slot, self.grid, radius)
         width = 2 * radius + 1
         padded_w = gw + 2 * radius
         padded = torch.nn.functional.pad(self.slot_of_patch.view(self.num_images, gh, gw), (radius,) * 4, value=-1)

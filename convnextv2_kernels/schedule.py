@@ -1,9 +1,9 @@
-"""The chunked schedule of the MLP and of the whole block, for every backend.
+"""The chunked schedule of the MLP and of the whole block, for every backend: what is kept, chunked and recomputed.
 
 The MLP's hidden tensors are four times as wide as the features, so they are made for a chunk of whole images at a
 time, used, and thrown away; backward recomputes them. A chunk is sized for the last-level cache on a CPU and for a
-memory budget on a GPU. A backend supplies the primitives ``k`` (see ``backends/reference/mlp.py`` for their
-contract); this file supplies the order and the algebra, derived in ``docs/kernels.md``.
+memory budget on a GPU. A backend supplies the kernels (:class:`~convnextv2_kernels.backends.base.KernelBackend`); this
+file supplies the order and the algebra, derived in ``docs/kernels/math.md``.
 
 Notation: M rows, C wide, H hidden; ``z`` LN's output without its affine part, ``y`` with it; ``a = y W1' + b1``;
 ``h = act(a)``, act a form of GELU; GRN is ``h * scale + beta`` with one scale per image and channel; ``d`` the gradient
@@ -12,208 +12,164 @@ of the MLP's output, ``ds = d W2``, ``da`` the gradient of ``a``.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends.reference.norm import statistics_dtype
+from .backends.base import KernelBackend, scale_images_
+from .dtypes import as_statistics, statistics_dtype
+from .params import (
+    BlockBackwardArgs,
+    BlockForwardArgs,
+    ConvParams,
+    MLPBackwardArgs,
+    MLPForwardArgs,
+    MLPGradRows,
+    MLPOptions,
+    MLPParams,
+    MLPRows,
+    NormParams,
+    Segments,
+)
+from .settings import SAVE_POLICIES, current
 
 # Bytes of one hidden [rows, H] tensor of a chunk. CPU: the three of backward, the feature maps and the weights should
-# share the last-level cache (measured, docs/kernels.md 4); GPU: chunking only bounds memory.
+# share the last-level cache (measured, docs/kernels/math.md); GPU: chunking only bounds memory.
 _DEFAULT_CHUNK_BYTES = {"cpu": 6 << 20, "cuda": 1 << 30}
 
 
 def chunk_bytes(device_type: str) -> int:
     """Size one hidden tensor of a chunk may have; ``CONVNEXTV2_KERNELS_CHUNK_BYTES`` overrides the default."""
-    value = os.environ.get("CONVNEXTV2_KERNELS_CHUNK_BYTES")
-    if value is None:
-        return _DEFAULT_CHUNK_BYTES.get(device_type, 1 << 30)
-    if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"CONVNEXTV2_KERNELS_CHUNK_BYTES must be a positive number of bytes, got {value!r}")
-    return int(value)
+    return current.chunk_bytes or _DEFAULT_CHUNK_BYTES.get(device_type, 1 << 30)
 
 
-# What a block keeps for backward besides its input and one norm per image and hidden channel:
-#   inputs      nothing: convolution, LayerNorm and the first product run again
-#   normalized  LN's normalised rows and 1/std: the first product runs again (one matrix product of seven)
-#   hidden      those and the first product's output: nothing runs again, four more maps of the width are kept
-SAVE_POLICIES = ("inputs", "normalized", "hidden")
+# What a block keeps for backward besides its input and one norm per image and hidden channel (SAVE_POLICIES):
+#   inputs      nothing: convolution, LayerNorm and the first GEMM run again
+#   normalized  LN's normalised rows and 1/std: the first GEMM runs again (one of seven)
+#   hidden      those and the first GEMM's output: nothing runs again, four more maps of the width are kept
 
 
 def save_policy(device_type: str) -> str:
     """One of :data:`SAVE_POLICIES`; ``CONVNEXTV2_KERNELS_SAVE`` overrides the default (CPU inputs, GPU hidden)."""
-    value = os.environ.get("CONVNEXTV2_KERNELS_SAVE") or ("inputs" if device_type == "cpu" else "hidden")
-    if value not in SAVE_POLICIES:
-        raise ValueError(f"CONVNEXTV2_KERNELS_SAVE must be one of {', '.join(SAVE_POLICIES)}, got {value!r}")
-    return value
+    return current.save or ("inputs" if device_type == "cpu" else "hidden")
 
 
-class Rows(NamedTuple):
-    """How M rows fall into images: equal shares when ``offsets`` is None, else ``offsets [N+1]`` slots of
-    ``rows_per_slot`` rows. With ``batch_scope`` GRN sees the whole batch as one segment."""
-
-    total: int
-    images: int
-    rows_per_slot: int
-    offsets: Tensor | None
-    batch_scope: bool
+def saves_normalized(save: str) -> bool:
+    """Whether a policy keeps LayerNorm's normalised rows."""
+    return save != "inputs"
 
 
 class Chunk(NamedTuple):
-    """Images ``n0:n1``, rows ``r0:r1``, and the GRN segments in it: ``(offsets or None, rows per slot, count)``."""
+    """Images ``n0:n1`` of a batch, its rows ``r0:r1``."""
 
     n0: int
     n1: int
     r0: int
     r1: int
-    segments: tuple[Tensor | None, int, int]
+    images: Segments
 
-    @property
-    def stats(self) -> slice:
-        return slice(self.n0, self.n0 + self.segments[2])
+    def rows(self, t: Tensor) -> Tensor:
+        """Its rows of ``t [M, ...]``, which is returned as it is where they are all of them."""
+        return t if self.r1 - self.r0 == t.shape[0] else t[self.r0 : self.r1]
 
-    def images(self, rows: Rows) -> tuple[Tensor | None, int, int]:
-        """``(offsets or None, rows per slot, count)`` of its images: its segments, unless GRN sees the whole batch."""
-        offsets = None if rows.offsets is None else rows.offsets[self.n0 : self.n1 + 1]
-        return offsets, rows.rows_per_slot, self.n1 - self.n0
+    def of_images(self, t: Tensor) -> Tensor:
+        """Its entries of ``t [N, ...]``, one an image; a tensor of one segment for the batch is returned as it is."""
+        return t if self.n1 - self.n0 == t.shape[0] or t.shape[0] == 1 else t[self.n0 : self.n1]
 
 
-def chunks(rows: Rows, hidden: int, itemsize: int, budget: int) -> Iterator[Chunk]:
+def chunks(images: Segments, rows: int, hidden: int, itemsize: int, budget: int) -> list[Chunk]:
     """Consecutive runs of whole images whose hidden tensor fits the budget, at least one image each."""
-    if rows.batch_scope:
-        yield Chunk(0, rows.images, 0, rows.total, (None, 1, 1))
-        return
-    # fewer rows than half the hidden width would make the products inefficient, whatever the budget
+    # fewer rows than half the hidden width would make the GEMMs inefficient, whatever the budget
     most = max(1, budget // (hidden * itemsize), hidden // 2)
-    if rows.offsets is None:
-        if not rows.images:
-            return
-        per_image = rows.total // rows.images
+    count = images.count
+    if images.offsets is None:
+        if not count:
+            return []
+        per_image = rows // count
         step = max(1, most // max(1, per_image))
+        if step >= count:
+            return [Chunk(0, count, 0, rows, images)]
         # equal chunks rather than full ones and a small rest; large ones start where a tile of rows of any size does
-        step = -(-rows.images // -(-rows.images // step))
+        step = -(-count // -(-count // step))
         step = max(step // 128 * 128, 128) if step > 128 else step
-        for n0 in range(0, rows.images, step):
-            n1 = min(n0 + step, rows.images)
-            yield Chunk(n0, n1, n0 * per_image, n1 * per_image, (None, 1, n1 - n0))
-        return
-    if rows.total <= most:
-        yield Chunk(0, rows.images, 0, rows.total, (rows.offsets, rows.rows_per_slot, rows.images))
-        return
-    bounds = [o * rows.rows_per_slot for o in rows.offsets.tolist()]
+        cuts = [(n0, min(n0 + step, count)) for n0 in range(0, count, step)]
+        return [Chunk(n0, n1, n0 * per_image, n1 * per_image, images.images(n0, n1)) for n0, n1 in cuts]
+    if rows <= most:
+        return [Chunk(0, count, 0, rows, images)]
+    bounds = [o * images.rows_per_slot for o in images.offsets.tolist()]
+    found = []
     n0 = 0
-    while n0 < rows.images:
+    while n0 < count:
         n1 = n0 + 1
-        while n1 < rows.images and bounds[n1 + 1] - bounds[n0] <= most:
+        while n1 < count and bounds[n1 + 1] - bounds[n0] <= most:
             n1 += 1
-        segments = (rows.offsets[n0 : n1 + 1], rows.rows_per_slot, n1 - n0)
-        yield Chunk(n0, n1, bounds[n0], bounds[n1], segments)
+        found.append(Chunk(n0, n1, bounds[n0], bounds[n1], images.images(n0, n1)))
         n0 = n1
+    return found
 
 
-def _scale_images_(y: Tensor, factors: Tensor | None, rows: Rows, chunk: Chunk) -> Tensor:
-    """Multiplies each image's rows of a chunk by its drop-path factor, in place."""
-    if factors is None:
-        return y
-    f = factors.reshape(-1)[chunk.n0 : chunk.n1].to(y.dtype)
-    images = chunk.n1 - chunk.n0
-    if rows.offsets is None:
-        if y.numel():
-            y.view(images, -1, y.shape[-1]).mul_(f[:, None, None])
-        return y
-    counts = rows.offsets[chunk.n0 : chunk.n1 + 1].diff().long() * rows.rows_per_slot
-    return y.mul_(f.repeat_interleave(counts, output_size=chunk.r1 - chunk.r0)[:, None])
+def _chunks(rows: Tensor, hidden: int, images: Segments, options: MLPOptions) -> list[Chunk]:
+    """The chunks of a call: one where GRN sees the whole batch."""
+    if options.batch_scope:
+        return [Chunk(0, images.count, 0, rows.shape[0], images)]
+    return chunks(images, rows.shape[0], hidden, rows.element_size(), chunk_bytes(rows.device.type))
 
 
-def _place(total: Tensor | None, part: slice, value: Tensor, rows: int) -> Tensor:
-    """Puts a chunk's rows where they belong among ``rows`` of them; a single chunk's are taken as they are."""
-    if value.shape[0] == rows:
-        return value
-    total = value.new_empty(rows, *value.shape[1:]) if total is None else total
-    total[part] = value
-    return total
+class _Rows:
+    """Rows ``[M, ...]`` that come chunk by chunk; those of a single chunk are taken as they are."""
 
+    def __init__(self, rows: int):
+        self._rows = rows
+        self.value: Tensor | None = None
 
-class LayerNormParams(NamedTuple):
-    """LN in front of the MLP, whose normalised rows z are the schedule's input: ``y = z * weight + bias``."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def apply(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.bias.to(z.dtype), z, self.weight.to(z.dtype))
+    def put(self, first: int, last: int, part: Tensor) -> None:
+        if part.shape[0] == self._rows:
+            self.value = part
+            return
+        if self.value is None:
+            self.value = part.new_empty(self._rows, *part.shape[1:])
+        self.value[first:last] = part
 
 
 def mlp_forward(
-    k,
-    y: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    residual: Tensor | None,
-    factors: Tensor | None,
-    rows: Rows,
-    act: str,
-    eps: float,
-    out_dtype: torch.dtype,
-    keep_hidden: bool,
-    layer_norm: LayerNormParams | None = None,
+    backend: KernelBackend, batch: MLPRows, params: MLPParams, layer_norm: NormParams | None, options: MLPOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y [M, C]`` -> ``out [M, O]`` in ``out_dtype``, GRN's ``norm [segments, H]``, and ``a [M, H]`` or an empty
-    tensor. Matrix products run in y's dtype.
+    """``out [M, O]``, GRN's ``norm [segments, H]``, and ``a [M, H]``, empty unless the policy saves it.
 
-    With ``layer_norm``, for a backend that folds it, y is LN's normalised rows z."""
-    stat = statistics_dtype(y.dtype)
-    hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma, beta = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
-    w1, b1, w2, b2 = k.prepare_parameters(w1, b1, w2, b2, beta, layer_norm, y)
-    segments = 1 if rows.batch_scope else rows.images
-    factors = None if factors is None else factors.reshape(-1).contiguous()  # perhaps a column of a table
-    norms = kept = out = None
-    for chunk in chunks(rows, hidden, y.element_size(), chunk_bytes(y.device.type)):
-        part = slice(chunk.r0, chunk.r1)
-        add = None if residual is None else residual[part]
-        f = None if factors is None else factors[chunk.n0 : chunk.n1]
-        result = k.fused_forward(
-            y[part],
-            w1,
-            b1,
-            act,
-            gamma,
-            eps,
-            w2,
-            b2,
-            add,
-            f,
-            out_dtype,
-            keep_hidden,
-            chunk.images(rows),
-            rows.batch_scope,
-        )
-        if result is None:
-            a = k.linear(y[part], w1, b1)
-            if keep_hidden:
-                kept = _place(kept, part, a, y.shape[0])
-            inside = None if factors is not None else add
-            result, norm = k.gelu_grn_linear(a, act, gamma, beta, eps, w2, b2, inside, kept is a, *chunk.segments)
-            if factors is not None:
-                result = _scale_images_(result, factors, rows, chunk)
-                result = result if add is None else add + result
-            result = result.to(out_dtype)
-        else:
-            result, norm, a = result
-            kept = _place(kept, part, a, y.shape[0]) if keep_hidden else None
-        norms = _place(norms, chunk.stats, norm, segments)
-        out = _place(out, part, result, y.shape[0])
-    if out is None:  # no image at all
-        out, norms = y.new_empty(y.shape[0], out_c, dtype=out_dtype), y.new_zeros(segments, hidden, dtype=stat)
-    return out, norms, y.new_empty(0, hidden) if kept is None else kept
+    With ``layer_norm``, for a backend that folds it, the rows are LN's normalised rows z."""
+    x, images = batch.x, batch.images
+    total, hidden = x.shape[0], params.w1.shape[0]
+    gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
+    assert gamma is not None and beta is not None
+    weights = backend.prepare_mlp(params._replace(gamma=gamma, beta=beta), layer_norm, x)
+    factors = batch.drop_path_scale
+    if factors is not None:
+        batch = batch._replace(drop_path_scale=factors.reshape(-1).contiguous())  # perhaps a column of a table
+    segments = 1 if options.batch_scope else images.count
+    parts = _chunks(x, hidden, images, options)
+    if len(parts) == 1:
+        out, norm, saved = backend.mlp_forward(batch, weights, options)
+        return out, norm, x.new_empty(0, hidden) if saved is None else saved
+    saved = x.new_empty(total if options.save == "hidden" else 0, hidden)
+    batch = batch._replace(hidden=saved if options.save == "hidden" else None)
+    outs, norms = _Rows(total), _Rows(segments)
+    for part in parts:
+        result = backend.mlp_forward(_rows_of(part, batch), weights, options)
+        outs.put(part.r0, part.r1, result.out)
+        norms.put(part.n0, part.n1, result.norm)
+    if outs.value is None or norms.value is None:  # no image at all
+        stat = statistics_dtype(x.dtype)
+        out = x.new_empty(total, params.w2.shape[0], dtype=batch.out_dtype)
+        return out, x.new_zeros(segments, hidden, dtype=stat), saved
+    return outs.value, norms.value, saved
+
+
+def _rows_of(chunk: Chunk, batch: MLPRows) -> MLPRows:
+    x, residual, hidden = (None if t is None else chunk.rows(t) for t in (batch.x, batch.residual, batch.hidden))
+    factors = None if batch.drop_path_scale is None else batch.drop_path_scale[chunk.n0 : chunk.n1]
+    assert x is not None
+    return MLPRows(x, residual, factors, chunk.images, batch.out_dtype, hidden)
 
 
 class MLPGradients(NamedTuple):
@@ -230,91 +186,166 @@ class MLPGradients(NamedTuple):
     ln_bias: Tensor | None
 
 
-def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
-    """Sum over chunks in order; the first part becomes the total, so a single chunk costs no extra pass."""
-    return part if total is None else total.add_(part)
+class Saved(NamedTuple):
+    """What backward finds: GRN's ``norms [segments, H]``, ``hidden [M, H]`` or an empty tensor; with LayerNorm in front
+    its parameters and ``rstd [M]``."""
+
+    norms: Tensor
+    hidden: Tensor
+    layer_norm: NormParams | None = None
+    rstd: Tensor | None = None
 
 
 def mlp_backward(
-    k,
-    dout: Tensor,
-    x: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    factors: Tensor | None,
-    norms: Tensor,
-    kept: Tensor,
-    rows: Rows,
-    act: str,
-    eps: float,
-    layer_norm: LayerNormParams | None = None,
-    rstd: Tensor | None = None,
+    backend: KernelBackend, dout: Tensor, batch: MLPRows, params: MLPParams, saved: Saved, options: MLPOptions
 ) -> MLPGradients:
     """Gradients for ``dout [M, O]``.
 
-    Without ``layer_norm`` x is the MLP's input. With it x is normalised rows z, ``rstd [M]`` their 1/std, and the
-    gradient is that of what was normalised (the convolution's output).
+    Without LayerNorm the rows of ``batch`` are the MLP's input. With it they are normalised rows z, and the gradient is
+    that of what was normalised (the convolution's output).
     """
+    x, layer_norm = batch.x, saved.layer_norm
     stat = statistics_dtype(x.dtype)
-    hidden, out_c = w1.shape[0], w2.shape[0]
-    gamma, shift = (p.reshape(-1).to(stat).contiguous() for p in (gamma, beta))
-    w1_given, w2_stat = w1, w2.to(stat)
-    fold = layer_norm is not None and k.FOLDS_LAYER_NORM
-    w1, b1, w2, _ = k.prepare_parameters(w1, b1, w2, None, shift, layer_norm if fold else None, x)
-    gain = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
-    dw1 = dw2 = db1 = db2 = dgamma = dgain = dshift = dx = None
-    for chunk in chunks(rows, hidden, x.element_size(), chunk_bytes(x.device.type)):
-        part = slice(chunk.r0, chunk.r1)
-        y = x[part] if layer_norm is None or fold else layer_norm.apply(x[part])
-        keep = kept.shape[0] > 0
-        a = kept[part] if keep else k.linear(y, w1, b1)
-        d = dout[part].to(x.dtype)
-        if factors is not None:
-            d = _scale_images_(d.clone(), factors, rows, chunk)
-        db2_part = k.column_sum(d)
-        z, std = (x[part], rstd[part]) if fold else (None, None)
-        grads = k.fused_backward(
-            a,
-            act,
-            d,
-            db2_part,
-            norms[chunk.stats],
-            gamma,
-            shift,
-            eps,
-            w1,
-            w2,
-            z,
-            std,
-            chunk.images(rows),
-            rows.batch_scope,
+    gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
+    assert gamma is not None and beta is not None
+    fold = layer_norm is not None and backend.folds_layer_norm
+    weights = backend.prepare_mlp(params._replace(gamma=gamma, beta=beta, b2=None), layer_norm if fold else None, x)
+    ln_weight = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
+    dxs, sums = _Rows(x.shape[0]), None
+    for part in _chunks(x, params.w1.shape[0], batch.images, options):
+        rows = part.rows(x)
+        y = rows if layer_norm is None or fold else layer_norm.apply(rows)
+        preserve_a = saved.hidden.shape[0] > 0
+        a = part.rows(saved.hidden) if preserve_a else backend.linear(y, weights.w1, weights.b1)
+        d = part.rows(dout).to(x.dtype)
+        if batch.drop_path_scale is not None:
+            factors = batch.drop_path_scale.reshape(-1)[part.n0 : part.n1]
+            d = scale_images_(d.clone(), factors, part.images)
+        d_sum = backend.column_sum(d)
+        z, rstd = (None, None) if saved.rstd is None else (rows, part.rows(saved.rstd))
+        norm = part.of_images(saved.norms)
+        grads = backend.mlp_backward(
+            MLPGradRows(a, d, d_sum, norm, z, rstd, ln_weight, part.images, preserve_a), weights, options
         )
-        if grads is None:
-            da, db1_part, dgamma_part, dw2_part = k.gelu_grn_linear_backward(
-                a, act, d, db2_part, norms[chunk.stats], gamma, shift, eps, w2, keep, *chunk.segments
-            )
-            dy = k.linear_input_grad(da, w1)
-            if layer_norm is not None:
-                dy, dgain_part, dshift_part = k.normalized_backward(dy, x[part], rstd[part], gain)
-                if not fold:
-                    dgain = _accumulate(dgain, dgain_part)
-                    dshift = _accumulate(dshift, dshift_part)
-        else:
-            da, dy, db1_part, dgamma_part, dw2_part = grads
-        dgamma = _accumulate(dgamma, dgamma_part)
-        db1 = _accumulate(db1, db1_part)
-        db2 = _accumulate(db2, db2_part)
-        dw2 = _accumulate(dw2, dw2_part)
-        dw1 = _accumulate(dw1, k.linear_weight_grad(da, y))
-        dx = _place(dx, part, dy, x.shape[0])
-    if dx is None:  # no image at all
-        zero = [torch.zeros(n, dtype=stat, device=x.device) for n in (hidden, hidden, out_c, x.shape[1], x.shape[1])]
-        dgamma, db1, db2, dgain, dshift = zero
-        dx, dw1, dw2 = torch.empty_like(x), torch.zeros_like(w1, dtype=stat), torch.zeros_like(w2, dtype=stat)
+        dxs.put(part.r0, part.r1, grads.dx)
+        dw1 = backend.linear_weight_grad(grads.da, y)
+        found = [dw1, grads.db1, grads.dgamma, grads.dw2, d_sum, grads.dln_weight, grads.dln_bias]
+        sums = found if sums is None else [_added(total, term) for total, term in zip(sums, found, strict=True)]
+    if sums is None or dxs.value is None:  # no image at all
+        sums = _zeros(params, x.shape[1], stat)
+        dxs.put(0, 0, torch.empty_like(x))
+    dw1, db1, dgamma, dw2, db2, dln_weight, dln_bias = sums
+    assert dw1 is not None and db1 is not None and dgamma is not None and dw2 is not None and db2 is not None
     if fold:
-        dw1, dgain, dshift = k.unfold_layer_norm(w1_given, layer_norm, dw1, db1)
+        assert layer_norm is not None
+        dw1, dln_weight, dln_bias = backend.unfold_layer_norm(params.w1, layer_norm, dw1, db1)
+    assert dxs.value is not None
     # beta is added to every row before W2, so its gradient follows from db2 alone
-    return MLPGradients(dx, dw1, db1, dgamma, db2 @ w2_stat, dw2, db2, dgain, dshift)
+    dbeta = db2 @ params.w2.to(stat)
+    return MLPGradients(dxs.value, dw1, db1, dgamma, dbeta, dw2, db2, dln_weight, dln_bias)
+
+
+def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+    """Sum over chunks in order; the first part becomes the total, so a single chunk costs no extra pass."""
+    return None if total is None or part is None else total.add_(part)
+
+
+def _zeros(params: MLPParams, width: int, stat: torch.dtype) -> list[Tensor | None]:
+    """The sums of a batch without images."""
+    hidden, out_c = params.w1.shape[0], params.w2.shape[0]
+    vectors = [params.w1.new_zeros(n, dtype=stat) for n in (hidden, hidden, out_c, width, width)]
+    db1, dgamma, db2, dln_weight, dln_bias = vectors
+    dw1, dw2 = params.w1.new_zeros(hidden, width, dtype=stat), params.w2.new_zeros(out_c, hidden, dtype=stat)
+    return [dw1, db1, dgamma, dw2, db2, dln_weight, dln_bias]
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _reshaped(out: Tensor, shape) -> Tensor:
+    """A tensor that is nobody's view: autograd forbids changing views that a function returned in place."""
+    return torch.ops.aten._unsafe_view.default(out, shape)
+
+
+def run_mlp_forward(backend: KernelBackend, a: MLPForwardArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, norms, hidden)`` of the operator ``mlp_forward``."""
+    residual = None if a.residual is None else _flat(a.residual)
+    batch = MLPRows(_flat(a.x).to(a.dtype), residual, a.factors, a.segments, a.x.dtype)
+    out, norms, hidden = mlp_forward(backend, batch, a.mlp, None, a.options)
+    return _reshaped(out, (*a.x.shape[:-1], a.w2.shape[0])), norms, hidden
+
+
+def run_mlp_backward(backend: KernelBackend, a: MLPBackwardArgs) -> tuple[Tensor, ...]:
+    """``(dx, dw1, db1, dgamma, dbeta, dw2, db2)``, db2 a statistic, the others of their parameters' dtypes."""
+    batch = MLPRows(_flat(a.x).to(a.dtype), None, a.factors, a.segments, a.x.dtype)
+    grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, Saved(a.norms, a.hidden), a.options)
+    return grads.x.to(a.x.dtype).view(a.x.shape), *_mlp_grads(grads, a.mlp)
+
+
+def _mlp_grads(grads: MLPGradients, params: MLPParams) -> tuple[Tensor, ...]:
+    w1, b1, gamma, beta, w2, _ = params
+    return (
+        grads.w1.to(w1.dtype),
+        grads.b1.to(b1.dtype),
+        grads.gamma.to(gamma.dtype).view(gamma.shape),
+        grads.beta.to(beta.dtype).view(beta.shape),
+        grads.w2.to(w2.dtype),
+        grads.b2,
+    )
+
+
+def _conv_norm(
+    backend: KernelBackend,
+    x: Tensor,
+    conv: ConvParams,
+    neighbours: Tensor | None,
+    layer_norm: NormParams | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """LN(conv(x)), or without ``layer_norm`` its normalised rows; and 1/std."""
+    weight, bias = as_statistics(*conv, like=x)
+    assert weight is not None
+    affine = (None, None) if layer_norm is None else as_statistics(*layer_norm, like=x)
+    return backend.depthwise_conv_normalize(x, weight, bias, neighbours, affine, eps)
+
+
+def run_block_forward(backend: KernelBackend, a: BlockForwardArgs) -> tuple[Tensor, ...]:
+    """``(out, z, rstd, norms, hidden)`` of the operator ``block_forward``; what the policy does not save is empty."""
+    x, dtype, fold = a.x, a.dtype, backend.folds_layer_norm
+    saves = saves_normalized(a.save)
+    z = rstd = None
+    if saves or fold:
+        z, rstd = _conv_norm(backend, x, a.conv, a.neighbours, None, a.eps)
+        z = z.to(dtype)
+        y = z if fold else a.layer_norm.apply(z)
+    else:
+        y = _conv_norm(backend, x, a.conv, a.neighbours, a.layer_norm, a.eps)[0].to(dtype)
+    batch = MLPRows(_flat(y), _flat(x), a.factors, a.segments, x.dtype)
+    out, norms, hidden = mlp_forward(backend, batch, a.mlp, a.layer_norm if fold else None, a.options)
+    if not saves or z is None or rstd is None:
+        z, rstd = y.new_empty(0), x.new_empty(0, dtype=statistics_dtype(x.dtype))
+    return _reshaped(out, x.shape), z, rstd, norms, hidden
+
+
+def run_block_backward(backend: KernelBackend, a: BlockBackwardArgs) -> tuple[Tensor, ...]:
+    """Gradients of x and of the parameters of the convolution, LayerNorm and the MLP, in the order of the schema;
+    those of the biases of the convolution and of the MLP's output are statistics."""
+    x, z, rstd = a.x, a.z, a.rstd
+    if z.dim() == 1:
+        z, rstd = _conv_norm(backend, x, a.conv, a.neighbours, None, a.eps)
+        z = z.to(a.dtype)
+    batch = MLPRows(_flat(z), None, a.factors, a.segments, x.dtype)
+    saved = Saved(a.norms, a.hidden, a.layer_norm, rstd.view(-1))
+    grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, saved, a.options)
+    assert grads.ln_weight is not None and grads.ln_bias is not None
+    dy = grads.x.to(x.dtype).view(x.shape)
+    ddw, ddb = backend.depthwise_conv_backward_weight(dy, x, a.neighbours, a.dw_weight.shape[-1])
+    (weight,) = as_statistics(a.dw_weight, like=x)
+    assert weight is not None
+    dx = backend.depthwise_conv_forward(dy, weight, None, a.dout, a.neighbours, flip=True)
+    norm_grads = grads.ln_weight.to(a.ln_weight.dtype), grads.ln_bias.to(a.ln_bias.dtype)
+    return dx, ddw.to(a.dw_weight.dtype), ddb, *norm_grads, *_mlp_grads(grads, a.mlp)
+
+
+__all__ = ["SAVE_POLICIES", "Chunk", "MLPGradients", "Saved", "chunk_bytes", "chunks", "save_policy"]

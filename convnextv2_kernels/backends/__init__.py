@@ -1,26 +1,51 @@
-"""Which backend serves an op, and why.
+"""Which backend runs an op, and why.
 
-``auto`` takes, per call, the first backend of :data:`PREFERENCE` that can serve the device and dtype; the reference
-can serve everything. A forced backend (:func:`use_backend`, or the environment variable
-``CONVNEXTV2_KERNELS_BACKEND``) that cannot serve a call raises an error that says why; it never falls back silently.
-The choice is process-wide, like ``torch.backends`` flags, and is fixed for a node's backward when its forward runs.
+``auto`` takes, per call, the first backend of :data:`PREFERENCE` that supports the device and dtype; the reference
+supports everything. A forced backend (:func:`use_backend`, or the environment variable ``CONVNEXTV2_KERNELS_BACKEND``)
+that cannot run a call raises an error that says why; it never falls back silently. The choice is process-wide, like
+``torch.backends`` flags, and is fixed for a node's backward when its forward runs.
 """
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, triton
+from .. import layout
+from ..settings import current
+from . import cuda, native, triton
+from .base import Backend, KernelBackend
+from .cpu import CPUBackend
+from .cuda import CUDABackend
+from .reference.backend import ReferenceBackend
+from .triton import CUDATritonBackend, TritonBackend
 
-NAMES = ("reference", "cpu", "cuda", "triton", "auto")
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-# CUDA's kernels with Triton's fused products, chosen by ``auto`` for the ops that have such products
-MIXED = "cuda+triton"
-FUSED_OPS = ("pointwise_mlp", "gathered_pointwise_mlp", "convnextv2_block")
+# every backend there is: a new one is a line here
+REGISTRY: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (ReferenceBackend(), CPUBackend(), CUDABackend(), TritonBackend(), CUDATritonBackend())
+}
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda+triton", "cuda", "triton", "reference")}
+NAMES = (*REGISTRY, "auto")
+
+if cuda.load_error() is None and not cuda.EMULATED:
+    layout.KERNELS["cuda"] = CUDABackend()
+
+__all__ = [
+    "NAMES",
+    "PREFERENCE",
+    "REGISTRY",
+    "Backend",
+    "KernelBackend",
+    "cuda",
+    "forced",
+    "get",
+    "native",
+    "select",
+    "triton",
+    "unsupported_reason",
+    "use_backend",
+]
 
 
 class _State:
@@ -38,13 +63,13 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-_state.forced = _check_name(os.environ.get("CONVNEXTV2_KERNELS_BACKEND", "auto"), "CONVNEXTV2_KERNELS_BACKEND")
+_state.forced = _check_name(current.backend, "CONVNEXTV2_KERNELS_BACKEND")
 
 
 class use_backend:
-    """Context manager that serves every op by the named backend: "reference", "cpu", "cuda", "triton" or "auto".
+    """Context manager that runs every op by the named backend: one of :data:`NAMES`, "auto" to choose per call.
 
-    Raises ValueError for an unknown name at once, and RuntimeError where an op inside cannot be served.
+    Raises ValueError for an unknown name at once, and RuntimeError where an op inside is not supported.
     """
 
     def __init__(self, name: str):
@@ -61,57 +86,47 @@ class use_backend:
 
 
 def forced() -> str:
-    """The backend asked for by name, or "auto"."""
+    """The name of the forced backend, or "auto"."""
     return _state.forced
 
 
-def why_not(name: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
-    """Reason the backend cannot serve tensors of this device and dtype, or None if it can. ``index`` is that of the
-    device, by default the current one."""
-    if name == "reference":
-        return None
-    if name == "cpu":
-        return cpu.why_not(device_type, dtype)
-    if name == "cuda":
-        return cuda.why_not(device_type, dtype, index)
-    return triton.why_not(device_type, dtype, index)
+def unsupported_reason(name: str, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
+    """Why a backend cannot run ops on tensors of this device and dtype, or None if it can. ``index``: of the device, by
+    default the current one."""
+    return REGISTRY[name].unsupported_reason(device_type, dtype, index)
 
 
-def select(x: Tensor, op: str, product_dtype: torch.dtype | None = None) -> str:
-    """Name of the backend that serves ``op`` for input ``x``, with matrix products in ``product_dtype``."""
-    kind, index = x.device.type, x.device.index
-    dtypes = (x.dtype,) if product_dtype in (None, x.dtype) else (x.dtype, product_dtype)
-    if _state.forced != "auto":
-        for dtype in dtypes:
-            reason = why_not(_state.forced, kind, dtype, index)
-            if reason is not None:
-                raise RuntimeError(f"{op} was asked of backend '{_state.forced}', but {reason}")
-        return _state.forced
-    return automatic(op, kind, dtypes, index)
+def select(x: Tensor, op: str, gemm_dtype: torch.dtype | None = None) -> str:
+    """Name of the backend that runs ``op`` on input ``x``, with GEMMs in ``gemm_dtype``."""
+    device, dtype = x.device, x.dtype
+    dtypes = (dtype,) if gemm_dtype is None or gemm_dtype is dtype else (dtype, gemm_dtype)
+    name = _state.forced
+    if name == "auto":
+        return automatic(device.type, dtypes, device.index)
+    for each in dtypes:
+        reason = REGISTRY[name].unsupported_reason(device.type, each, device.index)
+        if reason is not None:
+            raise RuntimeError(f"{op} was asked of backend '{name}', but {reason}")
+    return name
 
 
-def automatic(op: str, device_type: str, dtypes: tuple[torch.dtype, ...], index: int | None = None) -> str:
-    """What ``auto`` chooses for an op on a device where tensors have these dtypes."""
-
-    def serves(name):
-        return all(why_not(name, device_type, dtype, index) is None for dtype in dtypes)
-
-    for name in PREFERENCE.get(device_type, ("reference",)):
-        if serves(name):
-            return MIXED if name == "cuda" and op in FUSED_OPS and serves("triton") else name
+def automatic(device_type: str, dtypes: tuple[torch.dtype, ...], index: int | None = None) -> str:
+    """What ``auto`` chooses for tensors of a device and dtypes."""
+    for name in PREFERENCE.get(device_type, ()):
+        backend = REGISTRY[name]
+        if all(backend.unsupported_reason(device_type, dtype, index) is None for dtype in dtypes):
+            return name
     return "reference"
 
 
-def primitives(name: str) -> ModuleType:
-    """The row, convolution and matrix-product primitives of a backend, called by the schedule and the ops."""
-    if name == "cpu":
-        from .cpu import primitives as module
-    elif name == "cuda":
-        from .cuda import primitives as module
-    elif name == "triton":
-        from .triton import primitives as module
-    elif name == MIXED:
-        from . import mixed as module
-    else:
-        from .reference import mlp as module
-    return module
+def get(name: str) -> KernelBackend:
+    """The kernels of a backend.
+
+    Raises:
+        ValueError: the name is of no backend with kernels.
+    """
+    backend = REGISTRY.get(name)
+    if not isinstance(backend, KernelBackend):
+        known = [each.name for each in REGISTRY.values() if isinstance(each, KernelBackend)]
+        raise ValueError(f"backend must be one of {', '.join(known)}, got {name!r}")
+    return backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .reference.norm import statistics_dtype
+from ..dtypes import statistics_dtype
 
 _FAKES = {}
 

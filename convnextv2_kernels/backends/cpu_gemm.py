@@ -9,7 +9,6 @@ faster one for the products of backward; in forward oneDNN adds bias and residua
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference.norm import statistics_dtype
+from ..dtypes import statistics_dtype
+from ..settings import current
 
 
 def _onednn_linear():
@@ -45,15 +45,13 @@ def _intel_with_mkl() -> bool:
 
 def _choose() -> tuple:
     """oneDNN's operator, or None to use ``mm``: for the products of forward, and for those of backward."""
-    wish = os.environ.get("CONVNEXTV2_KERNELS_CPU_GEMM", "auto")
-    if wish not in ("auto", "onednn", "mm"):
-        raise ValueError(f"CONVNEXTV2_KERNELS_CPU_GEMM must be auto, onednn or mm, got {wish!r}")
-    if wish == "mm" or not torch.backends.mkldnn.is_available():
+    requested = current.cpu_gemm
+    if requested == "mm" or not torch.backends.mkldnn.is_available():
         return None, None
     op = _onednn_linear()
-    if op is None and wish == "onednn":
+    if op is None and requested == "onednn":
         raise RuntimeError("CONVNEXTV2_KERNELS_CPU_GEMM=onednn, but this PyTorch has no oneDNN linear operator")
-    return op, None if wish == "auto" and _intel_with_mkl() else op
+    return op, None if requested == "auto" and _intel_with_mkl() else op
 
 
 _onednn, _onednn_backward = _choose()

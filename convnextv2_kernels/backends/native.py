@@ -1,13 +1,19 @@
-"""The compiled module ``convnextv2_kernels._C``: loading it registers ``torch.ops.convnextv2_kernels``."""
+"""The compiled module ``convnextv2_kernels._C``, which registers ``torch.ops.convnextv2_kernels``, and the base of
+the two backends whose kernels it holds."""
 
 from __future__ import annotations
 
 import importlib
 import json
+from abc import abstractmethod
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import torch
+
+from . import _fakes
+from .base import KernelBackend
 
 
 def _built_for() -> str:
@@ -45,3 +51,34 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 module, load_error = _load()
+
+
+class NativeBackend(KernelBackend):
+    """Kernels of ``csrc``: every operator is C++ or CUDA."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    namespace = "convnextv2_kernels"
+
+    def __init__(self) -> None:
+        self.operators = getattr(torch.ops, self.namespace)
+        if self.load_error() is None:
+            _fakes.register(self.namespace)  # so that the operators can be traced
+
+    @abstractmethod
+    def load_error(self) -> str | None:
+        """Why the kernels are not there, or None."""
+
+    def unsupported_reason(self, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
+        if (error := self.load_error()) is not None:
+            return error
+        if device_type != self.device_type:
+            return f"its {self.kind} tensors on {self.device_type}, and the input lies on {device_type}"
+        if dtype not in self.dtypes:
+            *names, last = (str(known).removeprefix("torch.") for known in self.dtypes)
+            return f"its kernels serve {', '.join(names)} and {last}, and the input is {dtype}"
+        return None
+
+    @property
+    def kind(self) -> str:
+        """Subject and verb of :meth:`unsupported_reason`."""
+        return "kernels serve"

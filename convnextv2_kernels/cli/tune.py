@@ -43,7 +43,7 @@ def unavailable() -> str | None:
     """Why nothing can be tuned here, or None."""
     if not triton.INTERPRETED and not torch.cuda.is_available():
         return "tune needs a GPU, and PyTorch sees none on this machine"
-    return backends.why_not("triton", triton.DEVICE, torch.float32)
+    return backends.unsupported_reason("triton", triton.DEVICE, torch.float32)
 
 
 def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep: bool = True, **options) -> dict:
@@ -54,17 +54,17 @@ def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    from ..backends.triton import plan_cache
+    from ..backends.triton import plans
     from ..backends.triton.tune import find
 
-    serving = backends.automatic("convnextv2_block", triton.DEVICE, (shapes[0].dtype,)) if shapes else "triton"
-    k = backends.primitives("triton" if triton.INTERPRETED else serving)
+    serving = backends.automatic(triton.DEVICE, (shapes[0].dtype,)) if shapes else "triton"
+    backend = backends.get("triton" if triton.INTERPRETED else serving)
     findings = {}
     for shape in shapes:
-        findings[shape] = find(shape, images, k, triton.DEVICE, **options)
+        findings[shape] = find(shape, images, backend, triton.DEVICE, **options)
         say(describe(shape, images, findings[shape]))
     if keep and findings:
-        say(f"written to {plan_cache.write({shape: finding.plan for shape, finding in findings.items()})}")
+        say(f"written to {plans.write({shape: finding.plan for shape, finding in findings.items()})}")
     return findings
 
 

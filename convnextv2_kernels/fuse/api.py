@@ -124,6 +124,6 @@ def _backend(model: nn.Module) -> str:
     if name != "reference":
         return f"{name} ({described})"
     others = backends.PREFERENCE.get(device.type, ()) if backends.forced() == "auto" else ()
-    reasons = ((other, backends.why_not(other, device.type, dtype, device.index)) for other in others)
+    reasons = ((other, backends.unsupported_reason(other, device.type, dtype, device.index)) for other in others)
     why = "".join(f"; {other}: {reason}" for other, reason in reasons if reason is not None)
     return f"reference, plain PyTorch, not faster ({described}{why})"

@@ -14,7 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
-from ..dtypes import product_dtype
+from ..dtypes import gemm_dtype
 from .checks import activation, unfit
 from .families import Family
 
@@ -45,7 +45,7 @@ def fused_block(
     factors = drop_path_factors(x, *drop_path) if drop_path[0] else None
     w1, b1, w2, b2 = fc1[0].flatten(1), fc1[1], fc2[0].flatten(1), fc2[1]
     mlp = (w1, b1, grn[0], grn[1])
-    if layer_scale is not None and product_dtype(x) == torch.float16:
+    if layer_scale is not None and gemm_dtype(x) == torch.float16:
         # layer scale may start at 1e-6: float16 cannot hold its product with a weight
         y = ops.depthwise_conv_layer_norm(x, *conv, *norm[:2], eps=norm[2])
         y = layer_scale * ops.pointwise_mlp(y, *mlp, w2, b2, act=act, eps=grn[2])
@@ -67,7 +67,7 @@ def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool
     """
     keep, n = 1.0 - rate, x.shape[0]
     if uniform:  # in the dtype of the branch
-        return (torch.rand(n, dtype=product_dtype(x), device=x.device) + keep).floor_().div_(keep)
+        return (torch.rand(n, dtype=gemm_dtype(x), device=x.device) + keep).floor_().div_(keep)
     factors = x.new_empty(n).bernoulli_(keep)
     return factors.div_(keep) if scale_by_keep and keep > 0 else factors
 

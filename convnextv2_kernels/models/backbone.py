@@ -9,8 +9,14 @@ from torch import Tensor, nn
 
 from ..layout import PatchLayout
 from ..nn import ConvNeXtV2Block, Downsample, GRNVariant, PatchEmbed
-from ..nn._checks import check_drop_path, check_positive, check_scope
-from ._checks import check_images, check_layout, check_stages
+from ..ops._checks import (
+    check_drop_path_rate,
+    check_images,
+    check_layout_of_images,
+    check_positive,
+    check_scope,
+    check_stages,
+)
 
 
 class Backbone(nn.Module):
@@ -42,7 +48,7 @@ class Backbone(nn.Module):
         if feature_dtype is not None and not feature_dtype.is_floating_point:
             raise ValueError(f"feature_dtype must be a floating-point dtype or None, got {feature_dtype}")
         self.feature_dtype = feature_dtype
-        check_drop_path(drop_path_rate, "drop_path_rate")
+        check_drop_path_rate(drop_path_rate, "drop_path_rate")
         check_scope(grn_scope, "grn_scope")
         self.grn = GRNVariant.of(grn)
         self.in_chans = check_positive("in_chans", in_chans)
@@ -73,7 +79,7 @@ class Backbone(nn.Module):
         """
         check_images(images, self.in_chans, 32, any_size=layout is None)
         if layout is not None:
-            check_layout(layout, images)
+            check_layout_of_images(layout, images)
         x = images if self.feature_dtype is None else images.to(self.feature_dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x, layout)

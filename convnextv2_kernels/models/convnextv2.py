@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import GRNVariant, LayerNorm
-from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
+from ..ops._checks import check_positive
 from .backbone import Backbone
 from .config import CONFIGS
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from .. import ops
 from ..layout import PatchLayout, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
-from ..nn._checks import check_positive
 from ..nn.init import init_linear_map
+from ..ops._checks import as_bool_mask, as_layout, check_images, check_positive
 from . import patchify
-from ._checks import as_bool_mask, as_layout, check_images
 from .backbone import SparseEncoder
 from .config import CONFIGS
 from .loss import reconstruction_loss

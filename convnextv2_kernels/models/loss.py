@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..dtypes import product_dtype
-from ..ops._dispatch import once_differentiable
+from ..dtypes import gemm_dtype
+from ..ops._dispatch import once_differentiable, reference_forced
 
 
 class _ReconstructionLoss(torch.autograd.Function):
@@ -19,7 +18,7 @@ class _ReconstructionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
         difference = pred - target
-        ctx.save_for_backward(difference.to(product_dtype(pred)))
+        ctx.save_for_backward(difference.to(gemm_dtype(pred)))
         ctx.dtype = pred.dtype
         # At least 1: the mean over no patches at all is defined as 0.
         ctx.count = max(pred.numel(), 1)
@@ -37,8 +36,8 @@ def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
 
     All patches weigh the same, whichever image they are of. The target is a constant. Computed in
     the wider of the two dtypes. One ``[P, D]`` tensor is saved for the backward pass, in the dtype
-    of matrix products, which are all that its gradient goes into.
+    of GEMM operands, as its gradient goes into GEMMs only.
     """
-    if backends.forced() == "reference":  # plain PyTorch throughout, so that it has higher derivatives
+    if reference_forced():  # plain PyTorch throughout, so that it has higher derivatives
         return (pred - target).square().sum(dim=-1).sum() / max(pred.numel(), 1)
     return _ReconstructionLoss.apply(pred, target)

@@ -4,8 +4,8 @@ Every forward takes ``(x, layout=None)``: packed visible patches with a layout, 
 one.
 """
 
+from ..ops._grn_variant import GRNVariant
 from .block import ConvNeXtV2Block
-from .grn_variant import GRNVariant
 from .layers import GlobalResponseNorm, LayerNorm, PointwiseMLP, SubmanifoldDepthwiseConv2d
 from .resample import Downsample, PatchEmbed
 

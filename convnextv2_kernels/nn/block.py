@@ -6,12 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends.reference import grn_variants
-from ..dtypes import no_autocast, product_dtype
 from ..layout import PatchLayout
-from ..ops import _checks as check
-from ._checks import check_drop_path, check_positive, check_reference
-from .grn_variant import GRNVariant
+from ..ops._checks import check_drop_path_rate, check_positive
+from ..ops._grn_variant import GRNVariant
 from .init import init_linear_map
 from .layers import GlobalResponseNorm, LayerNorm, SubmanifoldDepthwiseConv2d
 
@@ -43,7 +40,7 @@ class ConvNeXtV2Block(nn.Module):
         super().__init__()
         self.given_drop_path: Tensor | None = None
         check_positive("dim", dim)
-        self.drop_path = check_drop_path(drop_path)
+        self.drop_path = check_drop_path_rate(drop_path)
         self.dwconv = SubmanifoldDepthwiseConv2d(dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
@@ -52,16 +49,16 @@ class ConvNeXtV2Block(nn.Module):
         init_linear_map(self.pwconv1)
         init_linear_map(self.pwconv2)
 
-    def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
-        """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape
-        and dtype.
+    def forward(self, x: Tensor, layout: PatchLayout | None = None, visible: Tensor | None = None) -> Tensor:
+        """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape and dtype.
+
+        ``visible [N, H, W, 1]``: 1 at visible and 0 at hidden sites of a dense map that is zero at hidden sites; the
+        result is zero there too, and computed in plain PyTorch.
 
         Raises:
-            RuntimeError: a GRN variant that only the reference has, and another backend is forced.
+            RuntimeError: a GRN variant or a mask that only the reference has, and another backend is forced.
             ValueError: ``given_drop_path`` of another length than the number of images.
         """
-        if not self.grn.variant.fused:
-            return self.forward_reference(x, layout)
         return ops.convnextv2_block(
             x,
             *self._parameters_in_order(),
@@ -70,36 +67,9 @@ class ConvNeXtV2Block(nn.Module):
             scope=self.grn.scope,
             eps=self.norm.eps,
             grn_eps=self.grn.eps,
+            grn=self.grn.variant,
+            visible=visible,
         )
-
-    def forward_reference(self, x: Tensor, layout: PatchLayout | None = None, keep: Tensor | None = None) -> Tensor:
-        """:meth:`forward` in plain PyTorch, with any GRN variant; also on a dense map of which some sites are hidden.
-
-        Args:
-            x, layout: as there.
-            keep: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites, for a dense map that is zero at hidden sites.
-                The result is zero there too.
-        """
-        variant = self.grn.variant
-        check_reference(f"a block with the GRN variant '{variant}' in plain PyTorch")
-        check.check_packed(x, layout)
-        check.check_depthwise_weight(self.dwconv.weight, self.dwconv.bias, x)
-        check.check_grn_eps(self.grn.eps)
-        dtype, scale = product_dtype(x), self._drop_path_scale(x, layout)
-        check.check_drop_path(scale, x.shape[0] if layout is None else layout.num_images, x)
-        with no_autocast(x):
-            return grn_variants.convnextv2_block(
-                x,
-                *self._parameters_in_order(),
-                layout,
-                scale,
-                self.grn.scope,
-                self.norm.eps,
-                self.grn.eps,
-                dtype,
-                *variant.formula,
-                keep,
-            )
 
     def _parameters_in_order(self) -> tuple[Tensor, ...]:
         """As the block op takes them."""
@@ -108,11 +78,11 @@ class ConvNeXtV2Block(nn.Module):
         return *convolution, *norm, *first, *self.grn.affine(), *second
 
     def _drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:
-        """``[N]`` of 0 or ``1 / keep``, one draw per image (Huang et al. 2016), or ``None`` where
-        all keep."""
+        """``[N]`` of 0 or ``1 / (1 - drop_path)``, one draw per image (Huang et al. 2016), or ``None`` where no image
+        is dropped."""
         if not self.training or self.drop_path == 0.0:
             return None
-        keep = 1.0 - self.drop_path
+        keep_prob = 1.0 - self.drop_path
         images = x.shape[0] if layout is None else layout.num_images
         given = self.given_drop_path
         if given is not None:
@@ -122,7 +92,7 @@ class ConvNeXtV2Block(nn.Module):
                 )
             return given
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return torch.empty(images, device=x.device, dtype=dtype).bernoulli_(keep).div_(keep)
+        return torch.empty(images, device=x.device, dtype=dtype).bernoulli_(keep_prob).div_(keep_prob)
 
     def extra_repr(self) -> str:
         return f"drop_path={self.drop_path:g}" if self.drop_path else ""

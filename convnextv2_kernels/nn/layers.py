@@ -6,12 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends.reference import grn_variants
-from ..dtypes import no_autocast
 from ..layout import PatchLayout
-from ..ops import _checks as check
-from ._checks import check_positive, check_reference, check_scope
-from .grn_variant import GRNVariant
+from ..ops._checks import check_positive, check_scope
+from ..ops._grn_variant import GRNVariant
 from .init import init_linear_map
 
 
@@ -127,17 +124,7 @@ class GlobalResponseNorm(nn.Module):
         Raises:
             RuntimeError: a variant that only the reference has, and another backend is forced.
         """
-        gamma, beta = self.affine()
-        if self.variant.fused:
-            return ops.global_response_norm(x, gamma, beta, layout, scope=self.scope, eps=self.eps)
-        check_reference(f"the GRN variant '{self.variant}'")
-        check.check_packed(x, layout)
-        check.check_param(gamma, "gamma", x.shape[-1], x)
-        check.check_grn_eps(self.eps)
-        with no_autocast(x):
-            return grn_variants.global_response_norm(
-                x, gamma, beta, layout, self.scope, self.eps, *self.variant.formula
-            )
+        return ops.global_response_norm(x, *self.affine(), layout, scope=self.scope, eps=self.eps, variant=self.variant)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layout import PatchLayout
-from ._checks import check_positive
+from ..ops._checks import check_positive
 from .init import init_linear_map
 from .layers import LayerNorm
 

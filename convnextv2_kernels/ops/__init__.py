@@ -1,9 +1,11 @@
 """Public ops: functions of tensors with autograd, each checked, dispatched to a backend and documented with shapes."""
 
-from .conv import depthwise_conv_layer_norm, gather_patches, scatter_patches, submanifold_depthwise_conv2d
-from .mlp import convnextv2_block, gathered_pointwise_mlp, pointwise_mlp
-from .norm import downsample, gelu_grn, global_response_norm, layer_norm, layer_norm_grn, linear
-from .resample import patch_embed, patch_embed_layer_norm
+from .block import convnextv2_block
+from .conv import depthwise_conv_layer_norm, submanifold_depthwise_conv2d
+from .mlp import gathered_pointwise_mlp, pointwise_mlp
+from .norm import gelu_grn, global_response_norm, layer_norm, layer_norm_grn
+from .patches import gather_patches, scatter_patches
+from .resample import downsample, linear, patch_embed, patch_embed_layer_norm
 
 __all__ = [
     "convnextv2_block",

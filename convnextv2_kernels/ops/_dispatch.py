@@ -1,10 +1,66 @@
-"""The rule every op's backward follows: it can run once, and says so instead of returning a wrong second derivative."""
+"""How every op reaches its backend: one choice, autocast off, the reference or the kernels; and what their backward may
+not do."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from .. import backends
+from ..dtypes import no_autocast
+
+
+def dispatch(
+    op: str,
+    x: Tensor,
+    reference: Callable[[], Tensor],
+    kernel: Callable[[str], Tensor],
+    gemm_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Runs an op on input x by the backend that is forced or fits: ``reference()``, or ``kernel(name)`` with its name.
+
+    Raises:
+        RuntimeError: a forced backend that cannot run it.
+    """
+    name = backends.select(x, op, gemm_dtype)
+    with no_autocast(x):
+        return reference() if name == "reference" else kernel(name)
+
+
+def traced() -> bool:
+    """Whether calls are recorded or replaced (torch.compile, torch.export, a dispatch mode): an op has to be one
+    registered operator then; otherwise the schedule is called directly."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def direct(function: Callable[..., Any], arguments: Any) -> Any:
+    """Runs a function of the schedule on the arguments of a composite operator, as the operator would."""
+    with no_autocast(arguments[0]):
+        return function(backends.get(arguments.backend), arguments)
+
+
+def require_reference(what: str) -> None:
+    """Raise RuntimeError where another backend is forced for what only the reference has."""
+    if backends.forced() not in ("auto", "reference"):
+        raise RuntimeError(f"{what} was asked of backend '{backends.forced()}', but only the reference has it")
+
+
+def reference_forced() -> bool:
+    """Whether ops are to run in plain PyTorch throughout, so that they have higher derivatives."""
+    return backends.forced() == "reference"
+
+
+@contextlib.contextmanager
+def plain_pytorch(what: str) -> Iterator[None]:
+    """Runs every op inside by the reference. Raises RuntimeError where another backend is forced."""
+    require_reference(what)
+    with backends.use_backend("reference"):
+        yield
 
 
 def once_differentiable(backward):

@@ -1,89 +1,75 @@
-"""The pointwise MLP with GRN and the whole ConvNeXt V2 block, each one autograd node over the chunked schedule."""
+"""The pointwise MLP with GRN, one autograd node over the chunked schedule."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .. import backends, schedule
-from ..backends.reference import norm as ref
-from ..dtypes import no_autocast, product_dtype
+from .. import schedule
+from ..backends import reference
+from ..dtypes import gemm_dtype
 from ..layout import PatchLayout
+from ..params import MLPBackwardArgs, MLPForwardArgs, MLPParams
 from . import _checks as check
 from . import _operators
-from ._dispatch import once_differentiable
-from .conv import conv_neighbours, gather_patches
-from .norm import segment_args
+from ._dispatch import direct, dispatch, once_differentiable, traced
+from .norm import segments_of
+from .patches import gather_patches
 
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 class _PointwiseMLP(torch.autograd.Function):
-    """``args`` are the operators' arguments behind the tensors."""
-
-    TENSORS = 10
+    """Takes the fields of :class:`MLPForwardArgs`."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        *tensors, args = inputs
-        outputs = _operators.mlp_forward(*tensors, *args)
-        _PointwiseMLP.keep(ctx, tensors, args, outputs)
+        if traced():
+            outputs = _operators.mlp_forward(*inputs)
+        else:
+            outputs = direct(schedule.run_mlp_forward, MLPForwardArgs._make(inputs))
+        _PointwiseMLP.save(ctx, inputs, outputs)
         return outputs[0]
 
     @staticmethod
-    def keep(ctx, tensors, args, outputs):
-        x, w1, b1, gamma, beta, w2, b2, residual, drop, offsets = tensors
-        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, drop, offsets, *outputs[1:])
-        ctx.args, ctx.b2_dtype, ctx.has_residual = args, b2.dtype, residual is not None
+    def save(ctx, inputs, outputs):
+        x, w1, b1, gamma, beta, w2, b2, residual, factors, offsets, *settings = inputs
+        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, factors, offsets, *outputs[1:])
+        ctx.settings, ctx.b2_dtype, ctx.has_residual = settings, b2.dtype, residual is not None
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
+        return _PointwiseMLP.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
         grad = grad.contiguous()
-        dx, *grads, db2 = _operators.mlp_backward(grad, *ctx.saved_tensors, *ctx.args)
+        inputs = (grad, *ctx.saved_tensors, *ctx.settings)
+        if traced():
+            grads = _operators.mlp_backward(*inputs)
+        else:
+            grads = direct(schedule.run_mlp_backward, MLPBackwardArgs._make(inputs))
+        dx, *grads, db2 = grads
         residual = grad if ctx.has_residual else None
-        return dx, *grads, db2.to(ctx.b2_dtype), residual, None, None, None
+        return dx, *grads, db2.to(ctx.b2_dtype), residual, *(None for _ in range(2 + len(ctx.settings)))
 
 
-class _Block(torch.autograd.Function):
-    TENSORS = 14
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        *tensors, args = inputs
-        outputs = _operators.block_forward(*tensors, *args)
-        _Block.keep(ctx, tensors, args, outputs)
-        return outputs[0]
-
-    @staticmethod
-    def keep(ctx, tensors, args, outputs):
-        x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, *index = tensors
-        params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2)
-        ctx.save_for_backward(x, *outputs[1:], *params, *index)
-        ctx.args, ctx.b2_dtype = args, b2.dtype
-        ctx.dw_bias_dtype = None if dw_bias is None else dw_bias.dtype
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        grads = _operators.block_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.args)
-        dx, ddw, ddb, *rest, db2 = grads
-        ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
-        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), None, None, None, None
-
-
-# For programs of torch.export, which hold the operators without the functions around them.
+# For programs of torch.export, which hold the operator without the function around it.
 _operators.differentiate("mlp_forward", _PointwiseMLP)
-_operators.differentiate("block_forward", _Block)
 
 
-def _geometry(x: Tensor, layout: PatchLayout | None, scope: str) -> tuple[Tensor | None, tuple]:
-    """Image offsets (None when uniform) and the integers that describe how rows fall into images."""
-    offsets, rows_per_slot, images = segment_args(x, layout, "image")
-    return offsets, (rows_per_slot, images, scope == "batch")
-
-
-def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act):
+def check_mlp(
+    x: Tensor,
+    params: MLPParams,
+    out_channels: int,
+    layout: PatchLayout | None,
+    drop_path_scale: Tensor | None,
+    scope: str,
+    act: str,
+) -> None:
+    """The arguments that :func:`pointwise_mlp` and the block share."""
+    w1, b1, gamma, beta, w2, b2 = params
     c = x.shape[-1]
     check.check_float(w1, "w1")
     if w1.dim() != 2:
@@ -95,10 +81,10 @@ def _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, s
     check.check_param(b1, "b1", (hidden,), x)
     check.check_param(gamma, "gamma", hidden, x)
     check.check_param(beta, "beta", hidden, x)
-    check.check_param(w2, "w2", (out_c, hidden), x)
-    check.check_param(b2, "b2", (out_c,), x)
+    check.check_param(w2, "w2", (out_channels, hidden), x)
+    check.check_param(b2, "b2", (out_channels,), x)
     check.check_scope(scope)
-    check.check_drop_path(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
+    check.check_drop_path_scale(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
     if act not in ACTIVATIONS:
         raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
 
@@ -134,25 +120,30 @@ def pointwise_mlp(
     check.check_float(w2, "w2")
     if w2.dim() != 2 or w2.shape[0] < 1:
         raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
-    out_c = w2.shape[0]
-    _check_mlp(x, w1, b1, gamma, beta, w2, b2, out_c, layout, drop_path_scale, scope, act)
+    params = MLPParams(w1, b1, gamma, beta, w2, b2)
+    check_mlp(x, params, w2.shape[0], layout, drop_path_scale, scope, act)
     check.check_grn_eps(eps)
     if residual is not None:
-        check.check_param(residual, "residual", (*x.shape[:-1], out_c), x)
-    dtype = product_dtype(x)
-    backend = backends.select(x, "pointwise_mlp", dtype)
-    with no_autocast(x):
-        if backend == "reference":
-            return ref.pointwise_mlp(
-                x, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps, dtype
-            )
-        offsets, geometry = _geometry(x, layout, scope)
-        if residual is not None:
-            residual = residual.to(x.dtype).contiguous()
-        args = (*geometry, act, eps, schedule.save_policy(x.device.type), dtype, backend)
+        check.check_param(residual, "residual", (*x.shape[:-1], w2.shape[0]), x)
+    dtype = gemm_dtype(x)
+
+    def kernel(backend: str) -> Tensor:
+        images = segments_of(x, layout)
+        added = None if residual is None else residual.to(x.dtype).contiguous()
+        save = schedule.save_policy(x.device.type)
         return _PointwiseMLP.apply(
-            x.contiguous(), w1, b1, gamma, beta, w2, b2, residual, drop_path_scale, offsets, args
+            x.contiguous(), *params, added, drop_path_scale, *images, scope == "batch", act, eps, save, dtype, backend
         )
+
+    return dispatch(
+        "pointwise_mlp",
+        x,
+        reference=lambda: reference.mlp.pointwise_mlp(
+            x, *params, layout, residual, drop_path_scale, scope, act, eps, dtype
+        ),
+        kernel=kernel,
+        gemm_dtype=dtype,
+    )
 
 
 def gathered_pointwise_mlp(
@@ -176,59 +167,3 @@ def gathered_pointwise_mlp(
     """
     packed = gather_patches(x, layout)
     return pointwise_mlp(packed, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps)
-
-
-def convnextv2_block(
-    x: Tensor,
-    dw_weight: Tensor,
-    dw_bias: Tensor | None,
-    ln_weight: Tensor,
-    ln_bias: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    w2: Tensor,
-    b2: Tensor,
-    layout: PatchLayout | None = None,
-    drop_path_scale: Tensor | None = None,
-    scope: str = "image",
-    act: str = "gelu",
-    eps: float = 1e-6,
-    grn_eps: float | None = None,
-    save: str | None = None,
-) -> Tensor:
-    """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
-
-    Args:
-        x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
-        dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
-            :func:`pointwise_mlp` with O = C. eps: of LayerNorm. grn_eps: of GRN, None for the same.
-        save: what is kept for backward besides x and one norm per image and hidden channel, one of
-            ``schedule.SAVE_POLICIES``: "inputs" nothing, "normalized" LayerNorm's rows, "hidden" those and the hidden
-            activations; the less, the more runs again. None for what ``CONVNEXTV2_KERNELS_SAVE`` says, or the default
-            of the device. The reference leaves it to autograd.
-
-    Returns:
-        The shape and dtype of x. Unless they are kept, hidden activations exist only for a chunk of images at a time.
-    """
-    check.check_packed(x, layout)
-    check.check_depthwise_weight(dw_weight, dw_bias, x)
-    check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
-    check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
-    _check_mlp(x, w1, b1, gamma, beta, w2, b2, x.shape[-1], layout, drop_path_scale, scope, act)
-    check.check_eps(eps)
-    name, grn_eps = ("eps", eps) if grn_eps is None else ("grn_eps", grn_eps)
-    check.check_grn_eps(grn_eps, name)
-    if save not in (None, *schedule.SAVE_POLICIES):
-        raise ValueError(f"save must be one of {', '.join(schedule.SAVE_POLICIES)} or None, got {save!r}")
-    dtype = product_dtype(x)
-    backend = backends.select(x, "convnextv2_block", dtype)
-    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
-    with no_autocast(x):
-        if backend == "reference":
-            return ref.convnextv2_block(x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype)
-        offsets, geometry = _geometry(x, layout, scope)
-        neighbours = conv_neighbours(layout, dw_weight.shape[-1], x)
-        args = (eps, *geometry, act, grn_eps, save or schedule.save_policy(x.device.type), dtype, backend)
-        return _Block.apply(x.contiguous(), *params, neighbours, drop_path_scale, offsets, args)

@@ -1,5 +1,5 @@
 """The reference backend: plain PyTorch, differentiated by PyTorch, readable as the specification."""
 
-from . import conv, norm
+from . import conv, grn_variants, mlp, norm, patches, resample
 
-__all__ = ["conv", "norm"]
+__all__ = ["conv", "grn_variants", "mlp", "norm", "patches", "resample"]

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...dtypes import statistics_dtype
 from ...layout import PatchLayout
 from .conv import depthwise_conv2d
-from .norm import image_sums, layer_norm, linear, safe_sqrt, spread_over_rows, statistics_dtype
+from .norm import image_sums, layer_norm, safe_sqrt, spread_over_rows
+from .resample import linear
 
 AGGREGATIONS = ("l2", "l1", "mean")
 NORMALIZERS = ("divisive", "standardize", "inverse")

@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
 from .conv_addressing import Geometry, place_of, source_line, source_pixel
 from .gelu import widen
-from .launch import accumulator, cdiv, launch, next_power_of_2
+from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 from .norm import layer_norm_forward
-from .operators import operator
 
 # the widest rows whose LayerNorm is fused: 8 warps with four channels a thread
 _MOST_FUSED = 1024

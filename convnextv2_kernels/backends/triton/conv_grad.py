@@ -18,11 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
 from .conv_addressing import Geometry, place_of, source_line, source_pixel
 from .gelu import widen
-from .launch import accumulator, cdiv, launch, next_power_of_2
-from .operators import operator
+from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 
 _PROGRAMS = 512  # enough for the largest GPUs; the workspace grows with them
 _LEAST_RUNS = 16  # of a program, so that the sums written are few beside the values read

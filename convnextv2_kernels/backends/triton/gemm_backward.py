@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import MLPGradRows, MLPParams, Segments
 from .gelu import activate, activate_with_slope, widen
 from .gemm_forward import SIZES, precision
 from .gemm_tiles import Tiles, tile_rows
@@ -198,40 +199,41 @@ def weight_product_kernel(
 
 
 def image_products(
-    a: Tensor, act: str, d: Tensor, w2: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int, splits: int,
-    tile: Tile,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    a: Tensor, act: str, d: Tensor, w2: Tensor, segments: Segments, splits: int, tile: Tile
+) -> tuple[Tensor, Tensor]:
     """``g [count, splits, H, O]`` and ``t [count, splits, H]``, both to be summed over the splits of an image's rows.
 
     ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not cut."""
-    (rows, hidden), out_c = a.shape, d.shape[1]
+    (rows, hidden), out_c, count = a.shape, d.shape[1], segments.count
     g = torch.empty(count, splits, hidden, out_c, dtype=torch.float32, device=a.device)
     t = torch.empty(count, splits, hidden, dtype=torch.float32, device=a.device)
     p0, p1 = halves(out_c)
     launch(
         image_products_kernel, (count * splits * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        a=a, d=d, w2=w2, g=g, t=t, offsets=offsets, rows_per_slot=rows_per_slot, M=rows, images=count,
-        splits=splits, H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, PRECISION=precision(a.dtype),
+        a=a, d=d, w2=w2, g=g, t=t, offsets=segments.offsets,
+        rows_per_slot=segments.rows_per_slot, M=rows, images=count, splits=splits,
+        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, PRECISION=precision(a.dtype),
         BH=tile.columns, BR=tile.rows, P0=p0, P1=p1,
     )  # fmt: skip
     return g, t
 
 
 def hidden_backward(
-    a: Tensor, act: str, d: Tensor, w1: Tensor, w2: Tensor, scale: Tensor, kappa: Tensor,
-    z: Tensor | None, rstd: Tensor | None, tiles: Tiles, images: int, tile: Tile,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``da [M, H]``, ``dx [M, C]`` and the sums of da by tile ``[tiles, H]``. ``tile.columns`` is the hidden step."""
+    chunk: MLPGradRows, weights: MLPParams, act: str, scales: tuple[Tensor, Tensor], tiles: Tiles, tile: Tile
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``da [M, H]``, ``dx [M, C]`` and the sums of da by tile ``[tiles, H]``. ``tile.columns`` is the hidden step.
+    ``scales``: scale and kappa."""
+    a, d, (scale, kappa) = chunk.a, chunk.d, scales
     rows, hidden = a.shape
-    out_c, width = d.shape[1], w1.shape[1]
+    out_c, width = d.shape[1], weights.w1.shape[1]
     da, dx = torch.empty_like(a), a.new_empty(rows, width)
     partials = torch.empty(tiles.count, hidden, dtype=torch.float32, device=a.device)
     (p0, p1), (q0, q1) = halves(out_c), halves(width)
     launch(
         hidden_backward_kernel, (tiles.count,), num_warps=tile.warps, num_stages=tile.stages,
-        a=a, d=d, w1=w1, w2=w2, scale=scale, kappa=kappa, z=z, rstd=rstd, da=da, dx=dx, partials=partials,
-        M=rows, images=images, H=hidden, C=width, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16,
+        a=a, d=d, w1=weights.w1, w2=weights.w2, scale=scale, kappa=kappa, z=chunk.z, rstd=chunk.rstd, da=da, dx=dx,
+        partials=partials, M=rows, H=hidden, C=width, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16,
         ONE_SCALE=scale.shape[0] == 1, PRECISION=precision(a.dtype), BH=tile.columns,
         P0=p0, P1=p1, Q0=q0, Q1=q1, **tiles.arguments,
     )  # fmt: skip
@@ -239,12 +241,12 @@ def hidden_backward(
 
 
 def weight_product(
-    a: Tensor, act: str, d: Tensor, scale: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int, splits: int,
-    tile: Tile,
-) -> Tensor:  # fmt: skip
+    a: Tensor, act: str, d: Tensor, scale: Tensor, segments: Segments, splits: int, tile: Tile
+) -> Tensor:
     """``parts [splits, O, H]`` of ``d' (act(a) scale)``. ``tile.rows`` output columns, ``tile.columns`` hidden ones,
     ``tile.depth`` rows of a step."""
     (rows, hidden), out_c = a.shape, d.shape[1]
+    offsets, rows_per_slot, count = segments
     parts = torch.empty(splits, out_c, hidden, dtype=torch.float32, device=a.device)
     each, owners = rows // max(1, count), None
     if offsets is not None:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import MLPParams, MLPRows
 from . import plans
 from .gelu import activate, widen
 from .gemm_tiles import Tiles, image_sums, tile_rows
@@ -162,32 +163,33 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def first_product(
-    y: Tensor, w1: Tensor, b1: Tensor, act: str, out: Tensor, keep_a: bool, tiles: Tiles, images: int, tile: Tile
+    y: Tensor, weights: MLPParams, act: str, out: Tensor, preserve_a: bool, tiles: Tiles, tile: Tile
 ) -> Tensor:
-    """Writes ``out [M, H]``; returns the sums of squares ``[images, H]`` in float32."""
-    (rows, width), hidden = y.shape, w1.shape[0]
+    """Writes ``out [M, H]``, a or act(a); returns the sums of squares ``[images, H]`` in float32."""
+    (rows, width), hidden = y.shape, weights.w1.shape[0]
     partials = torch.empty(tiles.count, tiles.span, hidden, dtype=torch.float32, device=y.device)
     launch(
         first_product_kernel, (tiles.count * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        y=y, w1=w1, b1=b1, out=out, partials=partials, M=rows, images=images, C=width, H=hidden,
-        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=keep_a, FEW=_FEW_IMAGES,
+        y=y, w1=weights.w1, b1=weights.b1, out=out, partials=partials, M=rows, C=width, H=hidden,
+        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=preserve_a, FEW=_FEW_IMAGES,
         PRECISION=precision(y.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
         BN=tile.columns, BK=tile.depth, **tiles.arguments,
     )  # fmt: skip
-    return image_sums(partials, tiles, rows, images)
+    return image_sums(partials, tiles, rows)
 
 
 def second_product(
-    a: Tensor, act: str, w2: Tensor, b2: Tensor, scale: Tensor, residual: Tensor | None, factors: Tensor | None,
-    out: Tensor, tiles: Tiles, images: int, tile: Tile,
-) -> None:  # fmt: skip
-    """Writes ``out [M, O]`` from a, or from activations with ``act`` "none"."""
-    (rows, hidden), out_c = a.shape, w2.shape[0]
+    a: Tensor, act: str, weights: MLPParams, scale: Tensor, rows: MLPRows, tiles: Tiles, tile: Tile
+) -> Tensor:
+    """``[M, O]`` in the rows' dtype of results, from a, or from activations with ``act`` "none"."""
+    (count, hidden), out_c = a.shape, weights.w2.shape[0]
+    out = a.new_empty(count, out_c, dtype=rows.out_dtype)
     launch(
         second_product_kernel, (tiles.count * cdiv(out_c, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        a=a, w2=w2, b2=b2, scale=scale, residual=residual, factors=factors, out=out, M=rows, images=images,
-        H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, ONE_SCALE=scale.shape[0] == 1,
+        a=a, w2=weights.w2, b2=weights.b2, scale=scale, residual=rows.residual, factors=rows.drop_path_scale,
+        out=out, M=count, H=hidden, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16, ONE_SCALE=scale.shape[0] == 1,
         FEW=_FEW_IMAGES, PRECISION=precision(a.dtype), BN=tile.columns, BK=tile.depth, **tiles.arguments,
     )  # fmt: skip
+    return out

@@ -18,31 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import Segments
 from .launch import cdiv, launch
 
 # the most images a flat tile may span: its epilogue sums their rows one after the other, or by one product
 MOST_IMAGES = 16
 
 
-class Images(NamedTuple):
-    """Images of a chunk: ``offsets`` None for equal shares, else as ``segments`` in the contract of the primitives."""
-
-    offsets: Tensor | None
-    rows_per_slot: int
-    count: int
-
-    def rows_each(self, rows: int) -> int | None:
-        """Rows of every image, None where they differ."""
-        return rows // self.count if self.offsets is None and self.count else None
-
-
 class Tiles(NamedTuple):
-    """Tiles of ``size`` rows. Arguments of a kernel: ``kind`` and ``span`` are its constants KIND and SPAN."""
+    """Tiles of ``size`` rows of so many ``images``. Arguments of a kernel: ``kind`` and ``span`` are its constants KIND
+    and SPAN."""
 
     kind: str
     size: int
     count: int
     span: int
+    images: int
     each: int
     owner: Tensor | None
     first: Tensor | None
@@ -51,23 +42,24 @@ class Tiles(NamedTuple):
     @property
     def arguments(self) -> dict:
         return {
-            "each": self.each, "owner": self.owner, "first": self.first, "begin": self.begin,
+            "images": self.images, "each": self.each, "owner": self.owner, "first": self.first, "begin": self.begin,
             "KIND": self.kind, "SPAN": self.span, "BM": self.size,
         }  # fmt: skip
 
 
-def cut(rows: int, images: Images, size: int, allow_flat: bool = True) -> Tiles:
+def partition(rows: int, images: Segments, size: int, allow_flat: bool = True) -> Tiles:
     """Tiles of a chunk's rows, of which there is at least one; flat where cutting every image would waste much."""
     each = images.rows_each(rows)
     if each is None:
         return _table(rows, images, size)
     if allow_flat and each < 2 * size and each % size:
         span = cdiv(size - 1, each) + 1
-        return Tiles("flat", size, cdiv(rows, size), span, each, None, None, None)
-    return Tiles("image", size, images.count * cdiv(each, size), 1, each, None, None, None)
+        return Tiles("flat", size, cdiv(rows, size), span, images.count, each, None, None, None)
+    return Tiles("image", size, images.count * cdiv(each, size), 1, images.count, each, None, None, None)
 
 
-def _table(rows: int, images: Images, size: int) -> Tiles:
+def _table(rows: int, images: Segments, size: int) -> Tiles:
+    assert images.offsets is not None
     device = images.offsets.device
     begin = (images.offsets - images.offsets[0]).long() * images.rows_per_slot
     tiles = (begin.diff() + (size - 1)) // size
@@ -75,7 +67,7 @@ def _table(rows: int, images: Images, size: int) -> Tiles:
     count = cdiv(rows, size) + images.count
     owner = torch.searchsorted(ends, torch.arange(count, device=device), right=True).int()
     first = torch.nn.functional.pad(ends, (1, 0)).int()
-    return Tiles("table", size, count, 1, 0, owner, first, begin)
+    return Tiles("table", size, count, 1, images.count, 0, owner, first, begin)
 
 
 @triton.jit
@@ -128,9 +120,9 @@ def image_sums_kernel(
     tl.store(sums + image * W + columns, total, mask=inside)
 
 
-def image_sums(parts: Tensor, tiles: Tiles, rows: int, images: int) -> Tensor:
+def image_sums(parts: Tensor, tiles: Tiles, rows: int) -> Tensor:
     """``[tiles, SPAN, W]`` -> ``[images, W]``, in the order of the tiles."""
-    width = parts.shape[-1]
+    width, images = parts.shape[-1], tiles.images
     if tiles.kind == "image" and tiles.count == images:
         return parts.view(images, width)
     sums = parts.new_empty(images, width)

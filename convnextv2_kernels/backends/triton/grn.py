@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...params import Segments
+from .launch import operator
 from .mlp_rows import gelu_statistics, gradient_rows, gradient_statistics, scale_rows
-from .operators import operator
 from .reduce import add_pair, partial_sums
 
 
@@ -20,10 +21,10 @@ def grn_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``h * scale + beta`` like x, with ``h = gelu(x)`` or x, and norm ``A[segments, C]``."""
-    act, own = "gelu" if gelu else "none", (offsets, rows_per_slot, segments)
-    norm, scale = gelu_statistics(x, None, gamma, eps, act, *own)
+    act, own = "gelu" if gelu else "none", Segments(offsets, rows_per_slot, segments)
+    norm, scale = gelu_statistics(x, None, gamma, eps, act, own)
     y = torch.empty_like(x)
-    scale_rows(x, y, scale, beta, act, *own)
+    scale_rows(x, y, scale, beta, act, own)
     return y, norm
 
 
@@ -33,9 +34,9 @@ def grn_backward(
     gelu: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx like x, dgamma and dbeta ``A[C]``."""
-    act, own = "gelu" if gelu else "none", (offsets, rows_per_slot, segments)
-    sums = partial_sums(x, grad, None, act, False, True, *own)
+    act, own = "gelu" if gelu else "none", Segments(offsets, rows_per_slot, segments)
+    sums = partial_sums(x, grad, None, act, False, True, own)
     scale, kappa, terms = gradient_statistics(sums.flatten(2), norm, gamma, eps, True)
     dx = torch.empty_like(x)
-    gradient_rows(x, grad, scale, kappa, None, dx, False, act, *own)
+    gradient_rows(x, grad, (scale, kappa), None, dx, False, act, own)
     return dx, *add_pair(terms)

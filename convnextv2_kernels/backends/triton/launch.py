@@ -1,16 +1,19 @@
-"""Launches, in one place: so that tests and the compiler's report see every one as it is made."""
+"""Launches and operators, each in one place: tests and the compiler's report see every launch as it is made; kernels
+that are called from outside the schedule are operators ``torch.ops.convnextv2_kernels_triton``, opaque to torch.compile
+and torch.export."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import INTERPRETED
+from .. import _fakes
+from .backend import INTERPRETED
 
 
 class Launch(NamedTuple):
@@ -75,3 +78,22 @@ def next_power_of_2(n: int) -> int:
 def accumulator(dtype: torch.dtype) -> tl.dtype:
     """What sums of features of a dtype are kept in, as a constant for a kernel."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+NAMESPACE = "convnextv2_kernels_triton"
+# the functions behind the operators, which on the device "meta" would be answered by their fakes
+FUNCTIONS: dict[str, Callable] = {}
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def operator(function):
+    """Registers a function that only reads its arguments and returns new tensors, and returns the operator.
+
+    Its annotations are the schema; names, arguments and results are those of the operator of the same name in
+    ``csrc/torch``, and so one fake serves both."""
+    name = function.__name__
+    FUNCTIONS[name] = function
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    _fakes.register(NAMESPACE, name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default

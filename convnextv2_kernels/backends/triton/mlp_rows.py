@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
+from ...params import Segments
 from .gelu import activate, activate_with_slope, widen
 from .launch import accumulator, launch, next_power_of_2
 from .reduce import SIZES, add_partials, part_and_columns, part_rows, partial_sums, row_pass
@@ -125,10 +126,10 @@ def finish_statistics(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tenso
 
 
 def gelu_statistics(
-    a: Tensor, h: Tensor | None, gamma: Tensor, eps: float, act: str, *segments
+    a: Tensor, h: Tensor | None, gamma: Tensor, eps: float, act: str, segments: Segments
 ) -> tuple[Tensor, Tensor]:
     """norm and scale ``A[segments, H]`` of act(a), which goes to h, perhaps a itself, unless that is None."""
-    squares = partial_sums(a, None, h, act, True, False, *segments)
+    squares = partial_sums(a, None, h, act, True, False, segments)
     return finish_statistics(squares.squeeze(2), gamma, eps)
 
 
@@ -149,10 +150,15 @@ def gradient_statistics(
 
 
 def mlp_backward_statistics(
-    a: Tensor | None, ds: Tensor | None, t: Tensor | None, norm: Tensor, gamma: Tensor, eps: float, act: str, *segments
-) -> tuple[Tensor, Tensor, Tensor]:
+    a: Tensor | None, ds: Tensor | None, t: Tensor | None, norm: Tensor, gamma: Tensor, eps: float, act: str,
+    segments: Segments,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """scale and kappa ``A[segments, H]``, dgamma ``A[H]``, from t ``A[segments, H]``, or from a and ds without it."""
-    sums = partial_sums(a, ds, None, act, False, False, *segments) if t is None else t.contiguous().unsqueeze(1)
+    if t is None:
+        assert a is not None
+        sums = partial_sums(a, ds, None, act, False, False, segments)
+    else:
+        sums = t.contiguous().unsqueeze(1)
     scale, kappa, terms = gradient_statistics(sums.flatten(2), norm, gamma, eps, False)
     return scale, kappa, add_partials(terms).view(-1)
 
@@ -183,15 +189,10 @@ def scale_rows_kernel(
         tl.store(out + at + place, value.to(out.dtype.element_ty), mask=inside)
 
 
-def scale_rows(a: Tensor, out: Tensor, scale: Tensor | None, beta: Tensor | None, act: str, *segments) -> None:
+def scale_rows(a: Tensor, out: Tensor, scale: Tensor | None, beta: Tensor | None, act: str, segments: Segments) -> None:
     """``out = act(a) * scale + beta``, scale ``A[segments, H]``, beta ``A[H]``; 1 and 0 where None. out may be a."""
-    cut = row_pass(a, *segments)
-    launch(scale_rows_kernel, cut.grid, a=a, out=out, scale=scale, beta=beta, **cut.arguments, ACT=act)
-
-
-def gelu_scale(a: Tensor, out: Tensor, scale: Tensor | None, act: str, *segments) -> None:
-    """``out = act(a) * scale``, scale ``A[segments, H]`` or None; out may be a."""
-    scale_rows(a, out, scale, None, act, *segments)
+    passes = row_pass(a, segments)
+    launch(scale_rows_kernel, passes.grid, a=a, out=out, scale=scale, beta=beta, **passes.arguments, ACT=act)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -225,23 +226,26 @@ def gradient_rows_kernel(
 
 
 def gradient_rows(
-    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, hs: Tensor | None, da: Tensor, with_sums: bool, act: str,
-    *segments,
+    a: Tensor, ds: Tensor, scales: tuple[Tensor, Tensor], hs: Tensor | None, da: Tensor, with_sums: bool, act: str,
+    segments: Segments,
 ) -> Tensor | None:  # fmt: skip
     """Writes hs and da as :func:`mlp_backward_pointwise`; partial sums of da ``A[segments * splits, H]`` if wanted."""
-    cut = row_pass(a, *segments)
-    shape = (segments[2] * cut.splits, a.shape[-1])
+    passes, (scale, kappa) = row_pass(a, segments), scales
+    shape = (segments.count * passes.splits, a.shape[-1])
     partials = a.new_empty(shape, dtype=statistics_dtype(a.dtype)) if with_sums else None
     launch(
-        gradient_rows_kernel, cut.grid, a=a, ds=ds, scale=scale, kappa=kappa, hs=hs, da=da, partials=partials,
-        **cut.arguments, ACT=act, ACC=accumulator(a.dtype),
+        gradient_rows_kernel, passes.grid, a=a, ds=ds, scale=scale, kappa=kappa, hs=hs, da=da, partials=partials,
+        **passes.arguments, ACT=act, ACC=accumulator(a.dtype),
     )  # fmt: skip
     return partials
 
 
 def mlp_backward_pointwise(
-    a: Tensor, ds: Tensor, scale: Tensor, kappa: Tensor, hs: Tensor | None, da: Tensor, act: str, *segments
+    a: Tensor, ds: Tensor, scales: tuple[Tensor, Tensor], hs: Tensor | None, da: Tensor, act: str, segments: Segments
 ) -> Tensor:
     """``hs = h * scale`` unless None (may be a), ``da = (ds * scale + h * kappa) * act'(a)`` (may be ds), h = act(a);
-    returns column sums of da ``A[H]``, of the values before they are rounded."""
-    return add_partials(gradient_rows(a, ds, scale, kappa, hs, da, True, act, *segments).unsqueeze(0)).view(-1)
+    ``scales`` scale and kappa ``A[segments, H]``. Returns column sums of da ``A[H]``, of the values before they are
+    rounded."""
+    partials = gradient_rows(a, ds, scales, hs, da, True, act, segments)
+    assert partials is not None
+    return add_partials(partials.unsqueeze(0)).view(-1)

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
 from .gelu import widen
-from .launch import accumulator, cdiv, launch, next_power_of_2
-from .operators import operator
+from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 
 
 class RowTile(NamedTuple):

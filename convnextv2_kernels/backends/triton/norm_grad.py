@@ -16,11 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
 from .gelu import widen
-from .launch import accumulator, cdiv, launch
+from .launch import accumulator, cdiv, launch, operator
 from .norm import dense_row, row_tile
-from .operators import operator
 from .reduce import add_pair
 
 _MOST_SPLITS = 512

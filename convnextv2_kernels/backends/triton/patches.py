@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, launch, next_power_of_2
-from .operators import operator
+from .launch import cdiv, launch, next_power_of_2, operator
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 _TILE_BYTES = 8192

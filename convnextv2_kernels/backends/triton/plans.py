@@ -1,23 +1,33 @@
-"""Which of the MLP's products are fused with their neighbours, and in tiles of what shape.
+"""Which of the MLP's GEMMs are fused with the element-wise work around them, and the shape of their tiles.
 
-Measured choices come first: those of ``python -m convnextv2_kernels tune`` on this very machine (``cache.py``), then
-the committed table ``plans.json``, a list per GPU family of which the first row that fits is taken. Nothing is tried
-out in a training step. ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS`` = ``library`` or ``fused`` overrides both.
+Measured choices come first: those of ``python -m convnextv2_kernels tune`` on this very machine, then the committed
+table ``plans.json``, a list per GPU family of which the first row that fits is taken. Training steps never measure.
+``CONVNEXTV2_KERNELS_TRITON_PRODUCTS`` = ``library`` or ``fused`` overrides both.
+
+Measured plans are on disk, one file per GPU, driver, and versions of PyTorch, Triton and this library, in
+``CONVNEXTV2_KERNELS_CACHE`` or ``~/.cache/convnextv2_kernels``: after any of them changes, the committed table applies
+until ``tune`` runs again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from . import INTERPRETED
+from ..._atomic_io import write_json
+from ...settings import current
+from ...version import __version__
+from .backend import INTERPRETED, version
 
 
 class Tile(NamedTuple):
@@ -31,7 +41,7 @@ class Tile(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Tiles of each fused product (``products.py``, ``products_backward.py``), or None where the library's is taken.
+    """Tiles of each fused GEMM (``gemm_forward.py``, ``gemm_backward.py``), or None for the vendor's.
 
     ``source`` says where the choice comes from."""
 
@@ -52,7 +62,7 @@ class Plan(NamedTuple):
 
 
 KERNELS = Plan._fields[:-1]
-LIBRARY = Plan(source="library")
+UNFUSED = Plan(source="library")
 _WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both in registers
 
 
@@ -67,15 +77,21 @@ class Shape(NamedTuple):
     rows_each: int
 
 
-def wish() -> str:
-    """``auto``, ``fused`` or ``library``, of ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS``."""
-    value = os.environ.get("CONVNEXTV2_KERNELS_TRITON_PRODUCTS") or "auto"
-    if value not in ("auto", "fused", "library"):
-        raise ValueError(f"CONVNEXTV2_KERNELS_TRITON_PRODUCTS must be auto, fused or library, got {value!r}")
-    return value
-
-
 _assumed: str | None = None
+
+
+_given: Plan | None = None
+
+
+@contextlib.contextmanager
+def using(plan: Plan) -> Iterator[None]:
+    """Inside, every shape has this plan: to time and to test one."""
+    global _given
+    before, _given = _given, plan
+    try:
+        yield
+    finally:
+        _given = before
 
 
 @contextlib.contextmanager
@@ -136,19 +152,17 @@ def from_table(rows: list[dict], shape: Shape) -> Plan:
     for row in rows:
         if _fits(row, shape):
             return plan_of(row, row["source"])
-    return LIBRARY
+    return UNFUSED
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
     if wanted == "library" or shape.dtype == torch.float64:
-        return LIBRARY
+        return UNFUSED
     if wanted == "fused":
         plan = _everything(table().get(name, []), shape)
     else:
-        from . import plan_cache
-
-        plan = plan_cache.measured(shape, index) or from_table(table().get(name, []), shape)
+        plan = measured(shape, index) or from_table(table().get(name, []), shape)
     if max(shape.width, shape.out) > _WIDEST_BACKWARD:
         plan = plan._replace(products=None, hidden=None)
     return plan
@@ -169,6 +183,95 @@ def _everything(rows: list[dict], shape: Shape) -> Plan:
 
 def choose(shape: Shape, index: int | None = None) -> Plan:
     """The plan for a shape on a GPU, by default the current one."""
+    if _given is not None:
+        return _given
     if _assumed is not None:
         return from_table(table()[_assumed], shape)
-    return _choose(shape, family(index), index, wish())
+    return _choose(shape, family(index), index, current.triton_gemms)
+
+
+def directory() -> Path:
+    """Folder of the measured plans."""
+    if current.cache is not None:
+        return current.cache
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "convnextv2_kernels"
+
+
+@functools.lru_cache
+def machine(index: int | None = None) -> dict[str, str]:
+    """What a measurement holds for."""
+    versions = {"torch": torch.__version__, "triton": version(), "library": __version__}
+    if INTERPRETED:
+        return {"gpu": "Triton's interpreter", "driver": "none", **versions}
+    return {"gpu": torch.cuda.get_device_name(index), "driver": _driver(), **versions}
+
+
+def _driver() -> str:
+    """Version of the GPU driver; where the system does not tell, of the newest CUDA it knows, or of ROCm."""
+    try:
+        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
+    except (OSError, TypeError):
+        return torch.version.hip or f"CUDA {torch._C._cuda_getDriverVersion()}"
+
+
+def path(index: int | None = None) -> Path:
+    """File of the plans measured for a GPU, by default the current one."""
+    key = machine(index)
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    name = "".join(c if c.isalnum() else "-" for c in key["gpu"].lower())
+    return directory() / f"plans-{name}-{digest}.json"
+
+
+def _key(shape: Shape) -> tuple:
+    """Shapes with the same key share a plan: the same widths, and rows of an image to a factor of two."""
+    dtype = str(shape.dtype).removeprefix("torch.")
+    return dtype, shape.width, shape.hidden, shape.out, shape.rows_each.bit_length()
+
+
+@functools.lru_cache
+def _read(file: Path) -> dict[tuple, Plan]:
+    try:
+        rows = json.loads(file.read_text())["plans"]
+        return {tuple(row["key"]): plan_of(row, row["source"]) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"measured plans in {file} cannot be read ({error}); the built-in table is used", stacklevel=2)
+        return {}
+
+
+def measured(shape: Shape, index: int | None = None) -> Plan | None:
+    """The plan measured for a shape on a GPU, or None."""
+    return _read(path(index)).get(_key(shape))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One writer at a time, where the system has file locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
+    """Adds plans to those measured before; other processes that run already keep what they have read."""
+    file = path(index)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file.parent):
+        _read.cache_clear()
+        merged = dict(_read(file)) | {_key(shape): plan for shape, plan in plans.items()}
+        rows = [
+            {"key": list(key), "source": plan.source}
+            | {name: list(tile) for name in KERNELS if (tile := getattr(plan, name)) is not None}
+            for key, plan in sorted(merged.items())
+        ]
+        write_json(file, {"machine": machine(index), "plans": rows})
+    _read.cache_clear()
+    forget()
+    return file

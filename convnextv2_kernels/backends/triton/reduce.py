@@ -1,4 +1,4 @@
-"""Column sums over the rows of each segment, and the way all passes over rows are cut.
+"""Column sums over the rows of each segment, and the way all passes over rows are passes.
 
 Bound by memory: every element is read once, 2 to 4 bytes. A program is a block of columns of one part of a segment: it
 walks down its rows in tiles of 16 elements a thread (8 of float64), the sums in registers and the next tiles on their
@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.norm import statistics_dtype
+from ...dtypes import statistics_dtype
+from ...params import WHOLE_BATCH, Segments
 from .gelu import activate, widen
-from .launch import accumulator, cdiv, launch, next_power_of_2
-from .operators import operator
+from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 from .segments import segment_bounds
 
 _MOST_SPLITS = 1024  # of a segment, and the most partial sums that one program adds
@@ -50,8 +50,9 @@ def _tile(rows: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
     return next(t for t, p in zip(tiles, padded, strict=True) if 8 * p <= 9 * min(padded))
 
 
-def row_pass(x: Tensor, offsets: Tensor | None, rows_per_slot: int, count: int) -> RowPass:
-    """How a pass over ``x [..., H]`` in segments is cut."""
+def row_pass(x: Tensor, segments: Segments) -> RowPass:
+    """How a pass over ``x [..., H]`` in segments is partitioned."""
+    offsets, rows_per_slot, count = segments
     channels = x.shape[-1]
     rows = x.numel() // channels
     each = rows // count if count else 0
@@ -119,14 +120,14 @@ def column_sums_kernel(
 
 
 def partial_sums(
-    x: Tensor, grad: Tensor | None, h: Tensor | None, act: str, square: bool, both: bool, *segments
+    x: Tensor, grad: Tensor | None, h: Tensor | None, act: str, square: bool, both: bool, segments: Segments
 ) -> Tensor:
     """``[segments, splits, 1 or 2, H]``: what :func:`column_sums_kernel` sums."""
-    cut = row_pass(x, *segments)
-    shape = (segments[2], cut.splits, 2 if both else 1, x.shape[-1])
+    passes = row_pass(x, segments)
+    shape = (segments.count, passes.splits, 2 if both else 1, x.shape[-1])
     partials = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
     launch(
-        column_sums_kernel, cut.grid, x=x, grad=grad, h=h, partials=partials, **cut.arguments,
+        column_sums_kernel, passes.grid, x=x, grad=grad, h=h, partials=partials, **passes.arguments,
         ACT=act, ACC=accumulator(x.dtype), SQUARE=square, BOTH=both,
     )  # fmt: skip
     return partials
@@ -205,5 +206,5 @@ def add_pair(partials: Tensor) -> tuple[Tensor, Tensor]:
 @operator
 def column_sum(x: Tensor) -> Tensor:
     """``[M, C]`` -> ``A[C]``."""
-    partials = partial_sums(x, None, None, "none", False, False, None, 1, 1)
+    partials = partial_sums(x, None, None, "none", False, False, WHOLE_BATCH)
     return add_partials(partials.view(1, -1, x.shape[1])).view(-1)

@@ -1,7 +1,7 @@
-"""Measures which products to fuse, and in what tiles, for shapes of the MLP on the current device.
+"""Measures which GEMMs to fuse, and in which tiles, for shapes of the MLP on the current device.
 
-Each fused kernel is timed in every candidate tile, then forward and backward as a whole against the library's, all
-interleaved so that drift falls on every one alike; what is faster becomes the plan of the shape (``cache.py``).
+Each fused kernel is timed in every candidate tile, then forward and backward as a whole against the vendor's, all
+interleaved so that drift falls on every one alike; the faster one becomes the plan of the shape (``plans.py``).
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from .. import base
-from . import INTERPRETED, fused
+from ...params import MLPGradRows, MLPOptions, MLPParams, MLPRows, Segments
+from . import mlp, plans
+from .backend import INTERPRETED, FusedMLP
 from .gemm_backward import hidden_backward, image_products, weight_product
 from .gemm_forward import first_product, second_product
-from .gemm_tiles import Images, cut
-from .plans import KERNELS, Plan, Shape, Tile
+from .gemm_tiles import partition
+from .plans import KERNELS, UNFUSED, Plan, Shape, Tile
 
 # rows, columns, depth, warps, stages; 8 warps wherever a tile has 128 x 128 results, or registers spill
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
@@ -44,11 +45,11 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 }  # fmt: skip
 _EPS = 1e-6
 _CALLS = 5  # in one graph
-_MARGIN = 0.03  # by which a way has to beat the library
+_MARGIN = 0.03  # by which a variant has to beat the vendor's
 
 
 class Finding(NamedTuple):
-    """The plan of a shape and seconds of what it was chosen from: ``forward``, ``backward``, each by way."""
+    """The plan of a shape and seconds of what it was chosen from: ``forward``, ``backward``, each by variant."""
 
     plan: Plan
     forward: dict[str, float]
@@ -56,11 +57,11 @@ class Finding(NamedTuple):
 
 
 class Case:
-    """Tensors of a shape, and the calls to time. ``keep_a`` as with the policy "hidden", a GPU's default."""
+    """Tensors of a shape, and the calls to time."""
 
     def __init__(self, shape: Shape, images: int, device: str):
         self.shape = shape
-        self.images = Images(None, 1, images)
+        self.images = Segments(None, 1, images)
         rows = images * shape.rows_each
         generator = torch.Generator().manual_seed(0)
 
@@ -77,81 +78,80 @@ class Case:
         self.norm, self.scale = draw(images, shape.hidden, dtype=f32).abs(), draw(images, shape.hidden, dtype=f32)
         self.d_sum = self.d.sum(0, dtype=f32)
 
+    @property
+    def _rows(self) -> MLPRows:
+        return MLPRows(self.y, self.residual, None, self.images, self.y.dtype)
+
+    @property
+    def _weights(self) -> MLPParams:
+        return MLPParams(self.w1, self.b1, self.gamma, self.beta, self.w2, self.b2)
+
+    @property
+    def _options(self) -> MLPOptions:
+        # the policy "hidden" is a GPU's default
+        return MLPOptions("gelu", _EPS, False, "hidden", self.shape.dtype)
+
+    @property
+    def _chunk(self) -> MLPGradRows:
+        return MLPGradRows(self.a, self.d, self.d_sum, self.norm, self.y, self.rstd, None, self.images, True)
+
     def kernel(self, name: str, tile: Tile) -> Callable[[], object] | None:
         """One fused kernel in a tile, or None where it cannot be."""
-        s, n = self.shape, self.images.count
+        s = self.shape
         rows = self.y.shape[0]
         if name in ("products", "hidden") and max(s.width, s.out) > 256:
             return None
         if name == "products":
-            splits = fused.image_splits(rows, self.images, False, -(-s.hidden // tile.columns))
-            return lambda: image_products(self.a, "gelu", self.d, self.w2, *self.images, splits, tile)
+            splits = mlp.image_splits(rows, self.images, False, -(-s.hidden // tile.columns))
+            return lambda: image_products(self.a, "gelu", self.d, self.w2, self.images, splits, tile)
         if name == "weight":
             blocks = -(-s.out // tile.rows) * -(-s.hidden // tile.columns)
-            splits = fused.splits(rows, blocks)
-            return lambda: weight_product(self.a, "gelu", self.d, self.scale, *self.images, splits, tile)
-        tiles = cut(rows, self.images, tile.rows, allow_flat=name != "hidden")
-        if tiles.span > fused.MOST_IMAGES:
+            splits = mlp.splits(rows, blocks)
+            return lambda: weight_product(self.a, "gelu", self.d, self.scale, self.images, splits, tile)
+        tiles = partition(rows, self.images, tile.rows, allow_flat=name != "hidden")
+        if tiles.span > mlp.MOST_IMAGES:
             return None
         if name == "first":
             out = torch.empty_like(self.a)
-            return lambda: first_product(self.y, self.w1, self.b1, "gelu", out, True, tiles, n, tile)
+            return lambda: first_product(self.y, self._weights, "gelu", out, True, tiles, tile)
         if name == "second":
-            out = torch.empty_like(self.residual)
-            second = (self.a, "gelu", self.w2, self.b2, self.scale, self.residual, None, out, tiles, n, tile)
-            return lambda: second_product(*second)
-        hidden = (self.a, "gelu", self.d, self.w1, self.w2, self.scale, self.scale, self.y, self.rstd, tiles, n, tile)
-        return lambda: hidden_backward(*hidden)
+            return lambda: second_product(self.a, "gelu", self._weights, self.scale, self._rows, tiles, tile)
+        scales = self.scale, self.scale
+        return lambda: hidden_backward(self._chunk, self._weights, "gelu", scales, tiles, tile)
 
-    def forward(self, k, plan: Plan | None) -> Callable[[], object]:
-        """The whole forward by a plan, or by the library."""
-        if plan is None:
-
-            def run():
-                a = k.linear(self.y, self.w1, self.b1)
-                inputs = (self.gamma, self.beta, _EPS, self.w2, self.b2, self.residual, True)
-                return k.gelu_grn_linear(a, "gelu", *inputs, *self.images)
-
-            return run
-        inputs = (self.y, self.w1, self.b1, "gelu", self.gamma, _EPS, self.w2, self.b2, self.residual, None)
-        return lambda: fused.forward_by(plan, *inputs, self.y.dtype, True, self.images, False)
-
-    def backward(self, k, plan: Plan | None) -> Callable[[], object]:
-        """The whole backward up to the gradient of the convolution's output, by a plan or by the library."""
-        inputs = (self.a, "gelu", self.d, self.d_sum, self.norm, self.gamma, self.beta, _EPS)
-        if plan is not None:
-            rest = (self.w1, self.w2, self.y, self.rstd, self.images, False)
-            return lambda: fused.backward_by(plan, *inputs, *rest)
+    def forward(self, backend: FusedMLP, plan: Plan) -> Callable[[], object]:
+        """The whole forward by a plan."""
 
         def run():
-            da, *_ = base.gelu_grn_linear_backward(k.Passes, *inputs, self.w2, True, *self.images)
-            return k.normalized_backward(k.linear_input_grad(da, self.w1), self.y, self.rstd, None)
+            with plans.using(plan):
+                return backend.mlp_forward(self._rows, self._weights, self._options)
 
         return run
 
-    def ways(self, direction: str, k, tiles: Mapping[str, Tile]) -> dict[str, Callable[[], object]]:
-        """The whole forward or backward by the library and by each way that has its tiles."""
+    def backward(self, backend: FusedMLP, plan: Plan) -> Callable[[], object]:
+        """The whole backward by a plan, up to the gradient of the convolution's output."""
+
+        def run():
+            with plans.using(plan):
+                return backend.mlp_backward(self._chunk, self._weights, self._options)
+
+        return run
+
+    def variants(self, direction: str, backend: FusedMLP, tiles: Mapping[str, Tile]) -> dict[str, Callable[[], object]]:
+        """The whole forward or backward by the vendor's GEMMs ("library") and by each fused form that has its tiles."""
         can = {name for name, tile in tiles.items() if self.kernel(name, tile) is not None}
         if direction == "forward":
-            found = {"library": self.forward(k, None)}
+            found = {"library": self.forward(backend, UNFUSED)}
             if {"first", "second"} <= can:
-                found["fused"] = self.forward(k, Plan(first=tiles["first"], second=tiles["second"]))
+                found["fused"] = self.forward(backend, Plan(first=tiles["first"], second=tiles["second"]))
             return found
-        found = {"library": self.backward(_With(k, lambda *_: None), None)}
+        found = {"library": self.backward(backend, UNFUSED)}
         if {"products", "hidden"} <= can:
-            found["fused"] = self.backward(k, Plan(products=tiles["products"], hidden=tiles["hidden"]))
-        # where the library's way does not get the weight's gradient from products by image
+            found["fused"] = self.backward(backend, Plan(products=tiles["products"], hidden=tiles["hidden"]))
+        # where the vendor's way does not get the weight's gradient from a GEMM per image
         if "weight" in can and self.shape.rows_each <= 2 * self.shape.out:
-            found["weight"] = self.backward(_With(k, fused.weight_grad_by(tiles["weight"])), None)
+            found["weight"] = self.backward(backend, Plan(weight=tiles["weight"]))
         return found
-
-
-class _With:
-    """A backend's primitives with another way to the second weight's gradient."""
-
-    def __init__(self, k, weight_grad: Callable):
-        self.Passes = type("Passes", (k.Passes,), {"scaled_weight_grad": staticmethod(weight_grad)})
-        self.normalized_backward, self.linear_input_grad = k.normalized_backward, k.linear_input_grad
 
 
 def _seconds(functions: Mapping, repetitions: int) -> dict:
@@ -197,9 +197,10 @@ def _repeated(function: Callable[[], object]) -> Callable[[], float]:
     return replay
 
 
-def find(shape: Shape, images: int, k, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES) -> Finding:
-    """The fastest plan for a shape and so many images. ``k`` has the primitives of the backend that serves it
-    otherwise."""
+def find(
+    shape: Shape, images: int, backend: FusedMLP, device: str, repetitions: int = 9, candidates: Mapping = CANDIDATES
+) -> Finding:
+    """The fastest plan for a shape and so many images, with the other kernels of a backend."""
     case = Case(shape, images, device)
     best: dict[str, Tile] = {}
     for name in KERNELS:
@@ -207,7 +208,7 @@ def find(shape: Shape, images: int, k, device: str, repetitions: int = 9, candid
         times = _seconds(calls, repetitions)
         if times:
             best[name] = min(times, key=times.get)
-    forward, backward = (_seconds(case.ways(way, k, best), repetitions) for way in ("forward", "backward"))
+    forward, backward = (_seconds(case.variants(way, backend, best), repetitions) for way in ("forward", "backward"))
     chosen = {}
     if _fastest(forward) == "fused":
         chosen |= {"first": best["first"], "second": best["second"]}
@@ -219,6 +220,6 @@ def find(shape: Shape, images: int, k, device: str, repetitions: int = 9, candid
 
 
 def _fastest(times: dict[str, float]) -> str:
-    """The fastest way; the library unless another is clearly faster."""
+    """The fastest variant; the vendor's unless another is clearly faster."""
     fastest = min(times, key=times.get)
     return fastest if times[fastest] < (1 - _MARGIN) * times["library"] else "library"

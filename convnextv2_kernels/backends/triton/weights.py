@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import MLPParams, NormParams
 from .launch import accumulator, cdiv, launch, next_power_of_2
 from .reduce import add_pair
 
@@ -57,13 +58,11 @@ def mlp_parameters_kernel(
         _prepare_rows(block - first, w2, b2, None, beta, w2_out, b2_out, OUT, H, ACC, BM, BH)
 
 
-def mlp_parameters(
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor | None, beta: Tensor, layer_norm: tuple[Tensor, Tensor] | None,
-    like: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+def mlp_parameters(params: MLPParams, layer_norm: NormParams | None, like: Tensor) -> MLPParams:
     """``w1 [H, C]``, ``b1 [H]``, ``w2 [O, H]``, ``b2 [O]`` or None, ``beta [H]`` and LN's weight and bias ``[C]``, of
     any float dtype, -> ``w1 * gain``, ``b1 + w1 shift``, w2, ``b2 + w2 beta`` in the dtype of ``like``. A weight that
     would stay the same is returned itself."""
+    w1, b1, gamma, beta, w2, b2 = params
     (hidden, width), out = w1.shape, w2.shape[0]
     gain, shift = (None, None) if layer_norm is None else (t.contiguous() for t in layer_norm)
     w1, b1, w2, beta = (t.contiguous() for t in (w1, b1, w2, beta))
@@ -71,7 +70,7 @@ def mlp_parameters(
     w2_out = like.new_empty(w2.shape) if w2.dtype != like.dtype else None
     b1_out = like.new_empty(hidden)
     if b2 is None:
-        beta = b2_out = None
+        beta = b2_out = None  # type: ignore[assignment]
     else:
         b2, b2_out = b2.contiguous(), like.new_empty(out)
     rows = 4
@@ -82,7 +81,8 @@ def mlp_parameters(
         C=width, H=hidden, OUT=out, ACC=accumulator(like.dtype),
         BM=rows, BC=min(512, next_power_of_2(width)), BH=min(512, next_power_of_2(hidden)),
     )  # fmt: skip
-    return w1 if w1_out is None else w1_out, b1_out, w2 if w2_out is None else w2_out, b2_out
+    w1, w2 = (w1 if w1_out is None else w1_out), (w2 if w2_out is None else w2_out)
+    return MLPParams(w1, b1_out, gamma, params.beta, w2, b2_out)
 
 
 @triton.jit
@@ -115,9 +115,7 @@ def unfold_layer_norm_kernel(
     tl.store(out + tl.cast(splits, tl.int64) * C, tl.sum(dshift, axis=0), mask=held)
 
 
-def unfold_layer_norm(
-    w1: Tensor, layer_norm: tuple[Tensor, Tensor], dw1: Tensor, db1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def unfold_layer_norm(w1: Tensor, layer_norm: NormParams, dw1: Tensor, db1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradients ``dw1 A[H, C]`` and ``db1 A[H]`` of ``w1 * gain`` and ``b1 + w1 shift`` those of w1, in place,
     gain and shift ``A[C]``. w1 ``[H, C]``, gain and shift of any float dtype."""
     hidden, width = w1.shape

@@ -1,0 +1,87 @@
+"""The MLP by fused GEMMs, in their order: forward and backward of a chunk, where the plan of its shape says so.
+
+Kernels in ``gemm_forward.py`` and ``gemm_backward.py``, the choice in ``plans.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...params import WHOLE_BATCH, MLPGradResult, MLPGradRows, MLPOptions, MLPParams, MLPResult, MLPRows, Segments
+from . import plans
+from .gemm_backward import hidden_backward, image_products, weight_product
+from .gemm_forward import first_product, second_product
+from .gemm_tiles import MOST_IMAGES, partition
+from .launch import cdiv
+from .mlp_rows import finish_statistics, mlp_backward_statistics
+from .reduce import column_sum
+from .weights import products_weight
+
+# so many programs keep the largest GPU busy, and parts of fewer rows than this would be mostly sums to add
+_PROGRAMS, _LEAST_ROWS = 512, 512
+
+
+def plan_for(rows: Tensor, width: int, hidden: int, out: int, images: Segments) -> plans.Plan:
+    """The plan for the rows of a chunk."""
+    count = rows.shape[0]
+    if count == 0 or images.count == 0:
+        return plans.UNFUSED
+    return plans.choose(plans.Shape(rows.dtype, width, hidden, out, count // images.count), rows.device.index)
+
+
+def fused_forward(rows: MLPRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPResult | None:
+    """``KernelBackend.mlp_forward`` in the tiles of a plan; None where a tile would span too many images."""
+    x = rows.x
+    assert plan.first is not None and plan.second is not None
+    first, second = (partition(x.shape[0], rows.images, tile.rows) for tile in (plan.first, plan.second))
+    if max(first.span, second.span) > MOST_IMAGES:
+        return None
+    saved = options.save == "hidden"
+    a = x.new_empty(x.shape[0], weights.w1.shape[0]) if rows.hidden is None else rows.hidden
+    squares = first_product(x, weights, options.act, a, saved, first, plan.first)
+    if options.batch_scope:
+        squares = squares.sum(0, keepdim=True)
+    norm, scale = finish_statistics(squares.unsqueeze(1), weights.gamma, options.eps)
+    out = second_product(a, options.act if saved else "none", weights, scale, rows, second, plan.second)
+    return MLPResult(out, norm, a if saved else None)
+
+
+def splits(rows: int, blocks: int) -> int:
+    """Parts that rows are cut into in a GEMM over them, which has so many blocks of results."""
+    return max(1, min(_PROGRAMS // blocks, rows // _LEAST_ROWS))
+
+
+def image_splits(rows: int, images: Segments, one_segment: bool, blocks: int) -> int:
+    """Parts of each image's rows: of their number alone, not of the images in the chunk. Few, as each has a G."""
+    if one_segment:
+        return splits(rows, blocks)
+    return min(4, max(1, (images.rows_each(rows) or 0) // _LEAST_ROWS))
+
+
+def fused_backward(chunk: MLPGradRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPGradResult:
+    """``KernelBackend.mlp_backward`` in the tiles of a plan."""
+    a, d, act, images = chunk.a, chunk.d, options.act, chunk.images
+    assert plan.products is not None and plan.hidden is not None
+    rows, hidden = a.shape
+    segments = WHOLE_BATCH if options.batch_scope else images
+    count = segments.count
+    parts = image_splits(rows, images, options.batch_scope, cdiv(hidden, plan.products.columns))
+    g, t = image_products(a, act, d, weights.w2, segments, parts, plan.products)
+    t = t.sum(1) if parts > 1 else t.view(count, hidden)
+    scale, kappa, dgamma = mlp_backward_statistics(None, None, t, chunk.norm, weights.gamma, options.eps, act, segments)
+    by_part = scale.repeat_interleave(parts, 0) if parts > 1 else scale
+    dw2 = products_weight(g.view(count * parts, hidden, -1).transpose(1, 2), by_part, chunk.d_sum, weights.beta)
+    del g
+    tiles = partition(rows, images, plan.hidden.rows, allow_flat=False)
+    da, dx, sums = hidden_backward(chunk, weights, act, (scale, kappa), tiles, plan.hidden)
+    return MLPGradResult(da, dx, column_sum(sums), dgamma, dw2)
+
+
+def weight_grad(chunk: MLPGradRows, scale: Tensor, beta: Tensor, options: MLPOptions, tile: plans.Tile) -> Tensor:
+    """``d' (act(a) scale + beta)`` in the statistics dtype, the scaled activations never stored."""
+    a, d = chunk.a, chunk.d
+    blocks = cdiv(d.shape[1], tile.rows) * cdiv(a.shape[1], tile.columns)
+    segments = options.segments(chunk.images)
+    parts = weight_product(a, options.act, d, scale, segments, splits(a.shape[0], blocks), tile)
+    return torch.addr(parts.sum(0), chunk.d_sum, beta)

@@ -1,0 +1,164 @@
+"""The whole ConvNeXt V2 block, one autograd node over the chunked schedule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import schedule
+from ..backends import reference
+from ..dtypes import gemm_dtype, no_autocast
+from ..layout import PatchLayout
+from ..params import BlockBackwardArgs, BlockForwardArgs, MLPParams
+from ..settings import SAVE_POLICIES
+from . import _checks as check
+from . import _operators
+from ._dispatch import direct, dispatch, once_differentiable, require_reference, traced
+from ._grn_variant import GRNVariant
+from .conv import conv_neighbours
+from .mlp import check_mlp
+from .norm import segments_of
+
+
+class _Block(torch.autograd.Function):
+    """Takes the fields of :class:`BlockForwardArgs`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        if traced():
+            outputs = _operators.block_forward(*inputs)
+        else:
+            outputs = direct(schedule.run_block_forward, BlockForwardArgs._make(inputs))
+        _Block.save(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        x, *params = inputs[:10]
+        b2, *index = inputs[10:14]
+        ctx.save_for_backward(x, *outputs[1:], *params, *index)
+        ctx.settings, ctx.b2_dtype = inputs[14:], b2.dtype
+        ctx.dw_bias_dtype = None if inputs[2] is None else inputs[2].dtype
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _Block.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
+        inputs = (grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        if traced():
+            grads = _operators.block_backward(*inputs)
+        else:
+            grads = direct(schedule.run_block_backward, BlockBackwardArgs._make(inputs))
+        dx, ddw, ddb, *rest, db2 = grads
+        ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
+        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), *(None for _ in range(3 + len(ctx.settings)))
+
+
+# For programs of torch.export, which hold the operator without the function around it.
+_operators.differentiate("block_forward", _Block)
+
+
+def _check(tensors: tuple[Tensor | None, ...], layout: PatchLayout | None, settings: tuple) -> None:
+    x, dw_weight, dw_bias, ln_weight, ln_bias, *mlp, drop_path_scale = tensors
+    scope, act, eps, grn_eps, save = settings
+    check.check_packed(x, layout)
+    check.check_depthwise_weight(dw_weight, dw_bias, x)
+    check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
+    check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
+    check_mlp(x, MLPParams(*mlp), x.shape[-1], layout, drop_path_scale, scope, act)
+    check.check_eps(eps)
+    check.check_grn_eps(*((eps, "eps") if grn_eps is None else (grn_eps, "grn_eps")))
+    if save not in (None, *SAVE_POLICIES):
+        raise ValueError(f"save must be one of {', '.join(SAVE_POLICIES)} or None, got {save!r}")
+
+
+def convnextv2_block(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    layout: PatchLayout | None = None,
+    drop_path_scale: Tensor | None = None,
+    scope: str = "image",
+    act: str = "gelu",
+    eps: float = 1e-6,
+    grn_eps: float | None = None,
+    save: str | None = None,
+    grn: str | GRNVariant = "default",
+    visible: Tensor | None = None,
+) -> Tensor:
+    """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
+
+    Args:
+        x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
+        dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
+            :func:`pointwise_mlp` with O = C. eps: of LayerNorm. grn_eps: of GRN, None for the same.
+        save: what is kept for backward besides x and one norm per image and hidden channel: "inputs" nothing,
+            "normalized" LayerNorm's rows, "hidden" those and the hidden activations; the less, the more runs again.
+            None for the setting ``CONVNEXTV2_KERNELS_SAVE``, or the default of the device. The reference leaves it to
+            autograd.
+        grn: an ablation of GRN, :class:`~convnextv2_kernels.nn.GRNVariant` or its text. One without kernels runs in
+            plain PyTorch; "none" expects gamma and beta to be zero.
+        visible: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites of a dense map that is zero at hidden sites: the
+            masked dense block, in plain PyTorch. The result is zero at hidden sites too.
+
+    Returns:
+        The shape and dtype of x. Unless they are kept, hidden activations exist only for a chunk of images at a time.
+
+    Raises:
+        RuntimeError: a variant of GRN or a mask that only the reference has, and another backend is forced.
+    """
+    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
+    tensors = (x, *params, drop_path_scale)
+    if not check.known(tensors, layout, (scope, act, eps, grn_eps, save)):
+        _check(tensors, layout, (scope, act, eps, grn_eps, save))
+        check.remember(tensors, layout, (scope, act, eps, grn_eps, save))
+    grn_eps = eps if grn_eps is None else grn_eps
+    dtype = gemm_dtype(x)
+    variant = GRNVariant.of(grn)
+    if not variant.fused or visible is not None:
+        what = "a masked dense block" if variant.fused else f"a block with the GRN variant '{variant}'"
+        require_reference(f"{what} in plain PyTorch")
+        with no_autocast(x):
+            return reference.grn_variants.convnextv2_block(
+                x, *params, layout, drop_path_scale, scope, eps, grn_eps, dtype, *variant.formula, visible
+            )
+
+    def kernel(backend: str) -> Tensor:
+        images = segments_of(x, layout)
+        return _Block.apply(
+            x.contiguous(),
+            *params,
+            conv_neighbours(layout, dw_weight.shape[-1], x),
+            drop_path_scale,
+            images.offsets,
+            eps,
+            images.rows_per_slot,
+            images.count,
+            scope == "batch",
+            act,
+            grn_eps,
+            save or schedule.save_policy(x.device.type),
+            dtype,
+            backend,
+        )
+
+    return dispatch(
+        "convnextv2_block",
+        x,
+        reference=lambda: reference.mlp.convnextv2_block(
+            x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype
+        ),
+        kernel=kernel,
+        gemm_dtype=dtype,
+    )
