@@ -50,9 +50,9 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if (item in short) == (selection == SHORT)]
 
 
-def keep_together(items: Iterable[pytest.Item]) -> None:
+def keep_together(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
     """Tests that share a fixture of their module run in one process, so that it is set up once (pytest-xdist)."""
-    for item in items:
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
         fixtures = getattr(item, "_fixtureinfo", None)
         definitions = fixtures.name2fixturedefs.values() if fixtures else ()
         if any(found[-1].scope == "module" for found in definitions):
