@@ -1,4 +1,4 @@
-"""Measures the choices the CPU backend makes by default, so that docs/kernels.md states them from a file.
+"""Measures the choices the CPU backend makes by default, so that docs/kernels/mlp.md states them from a file.
 
     python bench/cpu_choices.py --output bench/results/cpu_choices.json
 

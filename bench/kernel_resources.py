@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every CUDA kernel, as nvcc reports them; needs no GPU.
 
     python bench/kernel_resources.py            # a table
-    python bench/kernel_resources.py --write    # and bench/results/cuda_resources.json, which docs/kernels.md shows
+    python bench/kernel_resources.py --write    # and bench/results/cuda_resources.json, for docs/kernels/gpu.md
 
 A source is compiled again only when it or a header changed (``build/resources``).
 """

@@ -33,7 +33,7 @@ def _mib(count: float) -> str:
 
 
 def choices(report: dict) -> str:
-    """Tables of docs/kernels.md: products by library, what is kept for backward, chunk sizes."""
+    """Tables of docs/kernels/mlp.md: products by library, what is kept for backward, chunk sizes."""
     lines = [
         "Matrix products, GFLOP/s, warm:",
         "",
@@ -63,7 +63,7 @@ def choices(report: dict) -> str:
 
 
 def intel_products(report: dict) -> str:
-    """Table of docs/kernels.md: MKL against oneDNN on an Intel processor."""
+    """Table of docs/kernels/mlp.md: MKL against oneDNN on an Intel processor."""
     kinds = ("", " input gradient", " weight gradient", " second input gradient", " second weight gradient")
     lines = [
         "Matrix products, GFLOP/s, warm, mm / oneDNN:",
@@ -85,7 +85,7 @@ def _columns(table: dict) -> list[str]:
 
 
 def resources(report: dict) -> str:
-    """Table of docs/kernels.md: what nvcc makes of each kernel template, the largest of its instantiations."""
+    """Table of docs/kernels/gpu.md: what nvcc makes of each kernel template, the largest of its instantiations."""
     archs = report["architectures"]
     lines = [
         f"nvcc {report['nvcc']}, the most of all instantiations:",
@@ -100,7 +100,7 @@ def resources(report: dict) -> str:
 
 
 def triton_resources(report: dict) -> str:
-    """Table of docs/kernels.md: what Triton makes of each kernel, the largest over all that were compiled."""
+    """Table of docs/kernels/gpu.md: what Triton makes of each kernel, the largest over all that were compiled."""
     targets = report["targets"]
     lines = [
         f"Triton {report['triton']}, the most of all compiled, float64 apart:",
@@ -182,11 +182,11 @@ def main(arguments: list[str]) -> int:
         ("docs/benchmarks.md", "engines", engines(json.loads(ENGINES.read_text()))),
         ("docs/benchmarks.md", "scaling", scaling(json.loads(SCALING.read_text()))),
         ("docs/benchmarks.md", "fused_malloc", fused_malloc(json.loads(FUSED_MALLOC.read_text()))),
-        ("docs/kernels.md", "results", choices(json.loads(CHOICES.read_text()))),
-        ("docs/kernels.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
-        ("docs/kernels.md", "resources", resources(json.loads(RESOURCES.read_text()))),
+        ("docs/kernels/mlp.md", "results", choices(json.loads(CHOICES.read_text()))),
+        ("docs/kernels/mlp.md", "intel", intel_products(json.loads(CHOICES_INTEL.read_text()))),
+        ("docs/kernels/gpu.md", "resources", resources(json.loads(RESOURCES.read_text()))),
         ("docs/training.md", "evidence", training(json.loads(TRAINING.read_text()))),
-        ("docs/kernels.md", "triton", triton_resources(json.loads(TRITON_RESOURCES.read_text()))),
+        ("docs/kernels/gpu.md", "triton", triton_resources(json.loads(TRITON_RESOURCES.read_text()))),
     ]
     for path, section, content in contents:
         text = (ROOT / path).read_text()

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time for GPUs that need not be there; registers, shared memory and spills.
 
     python bench/triton_resources.py            # a table
-    python bench/triton_resources.py --write    # and bench/results/triton_resources.json, which docs/kernels.md shows
+    python bench/triton_resources.py --write    # and bench/results/triton_resources.json, for docs/kernels/gpu.md
 
 The launches are those the library makes itself, recorded with tensors that have shapes but no data: the same constants,
 alignments and tiles as on a GPU of the family (``backends/triton/plans.json``). Triton keeps what it has compiled.

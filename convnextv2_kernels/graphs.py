@@ -1,4 +1,4 @@
-"""A whole training step in one CUDA graph: launches cost the host nothing, which is most of a small model's step."""
+"""A whole training step in one CUDA graph, which saves the host's launch overhead: most of a small model's step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WARM_UP = 3  # steps before the capture: cuBLAS workspaces, autotuning, optimiz
 
 
 class GraphedStep:
-    """What :func:`make_graphed_step` returns; call it with a batch like the sample."""
+    """The result of :func:`make_graphed_step`; call it with a batch like the sample."""
 
     def __init__(self, graph, images: Tensor, loss: Tensor, gradients: list[tuple[nn.Parameter, Tensor]]):
         self._graph, self._images, self._loss, self._gradients = graph, images, loss, gradients
@@ -42,15 +42,15 @@ def make_graphed_step(
 ) -> GraphedStep:
     """Captures forward, backward and, if given, the optimizer's step of ``model`` in a CUDA graph.
 
-    FCMAE draws a new mask in every replay: the default generator takes part in the graph, and masks that keep the same
-    number of patches in every image need no synchronisation (:meth:`PatchLayout.from_kept`). No loss of an earlier step
-    of the model may be alive, as its autograd graph would tie the capture to another stream.
+    FCMAE draws a new mask in every replay: the default generator is part of the graph, and masks with the same number
+    of visible patches in every image need no synchronisation (:meth:`PatchLayout.from_kept`). No loss of an earlier
+    step of the model may be alive, because its autograd graph would tie the capture to another stream.
 
     Args:
         model: on a CUDA device, in training mode. images: a sample batch on that device, ``[N, C, H, W]``.
         loss: ``loss(model, images)`` -> scalar; by default the first output of ``model(images)``, FCMAE's loss.
-        optimizer: Adam or AdamW with ``capturable=True``, and ``lr`` as a tensor on the device where it is to change
-            between steps; None leaves the update to the caller. Parameters and state are as before when this returns,
+        optimizer: Adam or AdamW with ``capturable=True``, with ``lr`` as a tensor on the device if it changes between
+            steps; None leaves the update to the caller. Parameters and state are unchanged when this returns,
             gradients are dropped.
         autocast: dtype of ``torch.autocast``, or None.
 
@@ -96,7 +96,7 @@ def make_graphed_step(
 def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
     if optimizer is None:
         return
-    # the warm-up's state is taken back to zero, which is what these begin with
+    # the warm-up's state is reset to zero, its initial value
     if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
         raise ValueError(f"optimizer must be Adam or AdamW to be captured, got {type(optimizer).__name__}")
     if not all(group.get("capturable") for group in optimizer.param_groups):
@@ -104,7 +104,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> None:
 
 
 def _snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
-    """Returns a function that puts parameters, buffers and optimizer state back, in place."""
+    """Returns a function that restores parameters, buffers and optimizer state, in place."""
     tensors = [*model.parameters(), *model.buffers()]
     saved = [t.detach().clone() for t in tensors]
     states = {} if optimizer is None else _states(optimizer)

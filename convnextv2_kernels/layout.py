@@ -1,4 +1,4 @@
-"""Which patches of a batch are visible, and where each of them lives in the packed tensors."""
+"""The visible patches of a batch, and their positions in the packed tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INT32_MAX = 2**31 - 1
 
 
 class LayoutKernels(Protocol):
-    """The two kernels that build a layout in one launch each: they return what the methods below compute."""
+    """The two kernels that build a layout in one launch each, with the same results as the methods below."""
 
     def builds_layouts(self, device: torch.device) -> bool:
         """Whether they run on a device."""
@@ -23,7 +23,7 @@ class LayoutKernels(Protocol):
     ) -> Tensor: ...
 
 
-# By device type; ``backends`` enters those that it has.
+# By device type; ``backends`` registers the available ones.
 KERNELS: dict[str, LayoutKernels] = {}
 
 
@@ -70,8 +70,8 @@ class PatchLayout:
     def from_mask(cls, mask: Tensor) -> PatchLayout:
         """Layout of any mask ``[N, Gh, Gw]`` bool, True = hidden; counts may differ and may be zero.
 
-        Reads the number of visible patches back from the device (one sync on a GPU). Where every image turns out
-        to keep the same number, the layout is uniform all the same.
+        Reads the number of visible patches back from the device (one sync on a GPU). If every image has the same
+        number, the layout is uniform nevertheless.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor of shape [N, Gh, Gw], got {type(mask).__name__}")
@@ -98,8 +98,8 @@ class PatchLayout:
     def from_kept(cls, ids: Tensor, grid: tuple[int, int]) -> PatchLayout:
         """Layout of ``ids [N, K]`` int64, the kept patches of each image (any order, no repeats), no device sync.
 
-        On a CPU the ids are checked; on a GPU an id out of range is ignored and one given twice is undefined, as a
-        check would be a sync.
+        On a CPU the ids are checked. On a GPU, where a check would need a sync, an id out of range is ignored and a
+        repeated one is undefined behaviour.
         """
         gh, gw = _check_grid(grid)
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
@@ -171,7 +171,7 @@ class PatchLayout:
         return (self.slot_of_patch < 0).view(self.num_images, *self.grid)
 
     def complement(self) -> PatchLayout:
-        """Layout of the hidden patches of the same batch; free of a sync when this layout is uniform."""
+        """Layout of the hidden patches of the same batch; without a sync if this layout is uniform."""
         if self.patches_per_image is None:
             return PatchLayout.from_mask(~self.hidden_mask())
         hidden = self.grid[0] * self.grid[1] - self.patches_per_image
@@ -197,7 +197,7 @@ class PatchLayout:
 
 
 def num_kept(grid: tuple[int, int], ratio: float) -> int:
-    """Patches FCMAE keeps per image: ``int(L * (1 - ratio))``, 19 of 49 at ratio 0.6."""
+    """Patches that FCMAE keeps visible per image: ``int(L * (1 - ratio))``, 19 of 49 at ratio 0.6."""
     gh, gw = _check_grid(grid)
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio must lie between 0 and 1 (the share of hidden patches), got {ratio}")

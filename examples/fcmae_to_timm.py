@@ -1,9 +1,9 @@
-"""Sparse pre-training here, fine-tuning in timm: an FCMAE encoder becomes a timm model in one call.
+"""Sparse pre-training with this library, fine-tuning in timm: one call loads an FCMAE encoder into a timm model.
 
     python -m convnextv2_kernels pretrain --data FOLDER --output run1
     python examples/fcmae_to_timm.py --checkpoint run1/encoder.safetensors --model convnextv2_atto --classes 10
 
-Without a checkpoint it pre-trains a few steps on random images, to show the way.
+Without a checkpoint it pre-trains for a few steps on random images, as a demonstration.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     torch.manual_seed(0)
     checkpoint = options.checkpoint or pretrained_encoder(options.model)
     model = timm.create_model(options.model, num_classes=options.classes)
-    print(ck.load_checkpoint(model, checkpoint))  # the head, which no pre-training has, keeps its initial values
+    print(ck.load_checkpoint(model, checkpoint))  # pre-training has no head: timm's keeps its initial values
     print(ck.fuse(model))
 
     # the same weights in this library's dense model: the features agree

@@ -1,9 +1,9 @@
 """One line in a training script: a timm ConvNeXt V2 on fused kernels.
 
-    python examples/fuse_timm.py                       # random images stand in for a data loader
+    python examples/fuse_timm.py                       # random images instead of a data loader
     python examples/fuse_timm.py --model convnextv2_tiny --batch-size 16 --compare
 
-``--compare`` first runs the same steps without the line, to show what it changes: the time, and nothing else.
+``--compare`` first runs the same steps without that line, to show that it changes the time and nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import convnextv2_kernels as ck
 
 
 def train(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[float], float]:
-    """A plain PyTorch loop. Returns the losses, and seconds per step without the first, which warms up."""
+    """A plain PyTorch loop. Returns the losses and the seconds per step, without the first (warm-up) step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     losses, start = [], 0.0
     for step, (images, labels) in enumerate(batches):
@@ -55,7 +55,7 @@ def main() -> None:
     model = timm.create_model(options.model, num_classes=10).to(device)
     twin = copy.deepcopy(model)
 
-    print(ck.fuse(model))  # the line; a dropped or a foreign block would be named here
+    print(ck.fuse(model))  # the line; it names the blocks that could not be fused
 
     losses, seconds = train(model, batches)
     print(f"fused:     {1e3 * seconds:7.1f} ms per step, losses {', '.join(f'{loss:.4f}' for loss in losses)}")
@@ -63,7 +63,7 @@ def main() -> None:
         plain_losses, plain_seconds = train(twin, batches)
         text = ", ".join(f"{loss:.4f}" for loss in plain_losses)
         print(f"not fused: {1e3 * plain_seconds:7.1f} ms per step, losses {text}")
-    ck.unfuse(model)  # and back: the same parameters in plain timm code
+    ck.unfuse(model)  # undo it: the same parameters in plain timm code
     if options.output is not None:
         torch.save(model.state_dict(), options.output)
         print(f"saved {options.output}, a timm checkpoint like any other")

@@ -2,8 +2,8 @@
 
     python examples/graphed_pretraining.py --steps 100
 
-A graph replays the same kernels on the same memory: the batch size is fixed, the images are copied in. New masks are
-drawn in every replay. Random images stand in for a data loader.
+A graph replays the same kernels on the same memory: the batch size is fixed, and the images are copied in. Every replay
+draws new masks. Random images replace a data loader.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
         raise SystemExit("a CUDA graph needs a CUDA device, and PyTorch sees none here")
 
     model = ck.models.create_fcmae(options.model).cuda()
-    lr = torch.tensor(1.5e-4, device="cuda")  # a tensor, so that a schedule may change it between replays
+    lr = torch.tensor(1.5e-4, device="cuda")  # a tensor, so that a schedule can change it between replays
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), capturable=True)
     images = torch.randn(options.batch_size, 3, 224, 224, device="cuda")
     step = ck.make_graphed_step(model, images, optimizer=optimizer, autocast=torch.bfloat16)
@@ -34,7 +34,7 @@ def main() -> None:
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(options.steps):
-        loss = step(images)  # in training: the next batch of a loader
+        loss = step(images)  # in training: the next batch of a data loader
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     print(f"loss {float(loss):.4f}, {options.steps * options.batch_size / seconds:.0f} images/s")

@@ -1,8 +1,8 @@
-"""Features of the visible patches of one image: hidden pixels cost nothing and reach nothing.
+"""Features of the visible patches of one image: hidden pixels cost nothing and affect nothing.
 
     python examples/masked_features.py --image photo.jpg --model convnextv2_tiny --checkpoint tiny_fcmae.pt
 
-Without a checkpoint the weights are random. Any format of docs/checkpoints.md will do.
+Without a checkpoint the weights are random. Any format of docs/checkpoints.md works.
 """
 
 from __future__ import annotations

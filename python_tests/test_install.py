@@ -107,7 +107,7 @@ def test_readme_python_examples_run(tmp_path):
     # timm beside any PyTorch, and the checkpoint that one block loads
     before = """
 import os, sys
-import peers, safetensors.torch
+import helpers.reference_models, safetensors.torch
 import convnextv2_kernels as ck
 os.mkdir("run1")
 encoder = ck.convert_state_dict(ck.models.create_fcmae("convnextv2_tiny").state_dict(), to="official")

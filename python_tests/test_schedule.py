@@ -8,14 +8,15 @@ from conformance.backends import BF16, F32, F64, parametrize_backends, parametri
 from conformance.layouts import make_layout
 from conformance.samples import cotangent_of, make_sample
 from conformance.tolerance import check
+from helpers.plain_backend import PlainBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.reference import mlp as reference_mlp
-from convnextv2_kernels.ops import _operators
+from convnextv2_kernels.params import MLPBackwardArgs, MLPForwardArgs, MLPOptions, MLPParams, MLPRows, Segments
+from convnextv2_kernels.settings import current, override
 
 OPS = ("pointwise_mlp", "convnextv2_block")
 PLACES = [("uniform", 4), ("ragged", 4), ("empty_image", 2), ("none_visible", 2), ("dense_14x9", None), ("batch_0", 2)]
@@ -39,64 +40,46 @@ def assert_close(got, expected, factor):
 
 
 @settings(max_examples=60)
-@given(
-    slots=st.lists(st.integers(0, 6), max_size=6),
-    per_slot=st.sampled_from((1, 4, 16)),
-    budget=st.integers(1, 4000),
-    batch_scope=st.booleans(),
-)
-def test_chunks_of_ragged_batches_cover_every_row_once(slots, per_slot, budget, batch_scope):
+@given(slots=st.lists(st.integers(0, 6), max_size=6), per_slot=st.sampled_from((1, 4, 16)), budget=st.integers(1, 4000))
+def test_chunks_of_ragged_batches_cover_every_row_once(slots, per_slot, budget):
     offsets = torch.tensor([sum(slots[:n]) for n in range(len(slots) + 1)], dtype=torch.int32)
-    rows = schedule.Rows(sum(slots) * per_slot, len(slots), per_slot, offsets, batch_scope)
-    parts = list(schedule.chunks(rows, hidden=8, itemsize=4, budget=budget))
-    cover(parts, rows, [count * per_slot for count in slots], budget)
-    if not batch_scope:
-        for part in parts:
-            segment_offsets, segment_rows, count = part.segments
-            assert (segment_rows, count) == (per_slot, part.n1 - part.n0)
-            assert torch.equal(segment_offsets, offsets[part.n0 : part.n1 + 1])
+    images = Segments(offsets, per_slot, len(slots))
+    parts = schedule.chunks(images, sum(slots) * per_slot, hidden=8, itemsize=4, budget=budget)
+    cover(parts, [count * per_slot for count in slots], budget)
+    for part in parts:
+        assert part.images[1:] == (per_slot, part.n1 - part.n0)
+        assert torch.equal(part.images.offsets, offsets[part.n0 : part.n1 + 1])
 
 
 @settings(max_examples=60)
-@given(images=st.integers(0, 7), each=st.integers(0, 40), budget=st.integers(1, 4000), batch_scope=st.booleans())
-def test_chunks_of_uniform_batches_cover_every_row_once(images, each, budget, batch_scope):
-    rows = schedule.Rows(images * each, images, 1, None, batch_scope)
-    parts = list(schedule.chunks(rows, hidden=8, itemsize=4, budget=budget))
-    cover(parts, rows, [each] * images, budget)
-    if not batch_scope and parts:
+@given(images=st.integers(0, 7), each=st.integers(0, 40), budget=st.integers(1, 4000))
+def test_chunks_of_uniform_batches_cover_every_row_once(images, each, budget):
+    parts = schedule.chunks(Segments(None, 1, images), images * each, hidden=8, itemsize=4, budget=budget)
+    cover(parts, [each] * images, budget)
+    if parts:
         sizes = [part.n1 - part.n0 for part in parts]
         assert max(sizes) - sizes[-1] <= len(parts), "equal chunks, not full ones and a small rest"
+        assert [part.images for part in parts] == [Segments(None, 1, size) for size in sizes]
 
 
-def cover(parts, rows, counts, budget):
+def cover(parts, counts, budget):
     # rows of 8 float32; fewer than half as many rows as columns are never asked for
     most = max(budget // 32, 4)
-    if rows.batch_scope:
-        assert [part[:4] for part in parts] == [(0, rows.images, 0, rows.total)]
-        return
-    assert [n for part in parts for n in range(part.n0, part.n1)] == list(range(rows.images))
+    assert [n for part in parts for n in range(part.n0, part.n1)] == list(range(len(counts)))
     for part in parts:
         assert (part.r0, part.r1) == (sum(counts[: part.n0]), sum(counts[: part.n1]))
-        assert part.stats == slice(part.n0, part.n1)
         assert part.r1 - part.r0 <= most or part.n1 - part.n0 == 1, "more than the budget without need"
 
 
-class Recorder:
-    """The reference primitives, remembering how many rows each hidden tensor had."""
+class Recorder(PlainBackend):
+    """Remembers how many rows each hidden tensor had."""
 
     def __init__(self):
         self.rows = []
 
-    def __getattr__(self, name):
-        primitive = getattr(reference_mlp, name)
-        if name != "gelu_grn_linear":
-            return primitive
-
-        def recorded(a, *rest):
-            self.rows.append(a.shape[0])
-            return primitive(a, *rest)
-
-        return recorded
+    def gelu_grn_linear(self, a, *rest, **named):
+        self.rows.append(a.shape[0])
+        return super().gelu_grn_linear(a, *rest, **named)
 
 
 @pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 4)])
@@ -106,13 +89,13 @@ def test_hidden_tensors_stay_within_the_budget(at, monkeypatch):
     t = sample.tensors
     recorder = Recorder()
     largest = int(layout.image_offsets.diff().max()) * 16
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(largest * HIDDEN * 8))
+    monkeypatch.setattr(current, "chunk_bytes", largest * HIDDEN * 8)
     offsets = None if layout.patches_per_image is not None else layout.image_offsets
-    rows = schedule.Rows(layout.num_patches * 16, layout.num_images, 16, offsets, False)
-    mlp = (t["w1"], t["b1"], t["gamma"], t["beta"], t["w2"], t["b2"])
-    schedule.mlp_forward(recorder, t["x"].reshape(-1, 6), *mlp, None, None, rows, "gelu", 1e-6, F64, False)
+    batch = MLPRows(t["x"].reshape(-1, 6), None, None, Segments(offsets, 16, layout.num_images), F64)
+    params = MLPParams(*(t[name] for name in MLPParams._fields))
+    schedule.mlp_forward(recorder, batch, params, None, MLPOptions("gelu", 1e-6, False, "inputs", F64))
     assert len(recorder.rows) > 1 and max(recorder.rows) <= largest
-    assert sum(recorder.rows) == rows.total
+    assert sum(recorder.rows) == layout.num_patches * 16
 
 
 # -- results
@@ -134,7 +117,7 @@ def test_chunking_does_not_change_results(backend, dtype, op, at, scope, monkeyp
     cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
     results = []
     for size in (1, 5000, 1 << 30):
-        monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(size))
+        monkeypatch.setattr(current, "chunk_bytes", size)
         results.append(sample.run(backend.name, cotangent))
     for chunked in results[:2]:
         # parameter gradients add over chunks, and products of other sizes may add in another order
@@ -147,8 +130,8 @@ def test_chunking_does_not_change_results(backend, dtype, op, at, scope, monkeyp
 @parametrize_backends_and_dtypes((F64, F32, BF16))
 def test_every_save_policy_conforms(backend, dtype, op, at, policy, monkeypatch):
     skip_some(backend, op, dtype)
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "5000")
+    monkeypatch.setattr(current, "save", policy)
+    monkeypatch.setattr(current, "chunk_bytes", 5000)
     check(sample_of(op, at), backend.name, dtype, backend.device)
 
 
@@ -160,7 +143,7 @@ def test_save_policies_agree(backend, dtype, at, monkeypatch):
     cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
     results = {}
     for policy in schedule.SAVE_POLICIES:
-        monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+        monkeypatch.setattr(current, "save", policy)
         results[policy] = sample.run(backend.name, cotangent)
     assert_close(results["normalized"], results["inputs"], factor=8)
     assert_close(results["hidden"], results["inputs"], factor=8)
@@ -169,9 +152,9 @@ def test_save_policies_agree(backend, dtype, at, monkeypatch):
 @pytest.mark.parametrize("scope", ("image", "batch"))
 @pytest.mark.parametrize("residual", (True, False))
 @pytest.mark.parametrize("at", PLACES, ids=lambda at: at[0])
-def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scope, monkeypatch):
+def test_the_schedule_on_plain_formulas_equals_autograd(at, residual, scope, monkeypatch):
     """The algebra of the schedule, without any kernel: against PyTorch's derivatives of the plain formula."""
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "4000")
+    monkeypatch.setattr(current, "chunk_bytes", 4000)
     sample = sample_of("pointwise_mlp", at, scope).cast(F64)
     if not residual:
         sample.tensors["residual"] = None
@@ -184,10 +167,12 @@ def test_the_schedule_on_reference_primitives_equals_autograd(at, residual, scop
     offsets = None if uniform else layout.image_offsets
     per_slot = 1 if layout is None else t["x"].shape[1] * t["x"].shape[2]
     images = t["x"].shape[0] if layout is None else layout.num_images
-    geometry = (per_slot, images, scope == "batch", "gelu", 1e-6, "inputs", F64, "reference")
-    mlp = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")]
-    out, norms, hidden = _operators.mlp_forward(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *geometry)
-    grads = _operators.mlp_backward(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *geometry)
+    settings = (per_slot, images, scope == "batch", "gelu", 1e-6, "inputs", F64, "plain")
+    mlp, plain = [t[name] for name in ("w1", "b1", "gamma", "beta", "w2")], PlainBackend()
+    forward = MLPForwardArgs(t["x"], *mlp, t["b2"], t["residual"], drop, offsets, *settings)
+    out, norms, hidden = schedule.run_mlp_forward(plain, forward)
+    backward = MLPBackwardArgs(cotangent, t["x"], *mlp, drop, offsets, norms, hidden, *settings)
+    grads = schedule.run_mlp_backward(plain, backward)
     got = dict(zip(("out", "x", "w1", "b1", "gamma", "beta", "w2", "b2"), (out, *grads), strict=True))
     assert_close(got, {name: expected[name] for name in got}, factor=64)
 
@@ -225,7 +210,7 @@ def saved(sample, backend):
 @parametrize_backends()
 def test_what_each_policy_keeps(backend, policy, op, rows, hidden, monkeypatch):
     """One norm per image and hidden channel always; normalised rows with 1/std, and hidden activations, as asked."""
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    monkeypatch.setattr(current, "save", policy)
     sample = sample_of(op, ("ragged", 4)).cast(F32, backend.device)
     sample.constants["drop_path_scale"] = None
     total = sample.rows
@@ -236,12 +221,12 @@ def test_what_each_policy_keeps(backend, policy, op, rows, hidden, monkeypatch):
 @pytest.mark.parametrize("policy", schedule.SAVE_POLICIES)
 @parametrize_backends()
 def test_a_call_may_ask_for_a_policy(backend, policy, monkeypatch):
-    """``save`` stands above the environment."""
+    """``save`` overrides the setting."""
     other = next(p for p in schedule.SAVE_POLICIES if p != policy)
     sample = sample_of("convnextv2_block", ("ragged", 4)).cast(F32, backend.device)
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    monkeypatch.setattr(current, "save", policy)
     expected = saved(sample, backend.name)
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", other)
+    monkeypatch.setattr(current, "save", other)
     assert saved(sample, backend.name) != expected
     sample.constants["save"] = policy
     assert saved(sample, backend.name) == expected
@@ -270,12 +255,11 @@ def test_other_ops_keep_their_input_and_statistics(backend, op, expected):
     assert saved(sample, backend.name) == sorted(expected(layout.num_patches * 16, layout.num_images, 6))
 
 
-def test_a_new_policy_or_chunk_size_applies_at_once(monkeypatch):
-    monkeypatch.delenv("CONVNEXTV2_KERNELS_SAVE", raising=False)
-    monkeypatch.delenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", raising=False)
-    assert schedule.save_policy("cpu") == "inputs" and schedule.save_policy("cuda") == "hidden"
-    assert schedule.chunk_bytes("cuda") > schedule.chunk_bytes("cpu") > 0
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", "normalized")
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", "123")
-    assert schedule.save_policy("cpu") == schedule.save_policy("cuda") == "normalized"
-    assert schedule.chunk_bytes("cpu") == 123
+def test_a_new_policy_or_chunk_size_applies_at_once():
+    with override(save=None, chunk_bytes=None):
+        assert schedule.save_policy("cpu") == "inputs" and schedule.save_policy("cuda") == "hidden"
+        assert schedule.chunk_bytes("cuda") > schedule.chunk_bytes("cpu") > 0
+        with override(save="normalized", chunk_bytes=123):
+            assert schedule.save_policy("cpu") == schedule.save_policy("cuda") == "normalized"
+            assert schedule.chunk_bytes("cpu") == 123
+        assert schedule.save_policy("cpu") == "inputs", "an override ends with its block"

@@ -234,11 +234,11 @@ class KernelBackend(Backend):
 
     def gemms_reduce(self, g: Tensor, w2: Tensor) -> Tensor:
         """``sum over o of g[n, o] * w2[o]``: ``g [N, O, H]`` a statistic, ``w2 [O, H]`` of T -> ``[N, H]``."""
-        return self.operators.products_reduce.default(g, w2)
+        return (g * w2).sum(1)
 
     def gemms_weight(self, g: Tensor, scale: Tensor, d_sum: Tensor, beta: Tensor) -> Tensor:
         """``sum over n of g[n] * scale[n] + outer(d_sum, beta)``, ``[O, H]``."""
-        return self.operators.products_weight.default(g, scale, d_sum, beta)
+        return torch.addr((g * scale.unsqueeze(1)).sum(0), d_sum, beta)
 
     # -- the MLP of a chunk, composed of the above (the algebra: docs/kernels/mlp.md)
 

@@ -3,7 +3,7 @@
 PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
 ``F.linear``'s oneDNN form a float32 product runs about twice as fast there. On Intel's processors MKL is mostly the
 faster one for the products of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
-``docs/kernels.md``, section 8.) float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
+``docs/kernels/mlp.md``.) float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
 ``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
 """
 
@@ -89,8 +89,8 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
     if not (_serves(_onednn_backward, x) and grad.numel()):
         return (grad.t() @ x).to(statistics_dtype(x.dtype))
     rows, out_c, in_c = x.shape[0], grad.shape[1], x.shape[1]
-    # Two ways, chosen by measurement (docs/kernels.md 7). oneDNN's linear does not split the sum over rows, so a small
-    # result of many rows goes to the weight gradient of a convolution, which does.
+    # Two paths, chosen by measurement (docs/kernels/mlp.md). oneDNN's linear does not split the sum over rows, so a
+    # small result of many rows goes to the weight gradient of a convolution, which does.
     if min(out_c, in_c) < 64 or (out_c > in_c and rows > 3 * in_c):
         return _conv_weight_grad(grad, x)
     # the operator would copy a transposed first operand element by element

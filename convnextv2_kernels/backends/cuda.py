@@ -163,3 +163,9 @@ class CUDABackend(NativeBackend):
         act: str,
     ) -> Tensor:
         return self.operators.mlp_backward_pointwise.default(a, ds, *scales, hs, da, act == "gelu_tanh", *segments)
+
+    def gemms_reduce(self, g: Tensor, w2: Tensor) -> Tensor:
+        return self.operators.products_reduce.default(g, w2)
+
+    def gemms_weight(self, g: Tensor, scale: Tensor, d_sum: Tensor, beta: Tensor) -> Tensor:
+        return self.operators.products_weight.default(g, scale, d_sum, beta)

@@ -1,4 +1,4 @@
-"""Checkpoints of every ConvNeXt V2 code base, read, written and turned into one another."""
+"""Checkpoints of every ConvNeXt V2 code base: reading, writing and conversion."""
 
 from .convert import convert_state_dict
 from .load import LoadReport, load_checkpoint

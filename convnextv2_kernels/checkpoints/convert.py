@@ -18,7 +18,7 @@ _CONV_MLP_WIDTHS = (40, 48, 64, 80)
 
 
 class Conversion(NamedTuple):
-    """A converted state_dict, the format it had, and the keys of that which the new one has no place for."""
+    """A converted state_dict, its source format, and the source keys that the target format lacks."""
 
     source_format: str
     state_dict: dict[str, Tensor]
@@ -31,7 +31,7 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
     Args:
         sd: state_dict of any format below, or of a part of such a model: timm's ``features_only``, transformers' base
             model and backbone, mmpretrain's backbone, the official encoder-only FCMAE files. May be wrapped as
-            ``model``, ``state_dict`` or ``model_state_dict``; ``module.`` and ``_orig_mod.`` are taken out of the keys.
+            ``model``, ``state_dict`` or ``model_state_dict``; ``module.`` and ``_orig_mod.`` are removed from the keys.
         to: ``"official"`` (dense code, ``models/convnextv2.py``), ``"official-sparse"`` (``models/fcmae.py``, on
             MinkowskiEngine), ``"fcmae"`` (this library's FCMAE: the same with the dense names in the encoder),
             ``"timm"``, ``"transformers"`` or ``"mmpretrain"``.
@@ -39,14 +39,14 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
             default as in ``sd`` if that is timm's, else as timm builds it: convolutions for atto, femto, pico, nano.
 
     Returns:
-        Contiguous tensors of the same values and dtypes, which may share memory with ``sd``. Left out is what the
-        format has no place for: the decoder, ``proj``, ``pred`` and the mask token, except in ``"official-sparse"`` and
+        Contiguous tensors of the same values and dtypes, which may share memory with ``sd``. Parameters that the format
+        lacks are dropped: the decoder, ``proj``, ``pred`` and the mask token, except in ``"official-sparse"`` and
         ``"fcmae"``, which have no final norm and no head.
 
     Raises:
         TypeError: ``sd`` is not a mapping.
-        ValueError: ``to`` is none of these; ``conv_mlp`` is given for another format than timm's; ``sd`` has keys or
-            shapes of no ConvNeXt V2, lacks parameters, or holds anything but dense floating-point tensors.
+        ValueError: unknown ``to``; ``conv_mlp`` for a format other than timm's; ``sd`` has keys or shapes that no
+            ConvNeXt V2 has, lacks parameters, or contains anything but dense floating-point tensors.
     """
     if not isinstance(sd, Mapping):
         raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")
@@ -72,7 +72,7 @@ def convert(state: State, to: str, conv_mlp: bool | None = None) -> Conversion:
 
 
 def convert_file(source: Path, target: Path, to: str, *, use_ema: bool = False, overwrite: bool = False) -> str:
-    """Convert a file into another, and tell what was done.
+    """Convert a file into another; returns a summary.
 
     Raises:
         OSError: no such file, or the target exists already or cannot be written.

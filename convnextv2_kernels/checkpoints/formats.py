@@ -1,7 +1,8 @@
-"""What each code base calls the parameters of ConvNeXt V2.
+"""The names that each code base gives the parameters of ConvNeXt V2.
 
-A parameter's canonical name is that of the official dense code, or of FCMAE for the parts only FCMAE has. The tables
-pair canonical names with each format's own and are read in both directions; names are patterns with fields in braces.
+A parameter's canonical name is its name in the official dense code, or in FCMAE for the parts that only FCMAE has. The
+tables pair canonical names with each format's own and are read in both directions; names are patterns with fields in
+braces.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _VALUES = {
     "output": ("stem", "stage1", "stage2", "stage3", "stage4"),
 }
 _FIELD = re.compile(r"{(\w+)}")
-_BLOCK = "0|[1-9][0-9]*"  # the one field with values beyond number
+_BLOCK = "0|[1-9][0-9]*"  # the one field whose values are not just numbers
 
 _ENCODER = {
     name: name
@@ -108,7 +109,7 @@ _TABLES = {
     "mmpretrain": _MMPRETRAIN,
 }
 WRITABLE = tuple(_TABLES)
-# Parts of a model, which go by names of their own.
+# Parts of a model with names of their own.
 _TABLES |= {
     "official-sparse encoder": _without("encoder.", _OFFICIAL_SPARSE),
     "timm features_only": {
@@ -128,18 +129,18 @@ class Format:
         self._to_canonical = [(_regex(own), canonical) for canonical, own in table.items()]
 
     def canonical(self, key: str) -> str | None:
-        """Canonical name of a key of this format, ``None`` where the format has no such key."""
+        """Canonical name of a key of this format, ``None`` if the format has no such key."""
         return _translate(key, self._to_canonical)
 
     def own(self, name: str) -> str | None:
-        """This format's key for a canonical name, ``None`` where the format has no place for it."""
+        """This format's key for a canonical name, ``None`` if the format lacks the parameter."""
         return _translate(name, self._to_own)
 
 
 def detect(keys: Iterable[str]) -> Format | None:
-    """The format of these keys, ``None`` where they are of no ConvNeXt.
+    """The format of these keys, ``None`` if they are not a ConvNeXt's.
 
-    Told by the depthwise convolutions of the stages, which every format spells in its own way.
+    Recognised by the depthwise convolutions of the stages, which have another name in every format.
     """
     depthwise = _regex("stages.{stage}.{block}.dwconv.weight")
     for known in FORMATS.values():
@@ -149,8 +150,8 @@ def detect(keys: Iterable[str]) -> Format | None:
 
 
 def part_of(name: str) -> str:
-    """The part a canonical name belongs to, which a model has whole or not at all: ``stages.0`` to ``stages.3`` (each
-    with the downsampling before it), ``norm``, ``head``, ``decoder``, ``hidden_states_norms.<output>``."""
+    """The part a canonical name belongs to, which a model has completely or not at all: ``stages.0`` to ``stages.3``
+    (each with the downsampling before it), ``norm``, ``head``, ``decoder``, ``hidden_states_norms.<output>``."""
     owner, _, rest = name.partition(".")
     index = rest.partition(".")[0]
     if owner in ("stages", "downsample_layers"):
@@ -161,7 +162,7 @@ def part_of(name: str) -> str:
 
 
 def complete(names: Iterable[str]) -> list[str]:
-    """Canonical names of a checkpoint with all four stages and the parts that ``names`` are of, with as many blocks."""
+    """Canonical names of a complete checkpoint with as many blocks: four stages and the parts found in ``names``."""
     parts = {part_of(name) for name in names} | {f"stages.{stage}" for stage in _VALUES["stage"]}
     if "head" in parts:
         parts.add("norm")
@@ -182,7 +183,7 @@ def complete(names: Iterable[str]) -> list[str]:
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    pieces = _FIELD.split(pattern)  # text and fields, by turns
+    pieces = _FIELD.split(pattern)  # text and fields alternate
     pieces[::2] = map(re.escape, pieces[::2])
     pieces[1::2] = [f"(?P<{field}>{'|'.join(_VALUES.get(field, (_BLOCK,)))})" for field in pieces[1::2]]
     return re.compile("".join(pieces))

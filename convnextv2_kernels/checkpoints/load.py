@@ -17,13 +17,13 @@ from .storage import read_file
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did.
+    """The result of :func:`load_checkpoint`.
 
     Attributes:
-        source_format, target_format: whose names the checkpoint and the model have.
+        source_format, target_format: formats of the names in the checkpoint and in the model.
         loaded: keys of the model that now hold the checkpoint's values.
-        kept_initial: keys of the model that the checkpoint has no values for.
-        left_out: keys of the checkpoint that the model has no place for.
+        kept_initial: keys of the model that the checkpoint lacks.
+        left_out: keys of the checkpoint that the model lacks.
     """
 
     source_format: str
@@ -48,24 +48,24 @@ def load_checkpoint(
 ) -> LoadReport:
     """Copy a ConvNeXt V2 checkpoint of any known format into a model of any code base.
 
-    Both formats are told by names alone, see :func:`convert_state_dict`. All is checked before the first value is
-    copied: after an error the model is as it was. Values are cast to the model's dtype and device.
+    Both formats are recognised by names alone, see :func:`convert_state_dict`. Everything is checked before the first
+    value is copied: an error leaves the model unchanged. Values are cast to the model's dtype and device.
 
-    A checkpoint without head, final norm or decoder leaves those of the model as they are, and parts that only the
-    checkpoint has are left out; the report lists both. Within a part everything must fit.
+    If the checkpoint lacks head, final norm or decoder, the model's keep their values; parts that only the checkpoint
+    has are skipped; the report lists both. Within a part everything must match.
 
     Args:
         model: this library's ``ConvNeXtV2``, ``SparseEncoder`` or ``FCMAE``; a model of timm (``features_only``
             included), transformers or mmpretrain; or any module with official names, dense or sparse. May be wrapped by
             DistributedDataParallel or torch.compile.
         path_or_state_dict: a file (``.safetensors``, or of ``torch.save``), a folder with ``model.safetensors`` or
-            ``pytorch_model.bin``, or what such a file holds. No code from a file is run.
-        skip_head: leave the head of the model as it is.
-        use_ema: take the averaged weights, ``model_ema`` or ``state_dict_ema``, of a training checkpoint.
+            ``pytorch_model.bin``, or the content of such a file. No code from a file is run.
+        skip_head: keep the head of the model unchanged.
+        use_ema: load the averaged weights, ``model_ema`` or ``state_dict_ema``, of a training checkpoint.
 
     Raises:
         FileNotFoundError: no such file.
-        TypeError: an argument of another type.
+        TypeError: an argument has the wrong type.
         ValueError: a file that is damaged or could run code; keys that are missing, unknown or of another shape, all
             in one message; no averaged weights for ``use_ema``; parameters on the meta device.
     """
@@ -107,8 +107,8 @@ def load_checkpoint(
 
 
 def _copy(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """By key of the model: copy each second tensor into the first; where one cannot be written, put those before it
-    back."""
+    """By key of the model: copy each second tensor into the first; if one cannot be written, restore those before
+    it."""
     done: list[tuple[Tensor, Tensor]] = []
     for key, (into, values) in pairs.items():
         before = into.clone()

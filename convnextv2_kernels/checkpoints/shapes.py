@@ -1,7 +1,7 @@
-"""The shapes that code bases give to the same parameter.
+"""The shapes that code bases give the same parameter.
 
-Canonical are those of the official dense code: convolutions ``(out, in / groups, kh, kw)``, linear maps ``(out, in)``,
-GRN ``(1, 1, 1, 4C)``, everything else ``(C,)``. No value is ever computed, only moved.
+The canonical shapes are those of the official dense code: convolutions ``(out, in / groups, kh, kw)``, linear maps
+``(out, in)``, GRN ``(1, 1, 1, 4C)``, everything else ``(C,)``. No value is ever computed, only moved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 _VECTOR = re.compile(r".*\.bias|(.*\.)?norm\.weight|hidden_states_norms\..*|downsample_layers\.(0\.1|[1-3]\.0)\.weight")
 _LINEAR = re.compile(r".*\.pwconv[12]\.weight|head\.weight")
-# In the official sparse code the convolutions of the encoder, but for the stem, are MinkowskiEngine's.
+# In the official sparse code the encoder's convolutions, except for the stem, are MinkowskiEngine's.
 _SPARSE_BIAS = re.compile(r"(stages\..*\.dwconv|downsample_layers\.[1-3]\.1)\.bias")
 
 

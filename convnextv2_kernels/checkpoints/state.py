@@ -13,12 +13,12 @@ from .shapes import to_canonical
 
 _WEIGHTS = ("model", "state_dict", "model_state_dict")
 _AVERAGED_WEIGHTS = ("model_ema", "state_dict_ema")
-_WRAPPERS = {"module", "_orig_mod"}  # what DataParallel and torch.compile put into names, at any depth
+_WRAPPERS = {"module", "_orig_mod"}  # inserted into names by DataParallel and torch.compile, at any depth
 _COUNTERS = {"n_averaged"}  # beside the parameters of torch.optim.swa_utils.AveragedModel
 
 
 class State(NamedTuple):
-    """By canonical name: views in the canonical shapes, and the keys that ``original`` has the tensors under."""
+    """By canonical name: views in the canonical shapes, and the keys of these tensors in ``original``."""
 
     format: Format
     tensors: dict[str, Tensor]
@@ -27,17 +27,17 @@ class State(NamedTuple):
 
 
 def listing(items: Iterable[str], limit: int = 8) -> str:
-    """The first few, and how many more there are."""
+    """The first few, and the number of others."""
     items = list(items)
     text = ", ".join(items[:limit])
     return text if len(items) <= limit else f"{text} and {len(items) - limit} more"
 
 
 def unwrap(checkpoint: Mapping[str, Any], use_ema: bool, what: str) -> Mapping[str, Any]:
-    """The state_dict in a training checkpoint, or the mapping itself where it is one.
+    """The state_dict in a training checkpoint, or the mapping itself if it is a state_dict.
 
     Raises:
-        ValueError: ``use_ema`` without averaged weights. ``what`` is how the message calls the checkpoint.
+        ValueError: ``use_ema`` without averaged weights. The message calls the checkpoint ``what``.
     """
     for name in _AVERAGED_WEIGHTS if use_ema else _WEIGHTS:
         if isinstance(checkpoint.get(name), Mapping):
@@ -54,8 +54,8 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     """Recognise the format by the keys, and check every key and tensor.
 
     Raises:
-        ValueError: anything but the parameters of a ConvNeXt V2 or a part of it. ``what`` is how the message calls the
-            state_dict.
+        ValueError: anything but the parameters of a ConvNeXt V2 or a part of it. The message calls the state_dict
+            ``what``.
     """
     state_dict = {key: value for key, value in state_dict.items() if key not in _COUNTERS}
     bare = {key: _without_wrappers(key) for key in state_dict if isinstance(key, str)}
@@ -85,7 +85,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
 
 
 def read_checkpoint(state_dict: Mapping[str, Any], what: str) -> State:
-    """:func:`read_state` of a whole encoder, with or without norm, head and decoder, but with nothing missing in them.
+    """:func:`read_state` of a complete encoder, with or without norm, head and decoder, each of them complete.
 
     Raises:
         ValueError: as :func:`read_state`, or parameters are missing.

@@ -1,4 +1,4 @@
-"""Checkpoint files: read without running code from them, written whole or not at all."""
+"""Checkpoint files: read without running their code, written completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _WRAPPER = {"official": "model", "official-sparse": "model", "fcmae": "model", "
 
 
 def read_file(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint file holds, on the CPU.
+    """The content of a checkpoint file, on the CPU.
 
     ``.safetensors`` files are read as such, all others by ``torch.load(weights_only=True)``, which builds tensors and
-    plain containers only; ``argparse.Namespace``, in which the official scripts save their arguments, is let through
-    because building one runs no code. The checksums of a zip archive are checked, which torch.load does not do. Of a
-    folder, ``model.safetensors`` or ``pytorch_model.bin`` is read.
+    plain containers only; ``argparse.Namespace``, in which the official scripts save their arguments, is allowed
+    because building one runs no code. Unlike torch.load, this verifies the checksums of a zip archive. From a folder,
+    ``model.safetensors`` or ``pytorch_model.bin`` is read.
 
     Raises:
         FileNotFoundError: no such file, or none in the folder.
-        ValueError: a file that is damaged, is no checkpoint, or could only be read by running code from it.
+        ValueError: a file that is damaged, is not a checkpoint, or could only be read by running its code.
     """
     if path.is_dir():
         names = [name for name in _IN_FOLDER if (path / name).is_file()]
@@ -55,7 +55,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
 
 
 def _kind(path: Path) -> str:
-    """ "safetensors" or "torch", by how the file begins: names are not always true."""
+    """ "safetensors" or "torch", by the first bytes of the file: names can be wrong."""
     with path.open("rb") as file:
         start = file.read(40)
     if start.startswith(b"version https://git-lfs"):
@@ -88,7 +88,7 @@ def _read_torch(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise ValueError(f"the checksum of {damaged} is wrong")
-    # an open file: given a name, torch.load goes by its ending
+    # an open file: given a name, torch.load would judge by its extension
     with path.open("rb") as file, torch.serialization.safe_globals([Namespace]):
         return torch.load(file, map_location="cpu", weights_only=True)
 
@@ -97,6 +97,6 @@ _READERS = {"safetensors": safetensors.torch.load_file, "torch": _read_torch}
 
 
 def _reason(error: Exception) -> str:
-    """The first line that says something; torch.load puts advice to switch off its checks before it."""
+    """The first informative line; torch.load precedes it with advice to disable its checks."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Fused blocks inside models that exist: one call makes them faster and smaller, one call undoes it."""
+"""Fused blocks in existing models: one call makes them faster and saves memory, another undoes it."""
 
 from .api import fuse, fused, unfuse
 from .report import FuseReport

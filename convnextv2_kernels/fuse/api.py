@@ -1,4 +1,4 @@
-"""Fusing a model and undoing it: one walk over its modules."""
+"""Fusing a model and undoing it, in one walk over its modules."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from .trial import computes_otherwise
 def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> FuseReport:
     """Give every ConvNeXt V2 block of a model the fused forward and backward, in place.
 
-    Knows timm's ``ConvNeXtBlock`` with GRN, transformers' ``ConvNextV2Layer``, the official ``Block`` and this
-    library's own (fused by nature). The parameters stay the same objects under the same names, the classes stay what
-    they are, and the results agree up to rounding, random draws of drop path included. It can be called before or
+    Supports timm's ``ConvNeXtBlock`` with GRN, transformers' ``ConvNextV2Layer``, the official ``Block`` and this
+    library's own (always fused). Parameters stay the same objects under the same names, classes do not change, and
+    the results agree up to rounding, including the random draws of drop path. It can be called before or
     after the model is wrapped (DDP, FSDP2, ``torch.compile``), copied or moved. :func:`unfuse` undoes it.
 
     Args:
         model: any module; it may itself be a block.
         strict: whether a model without a single fused block is an error.
-        save: what the blocks keep for backward, memory against time: "inputs", "normalized" or "hidden", see
-            :func:`convnextv2_kernels.ops.convnextv2_block`; None for the default of the device. Blocks fused before
-            take it over; this library's own always have the default.
+        save: the tensors that blocks save for backward, memory against time: "inputs", "normalized" or "hidden", see
+            :func:`convnextv2_kernels.ops.convnextv2_block`; None for the default of the device. It also applies
+            to blocks fused before; this library's own blocks always use the default.
 
     Returns:
         A report of what was replaced and what was skipped, with reasons.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
         ValueError: another ``save``; or ``strict``, and nothing could be fused.
     """
     _check_model(model)
@@ -88,7 +88,7 @@ def unfuse(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def fused(model: nn.Module, strict: bool = True, save: str | None = None) -> Iterator[FuseReport]:
-    """``with fused(model) as report:`` fuses inside the block only; what was fused before stays as it was."""
+    """``with fused(model) as report:`` fuses inside the block only; blocks fused before stay fused."""
     _check_model(model)
     before = {forward: forward.save for module in model.modules() if (forward := installed(module)) is not None}
     report = fuse(model, strict, save)
@@ -109,7 +109,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _backend(model: nn.Module) -> str:
-    """Which backend serves the model's dtype and device as they are now."""
+    """The backend for the model's current dtype and device."""
     parameter = next(model.parameters(), None)
     if parameter is None:
         return "none: the model has no parameters"

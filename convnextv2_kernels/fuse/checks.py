@@ -1,4 +1,4 @@
-"""What keeps a recognised block from being fused. Every check returns the reason as half a sentence, or None."""
+"""Reasons not to fuse a recognised block. Every check returns the reason as half a sentence, or None."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 from .families import Family, Parts
 
-# modules by the names of their classes: what they compute is known, whoever made them
+# modules by class name: their computation is known, whichever library defines them
 LAYER_NORMS = {
     "torch.nn.modules.normalization.LayerNorm",
     "timm.layers.norm.LayerNorm",
@@ -33,7 +33,7 @@ def _name(kind: type) -> str:
 
 
 def activation(act: nn.Module) -> str | None:
-    """``act`` of :func:`~convnextv2_kernels.ops.convnextv2_block` for a module, or None if it is no GELU."""
+    """``act`` of :func:`~convnextv2_kernels.ops.convnextv2_block` for a module, or None if it is not a GELU."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
     return GELUS.get(_name(type(act)))
@@ -52,7 +52,7 @@ def why_not(family: Family, block: nn.Module) -> str | None:
 
 
 def unfit(family: Family, block: nn.Module) -> str | None:
-    """Reason the parts of the block, as they are now, have no fused form, or None. It is asked at every call."""
+    """Reason the parts of the block, as they are now, have no fused form, or None. Called in every forward."""
     reason = family.why_not(block)
     if reason is not None:
         return reason
@@ -66,7 +66,7 @@ def unfit(family: Family, block: nn.Module) -> str | None:
         _why_not_conv(family.conv, parts.conv) or _why_not_classes(family, parts) or _why_not_products(family, parts)
     )
     if reason is not None or isinstance(parts.gamma, torch.fx.Proxy):
-        return reason  # a symbolic trace has proxies for parameters, which cannot be asked for shapes and dtypes
+        return reason  # in a symbolic trace parameters are proxies without shapes and dtypes
     return _why_not_norms(family, parts) or _why_not_dtypes(family, parts)
 
 
@@ -91,7 +91,7 @@ def _why_not_classes(family: Family, parts: Parts) -> str | None:
     if activation(parts.act) is None:
         return f"{family.act} is a {type(parts.act).__name__}, expected the erf or the tanh GELU"
     if not family.classes:
-        return None  # recognised by names; the trial run looks at what the rest computes
+        return None  # recognised by names; the trial run checks the rest
     if _name(type(parts.norm)) not in LAYER_NORMS:
         return f"{family.norm} is a {type(parts.norm).__name__}, expected LayerNorm"
     if _name(type(parts.grn)) not in GRNS:

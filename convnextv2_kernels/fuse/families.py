@@ -1,8 +1,8 @@
-"""The ConvNeXt V2 blocks that can be fused: where their parts stand, and what keeps one from being fused.
+"""The ConvNeXt V2 blocks that can be fused: the names of their parts, and the options that prevent fusing.
 
 Every block here computes ``x + drop_path(scale * W2 GRN(GELU(W1 LN(conv(x)) + b1)) + b2)``; the families differ in
-names, in the shapes of weights and in whether ``scale`` (V1's layer scale) is there. A class is recognised by its name
-and that of its module, so that nothing is imported which the model did not bring with it.
+names, in the shapes of weights and in whether they have ``scale`` (V1's layer scale). A class is recognised by its
+name and its module's name, so that no library is imported that the model does not already use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Parts(NamedTuple):
-    """What a block computes from: modules whose parameters are read, and GRN's own."""
+    """The inputs of a block's computation: modules whose parameters are read, and GRN's own parameters."""
 
     conv: nn.Module
     norm: nn.Module
@@ -32,10 +32,10 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """Names, relative to a block, of its parts; ``classes`` are the ``module.Class`` it goes by.
+    """Names of a block's parts, relative to the block; ``classes`` are its known ``module.Class`` names.
 
-    Without ``classes`` a block is recognised by the names of its children, and a trial run decides (``probe.py``).
-    ``containers`` are modules besides the parts whose forward the fused block does not call.
+    Without ``classes`` a block is recognised by the names of its children, and a trial run decides (``trial.py``).
+    ``containers`` are further modules whose forward the fused block does not call.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Family:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those of the modules of :class:`Parts`, in its order."""
+        """Names of the modules of :class:`Parts`, in its order."""
         return self.conv, self.norm, self.fc1, self.act, self.grn, self.fc2, self.drop_path
 
     def base_class(self, block: nn.Module) -> type | None:
@@ -82,8 +82,8 @@ class Family:
 
 
 def _module(block: nn.Module, name: str) -> nn.Module:
-    """``block.a.b`` for the name "a.b". By the tables of modules: a module's own look-up of attributes, which every
-    call of a fused block would pay for a few dozen times, is slow."""
+    """``block.a.b`` for the name "a.b". Reads the modules' tables directly: their own attribute look-up is slow, and
+    every call of a fused block would need it a few dozen times."""
     for part in name.split("."):
         block = block._modules[part]
     return block

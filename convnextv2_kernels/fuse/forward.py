@@ -1,7 +1,7 @@
 """The forward of a fused block: one call of :func:`convnextv2_kernels.ops.convnextv2_block`.
 
 It is put on the instance, as ``block.forward``. The block's class, parameters, buffers, hooks and names stay what they
-were, so everything that wraps, shards, copies or saves the model goes on working.
+were, so everything that wraps, shards, copies or saves the model still works.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def fused_block(
     """``x [N, C, H, W]`` -> the same shape and dtype, in channels-last strides; one node to torch.fx.
 
     Args:
-        conv, fc1, fc2: weight and bias; those of the products as ``[out, in]`` or as 1x1 kernels.
+        conv, fc1, fc2: weight and bias; weights of fc1 and fc2 as ``[out, in]`` or as 1x1 kernels.
         norm, grn: weight, bias and eps of LayerNorm and of GRN.
         layer_scale: ``[C]``, multiplied with the MLP's result, or None.
         act, save: see :func:`convnextv2_kernels.ops.convnextv2_block`.
@@ -62,7 +62,7 @@ def fused_block(
 def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool) -> Tensor:
     """``[N]``: 0 with probability ``rate``, else 1, or ``1 / (1 - rate)`` with ``scale_by_keep``.
 
-    The draws are those of the block's own drop path from the same random state: timm draws Bernoulli variables,
+    The draws equal the block's own drop path from the same random state: timm draws Bernoulli variables,
     transformers rounds ``uniform`` ones.
     """
     keep, n = 1.0 - rate, x.shape[0]
@@ -73,7 +73,7 @@ def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool
 
 
 def block_arguments(family: Family, block: nn.Module) -> tuple:
-    """Arguments of :func:`fused_block` between x and save, as the block is now."""
+    """Arguments of :func:`fused_block` between x and save, from the block's current state."""
     parts = family.parts(block)
     conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
     rate = 0.0
@@ -92,11 +92,11 @@ def block_arguments(family: Family, block: nn.Module) -> tuple:
 
 
 class FusedForward:
-    """Callable that takes the place of a block's forward.
+    """Callable that replaces a block's forward.
 
     It refers to its block weakly, so that a model is freed when it is dropped, and finds its block again in a copy or
-    a pickle. Where something inside the block has changed in a way the fused form does not honour (a hook was added, a
-    layer was replaced), it runs the block's own forward and says so once.
+    a pickle. If the block has changed in a way that the fused form does not support (a hook was added, a layer was
+    replaced), it runs the block's own forward and warns once.
 
     Attributes:
         save: see :func:`convnextv2_kernels.ops.convnextv2_block`; may be changed between calls.
@@ -109,7 +109,7 @@ class FusedForward:
         self._warned = False
 
     def __reduce__(self) -> tuple:
-        # deepcopy and pickle have put the block into their memo by now, so it comes out as the copy
+        # deepcopy and pickle have the block in their memo by now, so this resolves to the copy
         return FusedForward, (self.block, self._family, self.save)
 
     @property
@@ -123,15 +123,15 @@ class FusedForward:
         return block
 
     @property
-    def __globals__(self):  # what torch.jit.script asks of a forward first
+    def __globals__(self):  # the first attribute of a forward that torch.jit.script reads
         raise AttributeError("torch.jit.script cannot compile a fused block: call convnextv2_kernels.unfuse first")
 
     def __call__(self, *args, **kwargs) -> Tensor:
         block = self.block
         inputs = (*args, *kwargs.values())
         x = inputs[0] if len(inputs) == 1 else None
-        # A block that takes more than a map, the meta device, and a trace, as the ONNX exporter makes one, which is to
-        # hold PyTorch's operators only: the block's own forward.
+        # The block's own forward: with more arguments than a map, on the meta device, and in a trace, such as the ONNX
+        # exporter's, which must contain PyTorch's operators only.
         if x is None or torch.jit.is_tracing() or (isinstance(x, Tensor) and x.is_meta):
             return type(block).forward(block, *args, **kwargs)
         reason = unfit(self._family, block)
@@ -169,6 +169,6 @@ def installed(block: nn.Module) -> FusedForward | None:
 
 
 def remove(block: nn.Module) -> None:
-    """Undo :func:`install`: the forward of the block's class is in force again."""
+    """Undo :func:`install`: the forward of the block's class applies again."""
     del block.forward
     del block._replicate_for_data_parallel

@@ -1,4 +1,4 @@
-"""What :func:`convnextv2_kernels.fuse` did, for people and for programs."""
+"""The result of :func:`convnextv2_kernels.fuse`, for people and for programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Replaced(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A block that was left as it was, and why."""
+    """A block that was not fused, and why."""
 
     name: str
     reason: str
@@ -28,9 +28,9 @@ class FuseReport:
     Attributes:
         model: name of the model's class.
         replaced: blocks fused by this call.
-        skipped: blocks of a known family, or that look like one, which were not, each with the reason.
+        skipped: blocks of a known family, or similar to one, that were not fused, each with the reason.
         already_fused: names of blocks fused before, or of this library's own.
-        backend: which backend will serve the fused blocks, with the reason where it is the plain PyTorch reference.
+        backend: the backend of the fused blocks, with the reason if it is the plain PyTorch reference.
     """
 
     model: str

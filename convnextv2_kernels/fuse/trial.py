@@ -1,4 +1,4 @@
-"""A trial run: does a block that merely looks right compute what the fused block computes?"""
+"""A trial run: does a block with the right names compute the same as the fused block?"""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_bac
 
 
 def computes_otherwise(block: nn.Module, family: Family) -> str | None:
-    """Reason the block is something else than it looks: it holds more than its parts do, or a copy of it with small
-    random parameters, in float64 on the CPU, disagrees with the fused block's specification. None if it agrees."""
+    """Reason the block is not what its names suggest: it has further parameters, or a copy of it with small random
+    parameters, in float64 on the CPU, disagrees with the fused block's specification. None if it agrees."""
     parts = family.parts(block)
     known = sum(len(list(part.parameters())) for _, part in family.bypassed(block))
     if known != len(list(block.parameters())) or list(block.buffers()):
@@ -36,7 +36,7 @@ def computes_otherwise(block: nn.Module, family: Family) -> str | None:
         ):
             try:
                 own = type(trial).forward(trial, x)
-            except Exception as error:  # foreign code: whatever it raises means that it is something else
+            except Exception as error:  # foreign code: any exception means that it is another kind of block
                 return f"a trial run of its forward failed ({type(error).__name__}: {error})"
             fused = fused_block(x, *block_arguments(family, trial), save=None)
         if not isinstance(own, torch.Tensor) or own.shape != fused.shape or not torch.allclose(own, fused, 1e-9, 1e-12):
@@ -47,7 +47,7 @@ def computes_otherwise(block: nn.Module, family: Family) -> str | None:
 def _copy_with_new_parameters(block: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy that shares neither parameters nor hooks: the originals may be large, sharded or on the meta device.
 
-    They are small, so that both eps matter: a block with another one is told apart.
+    The parameters are small, so that both eps matter and a block with another eps is recognised.
     """
     memo: dict[int, object] = {}
     for parameter in block.parameters():

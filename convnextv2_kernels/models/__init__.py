@@ -30,7 +30,7 @@ def create_model(
 ) -> ConvNeXtV2 | ConvNeXtV2Features:
     """Classifier called ``convnextv2_<size>``; ``kwargs`` go to :class:`ConvNeXtV2`.
 
-    With ``features_only`` a backbone that returns the maps of its stages instead, without a head;
+    With ``features_only``, a backbone without a head that returns the maps of its stages;
     ``kwargs`` (``out_indices`` among them) go to :class:`ConvNeXtV2Features`.
 
     Raises:

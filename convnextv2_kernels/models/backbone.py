@@ -27,8 +27,8 @@ class Backbone(nn.Module):
     from 0 to ``drop_path_rate``.
 
     ``feature_dtype`` is the dtype of the feature maps between layers; by default that of the
-    images, so float32 under autocast, where matrix products alone are narrow. bfloat16, under
-    autocast, halves the bytes of every map, and rounds the residual stream at every block.
+    images, hence float32 under autocast, where only GEMMs run in 16 bits. bfloat16 under
+    autocast halves the bytes of every map, and rounds the residual stream at every block.
 
     ``grn`` is the GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
     """
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         self.dims = tuple(dims)
         self.downsample_layers = nn.ModuleList([PatchEmbed(in_chans, dims[0])])
         self.downsample_layers.extend(Downsample(dims[i], dims[i + 1]) for i in range(3))
-        # On the CPU even where parameters are made on the meta device, which cannot be read back.
+        # On the CPU even if parameters are created on the meta device, which cannot be read back.
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
             nn.ModuleList(
@@ -66,7 +66,7 @@ class Backbone(nn.Module):
         )
 
     def stage_outputs(self, images: Tensor, layout: PatchLayout | None = None) -> Iterator[Tensor]:
-        """The features of one stage after the other, of stride 4, 8, 16 and 32.
+        """The features of the stages in order, of stride 4, 8, 16 and 32.
 
         Stage i of ``images [N, in_chans, H, W]``: packed ``[P, p/2^(i+2), p/2^(i+2), dims[i]]`` for
         patches of p pixels, or dense ``[N, H/2^(i+2), W/2^(i+2), dims[i]]`` without a layout, sides
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
 
         Raises:
             TypeError, ValueError: images of another shape or dtype; without a layout, a side of
-                less than 32; a layout that is not of these images, or sides that are not multiples
+                less than 32; a layout of other images, or sides that are not multiples
                 of 32 with one.
         """
         check_images(images, self.in_chans, 32, any_size=layout is None)
@@ -88,13 +88,13 @@ class Backbone(nn.Module):
             yield x
 
     def run_stages(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
-        """The last of :meth:`stage_outputs`."""
+        """The last features of :meth:`stage_outputs`."""
         *_, x = self.stage_outputs(images, layout)
         return x
 
 
 class SparseEncoder(Backbone):
-    """The FCMAE encoder: it computes visible patches only, and hidden pixels reach none of its
+    """The FCMAE encoder: it computes visible patches only, and hidden pixels affect none of its
     features.
 
     Args:

@@ -22,12 +22,12 @@ class ConvNeXtV2(Backbone):
 
     Args:
         in_chans: channels of the images.
-        num_classes: outputs of the head; 0 leaves the head out, and the model returns what it would
-            see.
+        num_classes: outputs of the head; with 0 the model has no head, and returns the head's
+            input.
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block; it grows linearly from 0 at the first.
         head_init_scale: factor on the initial weights of the head.
-        feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`; the head sees the
+        feature_dtype: dtype of the feature maps, see :class:`.backbone.Backbone`; the head receives the
             dtype of the images.
         grn: GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text; "none" leaves it out.
 
@@ -68,10 +68,10 @@ class ConvNeXtV2(Backbone):
 
 
 class ConvNeXtV2Features(Backbone):
-    """The feature maps of the stages, as a backbone for detection or segmentation takes them.
+    """The feature maps of the stages, as a backbone for detection or segmentation.
 
-    The state_dict is that of the classifier without ``norm`` and ``head``. No norm follows a stage:
-    the official code has none there either.
+    The state_dict is the classifier's without ``norm`` and ``head``. As in the official code, no norm
+    follows a stage.
 
     Args:
         out_indices: the stages whose maps are returned, 0 to 3, ascending.

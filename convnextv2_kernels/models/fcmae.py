@@ -26,24 +26,24 @@ _TINY = CONFIGS["convnextv2_tiny"]
 class FCMAE(nn.Module):
     """Sparse encoder on the visible patches, one-block dense decoder, loss on the hidden patches.
 
-    state_dict keys are the official ones, those of the encoder in the dense spelling. All weights
-    start at N(0, 0.02^2), biases and GRN at 0: the official code re-draws most of them with
-    deviation 1 by accident, which starts training at a loss of 16 instead of 1, so that is not
-    reproduced.
+    state_dict keys are the official ones, with the encoder's in the dense spelling. Weights are
+    drawn from N(0, 0.02^2), biases and GRN are 0. The official code accidentally re-draws most
+    weights with standard deviation 1, so that training starts at a loss of 16 instead of 1; this is
+    not reproduced.
 
     Args:
         depths, dims: blocks and width of each of the four encoder stages.
         img_size: side, or (height, width), of the images; only a default, see :meth:`forward`.
         in_chans: channels of the images.
         patch_size: side of a mask patch in pixels, any multiple of 32.
-        mask_ratio: share of hidden patches where no mask is given.
+        mask_ratio: share of hidden patches if no mask is given.
         decoder_depth, decoder_embed_dim: blocks and width of the decoder.
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
         grn_scope: GRN of the encoder, ``"image"`` (paper) or ``"batch"`` (official sparse code). In
             the decoder, which works on dense maps, it is per image in both.
-        feature_dtype: dtype of the feature maps, see :class:`.encoder.Backbone`.
+        feature_dtype: dtype of the feature maps, see :class:`.backbone.Backbone`.
         grn: GRN of every block of encoder and decoder, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
-        encoding: ``"sparse"``, or ``"masked_dense"``: the same numbers on whole maps, by :mod:`.masked_encoder`.
+        encoding: ``"sparse"``, or ``"masked_dense"``: the same numbers on whole maps, by :mod:`.masked_dense`.
 
     Raises:
         ValueError: an argument out of range.
@@ -121,7 +121,7 @@ class FCMAE(nn.Module):
         visible = self._layout(images, mask)
         hidden = visible.complement()
         decoded = self._decode(self._encode(images, visible), visible)
-        # Two products instead of one keep the gradient of the loss out of the visible patches.
+        # Two GEMMs instead of one keep the gradient of the loss out of the visible patches.
         hidden_pred = self._predict(decoded, hidden)
         visible_pred = self._predict(decoded, visible)
         loss = reconstruction_loss(hidden_pred, self._target(images, hidden))
@@ -140,19 +140,19 @@ class FCMAE(nn.Module):
         return ops.scatter_patches(features, layout).permute(0, 3, 1, 2)
 
     def patchify(self, images: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, L, patch_size^2 * C]``, see :func:`.pixels.patchify`."""
+        """``[N, C, H, W]`` -> ``[N, L, patch_size^2 * C]``, see :func:`.patchify.patchify`."""
         return patchify.patchify(images, self.patch_size)
 
     def unpatchify(self, patches: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Inverse of :meth:`patchify`; ``grid`` is that of ``img_size`` where not given."""
+        """Inverse of :meth:`patchify`; ``grid`` is ``img_size``'s if not given."""
         return patchify.unpatchify(patches, self.patch_size, self.grid if grid is None else grid)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor | PatchLayout) -> Tensor:
         """``images [N, in_chans, H, W]`` with the hidden patches replaced by predictions.
 
-        Where the model predicts normalised patches, the mean and deviation of the true patch are
-        put back.
+        If the model predicts normalised patches, the mean and deviation of the true patch are
+        restored.
 
         Args:
             images: as given to :meth:`forward`.
@@ -235,7 +235,7 @@ class FCMAE(nn.Module):
 def _assemble(visible_rows: Tensor, visible: PatchLayout, hidden_rows: Tensor, hidden: PatchLayout) -> Tensor:
     """Rows ``[P, D]`` of the visible and of the hidden patches -> ``[N, D, Gh, Gw]``.
 
-    By index_select, which saves the indices only; index_copy would save the rows.
+    Uses index_select, which saves only the indices; index_copy would save the rows.
     """
     slots, hidden_slots = visible.slot_of_patch, hidden.slot_of_patch + visible.num_patches
     order = torch.where(slots >= 0, slots, hidden_slots).flatten()

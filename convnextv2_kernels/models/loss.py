@@ -12,8 +12,7 @@ from ..ops._dispatch import once_differentiable, reference_forced
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """Autograd would save the difference and keep the target alive besides; only the difference is
-    needed."""
+    """Saves only the difference; autograd would also keep the target alive."""
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, target: Tensor) -> Tensor:
@@ -34,10 +33,10 @@ class _ReconstructionLoss(torch.autograd.Function):
 def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of hidden patches ``pred``, ``target [P, D]``; 0 if there are none.
 
-    All patches weigh the same, whichever image they are of. The target is a constant. Computed in
-    the wider of the two dtypes. One ``[P, D]`` tensor is saved for the backward pass, in the dtype
-    of GEMM operands, as its gradient goes into GEMMs only.
+    All patches have the same weight, whatever their image. The target is a constant. Computed in the
+    wider of the two dtypes. One ``[P, D]`` tensor is saved for backward, in the dtype of GEMM
+    operands, because only GEMMs consume its gradient.
     """
-    if reference_forced():  # plain PyTorch throughout, so that it has higher derivatives
+    if reference_forced():  # plain PyTorch, which has higher derivatives
         return (pred - target).square().sum(dim=-1).sum() / max(pred.numel(), 1)
     return _ReconstructionLoss.apply(pred, target)

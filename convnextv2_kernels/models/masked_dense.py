@@ -1,7 +1,7 @@
 """The FCMAE encoder on dense maps that are multiplied by the mask, in plain PyTorch (ConvNeXt V2 paper, A.2).
 
-It computes what the sparse encoder computes, and the hidden sites besides: the baseline of Figure 6, for comparisons
-and as a check. Hidden pixels are zero from the start, so that not even a NaN among them gets through.
+It computes the features of the sparse encoder, and hidden sites as well: an ablation (Figure 6) and a check of the
+sparse encoder. Hidden pixels are zeroed at the start, so that not even a NaN among them has an effect.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from .backbone import Backbone
 def masked_dense_features(encoder: Backbone, images: Tensor, layout: PatchLayout) -> Tensor:
     """Features ``[N, H/32, W/32, dims[3]]`` of ``images [N, in_chans, H, W]``, zero where hidden.
 
-    At visible sites they are those of ``encoder(images, layout)``, for its GRN, scope, drop path and feature dtype.
+    At visible sites they equal ``encoder(images, layout)``, for its GRN, scope, drop path and feature dtype.
 
     Raises:
-        TypeError, ValueError: images of another shape or dtype; a layout that is not of these images.
+        TypeError, ValueError: images of another shape or dtype; a layout of other images.
         RuntimeError: another backend than the reference is forced.
     """
     check_images(images, encoder.in_chans, 32)

@@ -1,4 +1,4 @@
-"""Patches of pixels as rows of vectors, in the order the FCMAE decoder predicts them in.
+"""Patches of pixels as row vectors, in the order of the FCMAE decoder's predictions.
 
 Entry ``(p * side + q) * channels + c`` of a row is channel c of the pixel at row p, column q of the
 patch.
@@ -48,7 +48,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 
 def gather_pixels(images: Tensor, layout: PatchLayout) -> Tensor:
-    """The patches of ``images [N, C, H, W]`` that ``layout`` holds: ``[P, patch_size^2 * C]``."""
+    """The patches of ``images [N, C, H, W]`` in ``layout``: ``[P, patch_size^2 * C]``."""
     return ops.gather_patches(images.permute(0, 2, 3, 1), layout).flatten(1)
 
 
@@ -56,6 +56,6 @@ def pixel_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation ``[..., 1]`` of patches ``[..., D]``: unbiased variance plus 1e-6, inside
     the root."""
     mean = patches.mean(dim=-1, keepdim=True)
-    # torch.var is an order of magnitude slower on a CPU, and warns where there is no patch.
+    # torch.var is an order of magnitude slower on a CPU, and warns if there is no patch.
     var = (patches - mean).square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
     return mean, (var + 1e-6).sqrt()

@@ -17,20 +17,20 @@ class ConvNeXtV2Block(nn.Module):
     """``x + W2 GRN(GELU(W1 LN(conv7x7(x)) + b1)) + b2`` (ConvNeXt V2 paper, Figure 5), one autograd
     node.
 
-    The children carry the official names and hold parameters only; the block computes from all of
+    The children have the official names and only hold parameters; the block computes with all of
     them at once.
 
     Args:
         dim: C; the hidden width is 4C.
         drop_path: probability with which, in training, an image skips the block's branch; the
-            branch of the images that keep it is divided by ``1 - drop_path``.
+            branch of the other images is divided by ``1 - drop_path``.
         scope: see :class:`GlobalResponseNorm`.
         grn: an ablation of GRN, see :class:`.GRNVariant`, or its text. With one that is neither "default" nor "none"
             the block is computed in plain PyTorch, and differentiated by it.
 
     Attributes:
-        given_drop_path: ``[N]`` factors of 0 or ``1 / (1 - drop_path)``, one per image, to be used instead of drawing
-            where drop path is in force; ``None`` to draw. Not part of the state_dict, nor moved with the parameters.
+        given_drop_path: ``[N]`` factors of 0 or ``1 / (1 - drop_path)``, one per image, used instead of random ones
+            while drop path is active; ``None`` to draw them. Not part of the state_dict, nor moved with the parameters.
 
     Raises:
         ValueError: an argument out of range.

@@ -6,10 +6,10 @@ from torch import nn
 
 
 def init_linear_map(module: nn.Module) -> None:
-    """Weights of a convolution or linear layer ~ N(0, 0.02^2) cut at +-2, bias 0.
+    """Weights of a convolution or linear layer ~ N(0, 0.02^2) truncated at +-2, bias 0.
 
-    The cut-offs are absolute, not in units of the deviation, as in the official code, so none ever
-    binds.
+    As in the official code the bounds are absolute, not in units of the standard deviation, so they
+    never matter.
     """
     nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
     if module.bias is not None:

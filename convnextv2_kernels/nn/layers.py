@@ -13,7 +13,7 @@ from .init import init_linear_map
 
 
 class SubmanifoldDepthwiseConv2d(nn.Module):
-    """Depthwise ``K x K`` convolution of stride 1 whose output lives on the visible sites of its
+    """Depthwise ``K x K`` convolution of stride 1 whose output has the visible sites of its
     input.
 
     Hidden sites and sites outside the image count as zero; the bias reaches visible sites only.
@@ -67,8 +67,8 @@ class LayerNorm(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
-        """``x [..., C]`` -> the same shape and dtype. Rows stand alone, so the layout has no part
-        in it."""
+        """``x [..., C]`` -> the same shape and dtype. Rows are independent, so the layout does not
+        matter."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
     def extra_repr(self) -> str:
@@ -85,7 +85,7 @@ class GlobalResponseNorm(nn.Module):
         dim: C.
         eps: added to the mean of the norms.
         scope: ``"image"`` takes the norm over the visible sites of each image (the paper),
-            ``"batch"`` over those of all images together (the official sparse code).
+            ``"batch"`` over the visible sites of all images together (the official sparse code).
         variant: an ablation, see :class:`.GRNVariant`, or its text. One that is neither "default" nor "none" is
             computed in plain PyTorch. With "none" the layer is the identity, whatever its parameters hold; they start
             at zero and need no gradient.
@@ -111,7 +111,7 @@ class GlobalResponseNorm(nn.Module):
         nn.init.zeros_(self.beta)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """gamma and beta as the formula takes them: zeros without a graph where the variant is "none"."""
+        """gamma and beta for the formula: zeros without a graph if the variant is "none"."""
         if self.variant.enabled:
             return self.gamma, self.beta
         # two tensors: torch.compile refuses one tensor given twice to an autograd function
@@ -129,7 +129,7 @@ class GlobalResponseNorm(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """Parameters of a trained GRN are an error where there is none: the model would compute something else."""
+        """Loading a trained GRN into a layer without GRN is an error: the model would compute something else."""
         for name in ("gamma", "beta"):
             value = state_dict.get(prefix + name)
             if not self.variant.enabled and value is not None and not value.is_meta and bool(value.any()):

@@ -1,4 +1,4 @@
-"""The layers that change resolution. Neither of them ever looks across the border of a patch."""
+"""The layers that change resolution. Neither reads across the border of a patch."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """Packed ``[P, s, s, dim_in]`` -> ``[P, s/2, s/2, dim_out]``, or dense ``[N, H, W,
-        dim_in]`` -> ``[N, H//2, W//2, dim_out]``; the two are computed alike."""
+        dim_in]`` -> ``[N, H//2, W//2, dim_out]``; both are computed in the same way."""
         norm, conv = self
         return ops.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)

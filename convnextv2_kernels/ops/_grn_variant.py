@@ -1,4 +1,4 @@
-"""Which global response normalisation a block has."""
+"""Variants of global response normalisation."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ class GRNVariant:
 
     With ``G(x)`` one number per image and channel over the visible sites:
 
-    * ``aggregation`` (Table 2a): ``"l2"`` norm, ``"l1"`` norm, or ``"mean"``, global average pooling. The mean keeps
-      its sign, so what the normaliser divides by can come close to zero.
+    * ``aggregation`` (Table 2a): ``"l2"`` norm, ``"l1"`` norm, or ``"mean"``, global average pooling. The mean is
+      signed, so the normaliser's denominator can be close to zero.
     * ``normalizer`` (Table 2b), over the channels j: ``"divisive"`` ``G / (mean_j G + eps)``, ``"standardize"``
       ``(G - mean_j G) / (std_j G + eps)`` with the biased deviation, ``"inverse"`` ``1 / (mean_j G + eps)``. The paper
       writes sums and scales by the number of channels in its footnote 1: hence means.
     * ``skip`` (Table 2c): ``x + gamma * (x * N(G(x))) + beta``, or ``gamma * (x * N(G(x))) + beta`` without it. Then
-      gamma starts at 1, on which the paper is silent: at 0 a block would start as the identity, without a gradient for
-      the layers before GRN.
+      gamma starts at 1, which the paper does not specify: at 0 a block would start as the identity, without a gradient
+      for the layers before GRN.
     * ``enabled=False``: no GRN at all, the block of ConvNeXt V1 without its layer scale.
 
-    eps is that of the layer, 1e-6; it is never inside a root.
+    eps is the layer's, 1e-6; it is never inside a root.
 
     Raises:
-        ValueError: a field of another value, or one that is set although GRN is not enabled.
-        TypeError: ``skip`` or ``enabled`` that is no bool.
+        ValueError: a field has an unknown value, or is set although GRN is disabled.
+        TypeError: ``skip`` or ``enabled`` is not a bool.
     """
 
     aggregation: str = "l2"
@@ -57,16 +57,16 @@ class GRNVariant:
 
     @property
     def fused(self) -> bool:
-        """Whether the kernels have it: the default and "none", which is the default with gamma = beta = 0."""
+        """Whether kernels support it: the default and "none", which is the default with gamma = beta = 0."""
         return self.formula == ("l2", "divisive", True)
 
     @classmethod
     def parse(cls, text: str) -> GRNVariant:
         """The variant that ``text`` describes: ``"default"``, ``"none"``, or comma-separated words of l2, l1, mean,
-        divisive, standardize, inverse, skip, no-skip, at most one of each kind; what is not said is the default.
+        divisive, standardize, inverse, skip, no-skip, at most one of each kind; the rest keeps its default.
 
         Raises:
-            TypeError: text that is no string.
+            TypeError: ``text`` is not a string.
             ValueError: an unknown word, or two of one kind.
         """
         if not isinstance(text, str):
@@ -89,7 +89,7 @@ class GRNVariant:
 
     @classmethod
     def of(cls, grn: str | GRNVariant) -> GRNVariant:
-        """A variant as it is, or the one that a string describes, see :meth:`parse`."""
+        """A variant unchanged, or the one that a string describes, see :meth:`parse`."""
         return grn if isinstance(grn, cls) else cls.parse(grn)
 
     def __str__(self) -> str:

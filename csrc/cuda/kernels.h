@@ -20,7 +20,7 @@ struct Launch {
 };
 
 // Column sums and element-wise parts of the MLP, on rows T [rows, H] in segments (images). a is the first product's
-// output, h = activation(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels.md).
+// output, h = activation(a), the GRN output is h * scale; beta is added by the caller's algebra (docs/kernels/mlp.md).
 struct GeluStatistics {
   DType dtype;
   Segments segments;

@@ -11,7 +11,7 @@ DENSE = ("official", "timm", "transformers", "mmpretrain")
 
 
 def randomize(model):
-    """Every parameter, GRN and biases included, drawn anew; LayerNorm's around 1."""
+    """Redraws every parameter, including GRN and biases; LayerNorm's are around 1."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
@@ -33,7 +33,7 @@ def without(state_dict, *prefixes):
 
 
 def encoder_of(state_dict):
-    """The dense encoder alone: what the official FCMAE files hold."""
+    """The dense encoder alone, as in the official FCMAE files."""
     return without(state_dict, "norm.", "head.")
 
 

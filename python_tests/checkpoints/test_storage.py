@@ -115,7 +115,7 @@ def test_truncated_files(tmp_path, kind, share):
 
 
 def test_flipped_bytes(tmp_path):
-    """Wherever in the tensors of an archive; torch.load itself would notice nothing."""
+    """Anywhere in the tensors of an archive; torch.load itself does not notice."""
     whole = torch_bytes({"model": classifier().state_dict()})
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         tensors = [entry for entry in archive.infolist() if "/data/" in entry.filename]

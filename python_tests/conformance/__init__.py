@@ -1,1 +1,1 @@
-"""The conformance suite: what every backend must compute, op by op. Start at ``backends.py``."""
+"""The conformance suite: the results every backend must produce, op by op. Start at ``backends.py``."""

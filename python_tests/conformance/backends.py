@@ -38,12 +38,12 @@ class Backend(NamedTuple):
         """Why it cannot run here, or None."""
         if self.device == "cuda" and not torch.cuda.is_available():
             return "no CUDA device"
-        return backends.why_not(self.name, self.device, self.dtypes[0])
+        return backends.unsupported_reason(self.name, self.device, self.dtypes[0])
 
 
 REFERENCE = Backend("reference", "cpu", (F32, F64, BF16, F16))
 CPU = Backend("cpu", "cpu", (F32, F64, BF16))
-CUDA = Backend("cuda", backends.cuda.DEVICE, (F32, F64, BF16, F16))
+CUDA = Backend("cuda", backends.cuda.CUDABackend.device_type, (F32, F64, BF16, F16))
 TRITON = Backend("triton", backends.triton.DEVICE, backends.triton.DTYPES)
 # The GPU kernels take part where there is a GPU; on a CPU emulated (`make test-emulated`) and interpreted
 # (`make test-triton`).
@@ -74,7 +74,7 @@ def marks(backend: Backend) -> tuple:
     return () if reason is None else (pytest.mark.skip(reason=reason),)
 
 
-needs_cpu_kernels = pytest.mark.skipif(backends.cpu.load_error() is not None, reason=str(backends.cpu.load_error()))
+needs_cpu_kernels = pytest.mark.skipif(backends.native.load_error is not None, reason=str(backends.native.load_error))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,6 +1,6 @@
-"""Every op once more in float64 numpy, by explicit loops over pixels and the formulas of the paper.
+"""Every op a second time in float64 numpy, with explicit loops over pixels and the formulas of the paper.
 
-Nothing of the package is used. Packed features are described by ``sites``: for each slot the image and the row and
+Nothing from the package is used. Packed features are described by ``sites``: for each slot the image and the row and
 column of its patch, found by walking over the mask.
 """
 

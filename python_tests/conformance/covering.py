@@ -1,4 +1,4 @@
-"""Covering sets: few cases in which every two values of two axes meet."""
+"""Covering sets: a few cases that contain every pair of values of any two axes."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def pairwise(axes: Mapping[str, Sequence]) -> list[dict]:
 
 
 def _gain(missing: set, case: dict[int, int], axis: int, value: int) -> int:
-    """How many missing pairs a value of one more axis would add to a case."""
+    """The number of missing pairs that a value of another axis would add to a case."""
     return sum(tuple(sorted(((axis, value), item))) in missing for item in case.items())

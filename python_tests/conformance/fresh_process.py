@@ -1,4 +1,4 @@
-"""What only a new process can show: another instruction set, the threads that exist, and fakes before any first use.
+"""Checks that need a new process: another instruction set, the number of threads, and fakes before any first use.
 
 Prints one line of JSON; wrong values end it with an AssertionError. Run by test_fresh_process.py.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.backends import cpu
+from convnextv2_kernels.backends import native
 
 from .backends import BF16, F32, F64
 from .samples import make_sample
@@ -44,7 +44,7 @@ def _threads() -> int | None:
 
 
 def _threads_used(count: int) -> int | None:
-    """Threads of this process after a convolution and a norm under ``torch.set_num_threads(count)``."""
+    """Number of threads of this process after a convolution and a norm under ``torch.set_num_threads(count)``."""
     torch.set_num_threads(count)
     x = torch.zeros(16, 16, 16, 64)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def _threads_used(count: int) -> int | None:
 
 
 def _fakes_work() -> bool:
-    """Whether an operator can be traced although nothing has called a kernel yet."""
+    """Whether an operator can be traced before any kernel has been called."""
     with torch._subclasses.fake_tensor.FakeTensorMode():
         try:
             return torch.ops.convnextv2_kernels.column_sum(torch.empty(4, 3)).shape == (3,)
@@ -71,7 +71,7 @@ def main() -> None:
     for op, axes in SAMPLES:
         for dtype in (F32, BF16, F64):
             check(make_sample(op, **axes), "cpu", dtype)
-    print(json.dumps({"isa": cpu.extension.cpu_isa()[0], "threads": threads, "fakes": fakes}))
+    print(json.dumps({"isa": native.module.cpu_isa()[0], "threads": threads, "fakes": fakes}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Named masks of the suite: every kind of batch a layout has to describe."""
+"""Named masks of the suite: every kind of batch that a layout must support."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COUNTS = {
     "batch_0": ((3, 3), ()),
 }
 LAYOUTS = tuple(_COUNTS)
-# no multiple of any tile, and a map smaller than every kernel
+# not a multiple of any tile, and a map smaller than every kernel
 DENSE_SIZES = {"dense_7x7": (7, 7), "dense_14x9": (14, 9), "dense_28x30": (28, 30), "dense_1x5": (1, 5)}
 
 

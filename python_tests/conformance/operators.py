@@ -273,7 +273,7 @@ def names_on(backend: Backend) -> list[str]:
 
 def operator(name: str, backend: Backend):
     """The operator that serves a backend; emulated CUDA kernels and those of Triton have namespaces of their own."""
-    own = {"cuda": cuda.NAMESPACE, "triton": f"{NAMESPACE}_triton"}
+    own = {"cuda": cuda.CUDABackend.namespace, "triton": f"{NAMESPACE}_triton"}
     namespace = NAMESPACE if name in COMPOSITE else own.get(backend.name, NAMESPACE)
     return getattr(getattr(torch.ops, namespace), name).default
 

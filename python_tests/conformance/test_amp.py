@@ -27,7 +27,7 @@ def sample_device(sample) -> str:
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends()
 def test_values_and_dtypes_under_autocast(backend, op):
-    """float32 features and parameters: products in 16 bits, everything that comes back in float32."""
+    """float32 features and parameters: GEMMs in 16 bits, all outputs and gradients in float32."""
     narrow = backend.narrow
     sample = make_sample(op, **AXES).rounded(F32)
     exact = sample.cast(F64)
@@ -49,7 +49,7 @@ def test_values_and_dtypes_under_autocast(backend, op):
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends(reference=True)
 def test_narrow_features_and_float32_parameters(backend, op):
-    """A residual stream in 16 bits: outputs and gradients keep the dtype of what they belong to."""
+    """A residual stream in 16 bits: outputs and gradients keep the dtype of their tensors."""
     narrow = backend.narrow
     sample = make_sample(op, **AXES).rounded(narrow)
     exact = sample.cast(F64)
@@ -96,7 +96,7 @@ def test_float64_is_untouched(backend, dtype, op):
 @pytest.mark.parametrize("op", SPECS)
 @needs_cpu_kernels
 def test_float16_autocast_on_a_cpu(op):
-    """No CPU kernel has float16: products fall to the reference by themselves, and a forced backend says so."""
+    """No CPU kernel supports float16: GEMMs run on the reference by default, and a forced backend raises an error."""
     sample = make_sample(op, **AXES).cast(F32)
     cotangent = cotangent_of(sample.run("reference")["out"], F32)
     got, expected = (run(sample, backend, cotangent, F16) for backend in ("auto", "reference"))

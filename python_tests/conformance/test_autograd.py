@@ -1,4 +1,4 @@
-"""The ops as citizens of PyTorch: second derivatives refused, modules copied, checkpointing, inference mode."""
+"""The ops in PyTorch's ecosystem: second derivatives are refused, modules copied; checkpointing, inference mode."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_modules_can_be_copied_and_pickled(name, duplicate):
 
 
 def test_use_backend_nests_and_restores():
-    with ck.use_backend("auto"):  # puts the outside back whatever happens in here
+    with ck.use_backend("auto"):  # restores the outer backend whatever happens inside
         with ck.use_backend("reference"):
             with ck.use_backend("cpu"):
                 assert backends.forced() == "cpu"
@@ -113,7 +113,7 @@ def test_use_backend_nests_and_restores():
 
 @parametrize_backends()
 def test_backward_runs_on_the_backend_of_its_forward(backend):
-    """The choice is made once per node, not again when its backward runs."""
+    """The backend is chosen once per node, not again when its backward runs."""
     sample = make_sample("gelu_grn").cast(F32, backend.device)
     with ck.use_backend(backend.name):
         out = sample()

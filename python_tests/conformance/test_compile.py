@@ -22,7 +22,7 @@ def _forget_graphs():
 
 
 def assert_close(got, expected, factor: float = 16.0):
-    """Up to the rounding of another order of the same operations."""
+    """Equal up to the rounding of the same operations in another order."""
     for name, t in expected.items():
         if t.numel():
             bound = factor * torch.finfo(t.dtype).eps * float(t.abs().max())
@@ -78,7 +78,7 @@ def test_compiled_under_autocast(backend):
 
 
 class _Encoder(torch.nn.Module):
-    """What a training step traces: the layout made from kept ids, then the encoder."""
+    """The trace of a training step: the layout built from visible ids, then the encoder."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def _gradients(function, model, *inputs):
 @pytest.mark.thorough("triton")
 @parametrize_backends()
 def test_the_encoder_and_its_layout_in_one_graph(backend):
-    """The layout of equal counts is made without a sync, so it can be part of the graph."""
+    """A layout of equal counts is built without a sync, so it can be part of the graph."""
     model = _Encoder().to(backend.device)
     inputs = _inputs(backend.device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -121,7 +121,7 @@ def test_the_encoder_compiles_with_inductor(backend):
     layout = PatchLayout.from_kept(kept, (2, 3))
     compiled = torch.compile(model, fullgraph=True)
     with ck.use_backend(backend.name):
-        expected = _gradients(model, model, images, layout)  # also makes the layout's tables
+        expected = _gradients(model, model, images, layout)  # also builds the layout's tables
         got = _gradients(compiled, model, images, layout)
     # inductor's fused code adds the terms of some gradients in another order
     assert_close(got, expected, factor=200.0)

@@ -1,4 +1,4 @@
-"""Dense maps of any size: what a strided convolution leaves over of a side has no part in the result."""
+"""Dense maps of any size: pixels that a strided convolution leaves over at the border do not affect the result."""
 
 from __future__ import annotations
 

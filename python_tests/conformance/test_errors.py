@@ -7,6 +7,7 @@ import torch
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import PatchLayout, backends, random_kept, random_mask
+from convnextv2_kernels.settings import Settings
 
 from .backends import BF16, F16, F32, F64, needs_cpu_kernels
 from .layouts import make_layout
@@ -190,7 +191,7 @@ FORCED = [
 @pytest.mark.parametrize(("backend", "dtype", "message"), FORCED)
 @needs_cpu_kernels
 def test_a_forced_backend_that_cannot_serve_says_why(backend, dtype, message):
-    if backends.why_not(backend, "cpu", dtype) is None:
+    if backends.unsupported_reason(backend, "cpu", dtype) is None:
         pytest.skip("emulated and interpreted kernels serve tensors on a CPU")
     sample = make_sample(BLOCK).cast(dtype)
     with ck.use_backend(backend), pytest.raises(RuntimeError, match=f"^{BLOCK} .*{message}"):
@@ -218,12 +219,11 @@ def test_a_forced_backend_refuses_another_device():
         ("CONVNEXTV2_KERNELS_CHUNK_BYTES", "lots", "must be a positive number of bytes, got 'lots'"),
         ("CONVNEXTV2_KERNELS_CHUNK_BYTES", "0", "must be a positive number of bytes, got '0'"),
         ("CONVNEXTV2_KERNELS_CHUNK_BYTES", "-5", "must be a positive number of bytes, got '-5'"),
+        ("CONVNEXTV2_KERNELS_CUDA_CONV", "mma", "must be one of fma, tensor, got 'mma'"),
+        ("CONVNEXTV2_KERNELS_CUDA_EMULATION", "no.so", "must be the path of a library that exists, got 'no.so'"),
         ("CONVNEXTV2_KERNELS_SAVE", "everything", "must be one of inputs, normalized, hidden, got 'everything'"),
     ],
 )
-@needs_cpu_kernels
-def test_environment_variables(variable, value, message, monkeypatch):
-    monkeypatch.setenv(variable, value)
-    sample = make_sample(BLOCK).cast(F32)
-    with ck.use_backend("cpu"), pytest.raises(ValueError, match=f"{variable} {message}"):
-        sample()
+def test_environment_variables(variable, value, message):
+    with pytest.raises(ValueError, match=f"{variable} {message}"):
+        Settings.read({variable: value})

@@ -20,7 +20,7 @@ DTYPES = (F32, F64, BF16)
 @pytest.mark.parametrize("op", ("global_response_norm", "gelu_grn"))
 @parametrize_backends_and_dtypes(DTYPES)
 def test_channels_of_zero_norm(backend, op, scope, dtype):
-    """They pass unscaled, with the gradient of the identity; the others are as they would be."""
+    """They pass unscaled, with the gradient of the identity; other channels are unaffected."""
     sample = make_sample(op, c=6, scope=scope, at=("ragged", 4))
     sample.tensors["x"][..., 2:4] = 0.0
     check(sample, backend.name, dtype, backend.device)

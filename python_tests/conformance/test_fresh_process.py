@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set, and what else needs a process of its own."""
+"""The CPU kernels of every instruction set, and other checks that need their own process."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def environment(**variables: str) -> dict[str, str]:
 def fresh_process(isa: str) -> dict:
     variables = environment(
         CONVNEXTV2_KERNELS_CPU_ISA=isa,
-        # the other vendor's products, which this process may not use
+        # the other vendor's GEMMs, which this process may not use
         CONVNEXTV2_KERNELS_CPU_GEMM="mm" if isa == "baseline" else "auto",
         CONVNEXTV2_KERNELS_BACKEND="auto",
-        # 128 makes the C library fill fresh memory with 0x7f: enormous numbers, so that a kernel that reads what it
-        # did not write is far off
+        # 128 makes the C library fill fresh memory with 0x7f: enormous numbers, so that a kernel that reads
+        # uninitialised memory is far off
         MALLOC_PERTURB_="128",
     )
     command = [sys.executable, "-m", "conformance.fresh_process"]
@@ -67,7 +67,7 @@ import os
 for variable, value in (("CONVNEXTV2_KERNELS_CPU_GEMM", "blas"), ("CONVNEXTV2_KERNELS_BACKEND", "gpu")):
     os.environ[variable] = value
     try:
-        import convnextv2_kernels.backends.cpu.primitives
+        import convnextv2_kernels
     except ValueError as error:
         print(error)
     del os.environ[variable]
@@ -77,6 +77,6 @@ for variable, value in (("CONVNEXTV2_KERNELS_CPU_GEMM", "blas"), ("CONVNEXTV2_KE
 def test_environment_variables_read_at_import_are_checked():
     done = subprocess.run([sys.executable, "-c", IMPORT], env=environment(), capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [
-        "CONVNEXTV2_KERNELS_CPU_GEMM must be auto, onednn or mm, got 'blas'",
-        "CONVNEXTV2_KERNELS_BACKEND must be one of reference, cpu, cuda, triton, auto, got 'gpu'",
+        "CONVNEXTV2_KERNELS_CPU_GEMM must be one of auto, onednn, mm, got 'blas'",
+        "CONVNEXTV2_KERNELS_BACKEND must be one of reference, cpu, cuda, triton, cuda+triton, auto, got 'gpu'",
     ], done.stderr[-1000:]

@@ -62,7 +62,7 @@ def test_gradcheck(op, axes, backend):
 
 @pytest.mark.parametrize("op", ["gelu_grn", "convnextv2_block"])
 def test_reference_has_higher_derivatives(op):
-    """What the native ops' error message for a double backward promises."""
+    """The alternative that the native ops' error message for a double backward names."""
     sample = make_sample(op, at=("empty_image", 1), c=2, **({"hidden": 3} if op == "convnextv2_block" else {})).cast(
         F64
     )

@@ -1,4 +1,4 @@
-"""Hidden pixels reach nothing: with NaN in all of them, outputs and gradients keep every bit."""
+"""Hidden pixels affect nothing: with NaN in all of them, outputs and gradients keep every bit."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_hidden_pixels_are_not_read(backend, dtype, op, at):
 @pytest.mark.parametrize("at", PLACES, ids=lambda at: at[0])
 @parametrize_backends(reference=True)
 def test_convolution_after_gather(backend, at):
-    """The halo of a patch holds visible neighbours and zeros, never what lies under the mask."""
+    """The halo of a patch holds visible neighbours and zeros, never the values under the mask."""
     where, _s = at
     layout = make_layout(where, backend.device)
     sample = make_sample("gather_patches", at=at, c=5).cast(F32, backend.device)
@@ -122,7 +122,7 @@ def test_images_do_not_see_each_other(backend, op):
 
 @parametrize_backends(reference=True)
 def test_a_bad_cotangent_of_a_visible_site_stays_off_the_fill(backend):
-    """The gradient of ``fill`` sums hidden sites only, whatever stands at the visible ones."""
+    """The gradient of ``fill`` sums hidden sites only, whatever the values at visible ones."""
     sample = make_sample("scatter_patches", at=("ragged", 2)).cast(F32, backend.device)
     layout = sample.constants["layout"]
     out = sample.run(backend.name)["out"]

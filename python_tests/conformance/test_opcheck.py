@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from convnextv2_kernels import backends
+from convnextv2_kernels.settings import current
 
 from .backends import BACKENDS, BF16, F32, F64, dtype_name, marks, needs_cpu_kernels, parametrize_backends
 from .operators import ONLY, SAMPLES, Draw, names_on, operator, registered
@@ -32,7 +33,7 @@ def _cases():
 
 @pytest.mark.parametrize(("backend", "name", "dtype", "optional"), list(_cases()))
 def test_opcheck(backend, name, dtype, optional):
-    backends.primitives(backend.name)
+    _ = backends.get(backend.name).operators  # registers them
     draw = Draw(dtype, backend.device, optional, backend.name)
     torch.library.opcheck(operator(name, backend), SAMPLES[name](draw))
 
@@ -41,6 +42,6 @@ def test_opcheck(backend, name, dtype, optional):
 @pytest.mark.parametrize("name", ["mlp_forward", "mlp_backward", "block_forward", "block_backward"])
 @parametrize_backends()
 def test_opcheck_of_other_save_policies(backend, name, policy, monkeypatch):
-    """The fakes have to foresee what each policy keeps."""
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", policy)
+    """The fakes must predict the tensors that each policy saves."""
+    monkeypatch.setattr(current, "save", policy)
     test_opcheck(backend, name, F32, True)

@@ -1,4 +1,4 @@
-"""The reference path, truth of everything else, against loops over pixels that share no code with it."""
+"""The reference backend, the truth for all others, against loops over pixels that share no code with it."""
 
 from __future__ import annotations
 

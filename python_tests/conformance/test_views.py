@@ -78,7 +78,7 @@ def test_broadcast_cotangents(backend, op):
 
 @parametrize_backends(reference=True)
 def test_only_what_is_asked_for_gets_a_gradient(backend):
-    """Each tensor alone: an op must not need the gradient of the others to be asked for."""
+    """Each tensor alone: an op must not rely on the others requiring a gradient."""
     for op in SPECS:
         sample = make_sample(op, **AXES).cast(F32, backend.device)
         out = sample.run(backend.name)["out"]
@@ -95,7 +95,7 @@ def test_only_what_is_asked_for_gets_a_gradient(backend):
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends(reference=True)
 def test_inputs_and_cotangent_are_not_written(backend, op):
-    """Kernels that work in place do so on their own temporaries only."""
+    """Kernels work in place on their own temporaries only."""
     for at in (("ragged", 2), ("uniform", 4)):
         sample = make_sample(op, at=at).cast(F32, backend.device)
         before = {k: None if t is None else t.detach().clone() for k, t in sample.tensors.items()}

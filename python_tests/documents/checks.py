@@ -1,4 +1,4 @@
-"""What is checked of a documented command that a test cannot run: as much as can be without running it."""
+"""Checks of documented commands that a test cannot run: as much as possible without running them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pip_requirements(command: Command) -> None:
 
 
 def build_requirements(command: Command) -> None:
-    """What a build without isolation needs is all named."""
+    """The command names everything that a build without isolation needs."""
     pip_requirements(command)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     named = {Requirement(word).name for word in command.words[2:]}
@@ -102,7 +102,7 @@ def options_and_those_of(**commands: str) -> Check:
 
 
 def refused(sentence: str) -> Check:
-    """Without a GPU the program takes the arguments and then says what it lacks."""
+    """Without a GPU the program accepts the arguments and then says that it needs one."""
 
     def check(command: Command) -> None:
         options(command)

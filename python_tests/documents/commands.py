@@ -95,7 +95,7 @@ def commands_of(document: str, text: str) -> list[Command]:
 
 def read_documents(root: Path) -> dict[str, str]:
     """Text of each document by its path under ``root``; of the examples their docstrings."""
-    paths = [root / "README.md", *sorted((root / "docs").glob("*.md")), root / "bench" / "README.md"]
+    paths = [root / "README.md", *sorted((root / "docs").rglob("*.md")), root / "bench" / "README.md"]
     texts = {path: path.read_text() for path in [*paths, root / "CONTRIBUTING.md"]}
     for path in sorted((root / "examples").glob("*.py")):
         texts[path] = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""

@@ -1,4 +1,4 @@
-"""Foreign networks with ConvNeXt V2 blocks: timm's, transformers', and one written as the official code names it."""
+"""Networks of other libraries with ConvNeXt V2 blocks: timm's, transformers', and one named like the official code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TINY_SIZES = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48)}
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew, so that each part matters: GRN starts at zero, biases too."""
+    """Redraws every parameter, so that each part matters: GRN and biases are initialised to zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
@@ -33,7 +33,7 @@ def timm_model(size: str = "convnextv2_atto", **options) -> nn.Module:
 
 
 def small_timm_model(**options) -> nn.Module:
-    """Like atto in kind, quick in size."""
+    """Structured like atto, but small."""
     return timm_model(**TINY_SIZES, **options)
 
 

@@ -1,4 +1,4 @@
-"""A fused network on every backend: the small one of each library, with what each offers a block."""
+"""A fused network on every backend: the small one of each library, with each library's block options."""
 
 import copy
 

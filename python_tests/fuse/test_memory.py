@@ -1,4 +1,4 @@
-"""What fusing is for, as far as it can be counted: bytes kept for backward, and no copy of a map between layouts."""
+"""The countable gains of fusing: bytes saved for backward, and no copy of a map between memory formats."""
 
 import copy
 
@@ -28,7 +28,7 @@ def test_a_sixth_of_the_bytes(make):
 
 
 def test_what_is_kept_is_a_choice():
-    """More memory, less to run again; the results agree, in a copy as well."""
+    """More memory, less recomputation; the results agree, in a copy as well."""
     images, kept, logits = torch.randn(2, 3, 64, 64), [], []
     for save in ("inputs", "normalized", "hidden"):
         model = small_timm_model()

@@ -1,4 +1,4 @@
-"""A fused network gives the logits and gradients of the network it was: float64 to 1e-9, float32 by the 2x rule."""
+"""A fused network gives the logits and gradients of the original network: float64 to 1e-9, float32 by the 2x rule."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_logits_and_gradients(name):
         assert report.replaced and not report.skipped
     exact = results_of(wide, images.double(), cotangent.double())
     fused = results_of(model, images, cotangent)
-    # a sum over all rows errs like a random walk; so does one over the layers
+    # the error of a sum over all rows grows like a random walk; so does a sum over the layers
     rows = images.shape[0] * height * width // 16
     allowance = (rows**0.5 + 64) * torch.finfo(torch.float32).eps
     for key, value in truth.items():

@@ -1,4 +1,4 @@
-"""What is fused, what is not and why, and that undoing it leaves nothing behind."""
+"""Blocks that are fused, blocks that are not and why; undoing it leaves nothing behind."""
 
 import subprocess
 import sys
@@ -247,7 +247,7 @@ def test_context_manager():
 
 
 def test_later_changes_inside_a_block_are_honoured():
-    """A hook or a new layer, added after fusing: the block runs as it was written, and says so once."""
+    """A hook or a new layer added after fusing: the block runs its own forward, and warns once."""
     model, images = small_timm_model(), torch.randn(IMAGES)
     expected = model(images)
     ck.fuse(model)

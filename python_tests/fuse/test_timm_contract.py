@@ -1,4 +1,4 @@
-"""What timm asks of every model it registers, asked of its ConvNeXt V2 models after ``fuse``."""
+"""timm's requirements for every registered model, tested on its ConvNeXt V2 models after ``fuse``."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_intermediates_and_pruning(size):
 
 
 def test_parameter_groups_and_layer_decay():
-    """The optimizer factory sees the parameters it saw before."""
+    """The optimizer factory sees the same parameters as before."""
     plain, fused = timm.create_model(SIZES[0], num_classes=10), create(SIZES[0], num_classes=10)
 
     def groups(model):

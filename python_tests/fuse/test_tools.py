@@ -1,4 +1,4 @@
-"""Whatever people do with a model, they can do with a fused one."""
+"""Everything people do with a model also works with a fused one."""
 
 import copy
 import gc
@@ -71,7 +71,7 @@ def test_pickles(make, images):
 
 
 def test_a_dropped_model_is_freed(images):
-    """At once, not when the garbage collector comes by: it may hold gigabytes of a GPU."""
+    """Immediately, not at the next garbage collection: the model may occupy gigabytes of a GPU."""
     model = small_timm_model()
     ck.fuse(model)
     output_of(model, images).sum().backward()
@@ -274,7 +274,7 @@ def test_hooks_on_the_block_itself_run(model, images):
 @pytest.mark.parametrize("scale", [None, 1e-6])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype, scale, images):
-    """Narrow products, as PyTorch does: as close to float32 as the unfused model, twice over."""
+    """16-bit GEMMs as in PyTorch: at most twice as far from float32 as the unfused model."""
     model = small_timm_model(ls_init_value=scale)
     cotangent = torch.randn(2, 10)
     truth = results_of(copy.deepcopy(model).double(), images.double(), cotangent.double())

@@ -127,7 +127,7 @@ def test_loss_averages_over_hidden_patches_of_the_batch(images):
 
 
 def test_backward_saves_one_tensor_of_hidden_pixels(images):
-    """Neither the target nor the prediction, nor anything for the visible patches, next to it."""
+    """Neither the target nor the prediction nor anything for the visible patches is saved in addition."""
     m = model()
     mask = ck.random_mask(3, (2, 3), 0.5)
     row = m.pred.weight.shape[0]

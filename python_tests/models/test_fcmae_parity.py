@@ -96,7 +96,7 @@ def test_plain_pixel_loss_on_one_channel():
 
 
 def test_scopes_differ():
-    """Otherwise the parity of both would not show that the scope arrives in the encoder."""
+    """Otherwise the parity of both would not show that the encoder receives the scope."""
     images = torch.randn(3, 3, 64, 96, dtype=torch.float64)
     mask = masks("uniform", 3, (2, 3))
     image, batch = (build(scope=scope)[0](images, mask)[1] for scope in ("image", "batch"))

@@ -88,7 +88,7 @@ def test_patches_of_64_pixels(grn):
 
 @pytest.mark.parametrize("scope", ("image", "batch"))
 def test_equals_the_oracle(scope):
-    """Which shares no code with the package."""
+    """The oracle shares no code with the package."""
     _, dense = pair(grn_scope=scope)
     oracle = MaskedDenseFCMAE(DEPTHS, DIMS, decoder_dim=DECODER).double()
     oracle.load_state_dict(dense.state_dict())

@@ -1,4 +1,4 @@
-"""The ablation switches of the models: which GRN, depth and width of the decoder, the share of hidden patches."""
+"""The ablation switches of the models: which GRN, depth and width of the decoder, the mask ratio."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""GRN's ablations in float64 numpy, by a loop over images and channels: nothing of the package is used."""
+"""GRN's ablations in float64 numpy, by a loop over images and channels: nothing from the package is used."""
 
 import itertools
 import math

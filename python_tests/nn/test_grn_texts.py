@@ -1,4 +1,4 @@
-"""The texts of GRN's variants, and what is refused."""
+"""Parsing and printing GRN variants; errors for invalid ones."""
 
 import pytest
 import torch

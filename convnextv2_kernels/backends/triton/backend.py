@@ -1,6 +1,6 @@
 """The Triton backend, and CUDA's kernels with Triton's fused GEMMs.
 
-This module imports no Triton: kernels are imported when they are first needed, so a missing Triton costs nothing.
+This module does not import Triton: kernels are imported on first use, so a missing Triton costs nothing.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ..cuda import CUDABackend
 
 INTERPRETED = current.triton_interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# the interpreter rounds to bfloat16 by cutting off and multiplies its bits as integers
+# the interpreter truncates to bfloat16 instead of rounding, and multiplies its bits as integers
 DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
 _OLDEST = (3, 6)
-# names under which PyTorch's builds install the module
+# names of the packages in which PyTorch's builds install the module
 _DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")
 
 
 def version() -> str | None:
-    """Of Triton, or None without it."""
+    """Version of Triton, or None without it."""
     if importlib.util.find_spec("triton") is None:
         return None
     for name in _DISTRIBUTIONS:
@@ -57,7 +57,7 @@ _load_error = _find_load_error()
 
 
 def load_error() -> str | None:
-    """Why the kernels are not there, or None."""
+    """Why the kernels are not available, or None."""
     return _load_error
 
 
@@ -98,7 +98,7 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, index: int | None =
 
 
 class FusedMLP(KernelBackend):
-    """The MLP by fused GEMMs where the plan of its shape has them (``plans.py``), else as another backend does it."""
+    """The MLP with fused GEMMs where the plan of its shape has them (``plans.py``), otherwise as in the base class."""
 
     def mlp_forward(self, rows: MLPRows, weights: MLPParams, options: MLPOptions) -> MLPResult:
         from . import mlp
@@ -159,7 +159,7 @@ class TritonBackend(FusedMLP):
         return self.operators.normalized_backward.default(dy, z, rstd, weight)
 
     def prepare_mlp(self, params: MLPParams, layer_norm: NormParams | None, like: Tensor) -> MLPParams:
-        """In one launch; ``W2 beta`` goes into the second bias."""
+        """In one launch; ``W2 beta`` is part of the second bias."""
         from .weights import mlp_parameters
 
         return mlp_parameters(params, layer_norm, like)
@@ -223,7 +223,7 @@ class TritonBackend(FusedMLP):
 
 
 class CUDATritonBackend(FusedMLP, CUDABackend):
-    """CUDA's kernels, with the MLP by Triton's fused GEMMs: what ``auto`` takes where both are there."""
+    """CUDA's kernels with Triton's fused GEMMs in the MLP: ``auto``'s choice if both are available."""
 
     name = "cuda+triton"
 

@@ -1,17 +1,17 @@
 """Depthwise K x K convolution of dense maps and of packed patches, and the same with LayerNorm.
 
-A program owns a tile of runs (``conv_pixels.py``) x channels, with one accumulator per pixel of a run. For each of the
-K lines of taps it reads RUN + K - 1 pixels and K weights. For K = 7, runs of 8 and bfloat16, an output value costs 49
+A program owns a tile of runs (``conv_addressing.py``) x channels, with one accumulator per pixel of a run. For each of
+the K rows of taps it reads RUN + K - 1 pixels and K weights. For K = 7, runs of 8 and bfloat16, an output costs 49
 multiply-adds, 12.3 input values and 6.1 weights: 49 bytes from L1, where a program that reads every tap reads 98 for
 input alone. The compiled loop has 1.8 instructions per multiply-add, 89 per value (float32: 74), so it is bound by
-issue: counted, not measured, that is about twice the time of a copy of the map for bfloat16, and the time of a copy
-for float32. Shorter runs, which are those of patches of side 4, 2 and 1, cost 115, 150 and 229 instructions; their
+instruction issue. By count, not by measurement, that is about twice the time of a copy of the map for bfloat16, and the
+time of a copy for float32. The shorter runs of patches of side 4, 2 and 1 cost 115, 150 and 229 instructions; their
 tiles have more runs, or longer vectors of channels, to share the weights.
 
-A hidden pixel costs no load, but its multiply-adds are done: what they would add is known to a program only as a mask
-of its runs, and smaller programs, which could skip, would not share lines of x in L1. The CUDA backend skips.
+A hidden pixel costs no load, but its multiply-adds run: a program knows hidden pixels only as a mask over its runs, and
+smaller programs, which could skip them, would not share lines of x in L1. The CUDA backend skips hidden pixels.
 
-The gradient with respect to x is the same kernel with the taps turned: the relation of neighbours is symmetric.
+The gradient of x uses the same kernel with the taps flipped: the neighbour relation is symmetric.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def conv_kernel(
         start = tl.load(bias + columns, mask=inside, other=0.0) + tl.zeros((BM, BC), ACC)
     else:
         start = tl.zeros((BM, BC), ACC)
-    # wide rows of weights are read as a tile: alone they would be spread over all threads, and exchanged at every tap
+    # wide rows of weights are read as a tile: a vector would be spread over all threads and exchanged at every tap
     spread = columns + tl.zeros((BM, BC), tl.int32) if NORMALIZE else columns
     sums = ()
     for _ in tl.static_range(RUN):
         sums += (start,)
 
-    # lines is K: a count known to the compiler is unrolled for AMD, until registers spill
+    # lines is K: for AMD the compiler unrolls a constant count until registers spill
     for ky in range(lines):
         line, seen, inner = source_line(x, neighbours, owner, y + (ky - K // 2), there, height, width, C, SIDE, RADIUS)
         line_of_taps = weight + (K - 1 - ky if FLIP else ky) * (K * C) + spread
@@ -111,7 +111,7 @@ def _convolve(
     geometry = Geometry(x, neighbours, k)
     bc = min(64, next_power_of_2(c)) if rstd is None else next_power_of_2(c)
     num_warps = 4 if bc <= 64 else 8
-    # channels of a thread, 8 to 16 bytes, of each pixel of its run
+    # channels per thread, 8 to 16 bytes of each pixel of its run
     vector = 2 if x.dtype == torch.float64 else 8 if geometry.run < 4 and x.element_size() == 2 else 4
     bm = max(1, min(32 * num_warps * vector // bc, 64))
     launch(
@@ -120,7 +120,7 @@ def _convolve(
         num_warps=num_warps,
         x=x,
         neighbours=neighbours,
-        # by taps, so that the weights of neighbouring channels are neighbours
+        # by taps, so that the weights of neighbouring channels are adjacent
         weight=weight.view(c, k * k).t().contiguous(),
         bias=bias,
         residual=residual,
@@ -145,7 +145,7 @@ def depthwise_conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, neighbours: Tensor | None, flip: bool
 ) -> Tensor:
     """Convolution of ``x``, ``[maps, H, W, C]`` or packed ``[P, s, s, C]`` with ``neighbours [P, (2r+1)^2]`` int32, by
-    ``weight A[C, 1, K, K]``, turned by 180 degrees with ``flip``; ``bias A[C]`` and ``residual``, like x, are added
+    ``weight A[C, 1, K, K]``, rotated by 180 degrees with ``flip``; ``bias A[C]`` and ``residual``, like x, are added
     before the result is rounded to x's dtype."""
     y = torch.empty_like(x)
     _convolve(x, weight, bias, neighbours, y, residual=residual, flip=flip)

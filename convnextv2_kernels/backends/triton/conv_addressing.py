@@ -1,13 +1,13 @@
-"""Where the depthwise convolution finds its pixels, for dense maps and packed patches alike.
+"""Addressing of the depthwise convolution's pixels, for dense maps and packed patches alike.
 
 The unit of work is a run: ``RUN`` adjacent pixels of one line of a map. Their K x K windows overlap, so that per line
-of taps ``RUN + K - 1`` loaded pixels feed ``RUN * K`` multiply-adds from registers. Runs are numbered by map, place in
-the line and line: neighbours in number are neighbours from line to line, and share input in L1. Packed patches of up
-to eight pixels a side have one run per line; the neighbour that a tap falls into is then known when the kernel is
-compiled, and the table is read once per neighbour and line of taps.
+of taps ``RUN + K - 1`` loaded pixels feed ``RUN * K`` multiply-adds from registers. Runs are numbered by map, position
+in the line, and line: consecutive runs are below each other, and share input in L1. Packed patches of up to eight
+pixels a side have one run per line; the neighbour that a tap falls into is then known at compile time, and the table is
+read once per neighbour and line of taps.
 
-The number of channels is a constant of the kernels: offsets to the next pixel and the next tap are then part of the
-load instructions, which saves a fifth of all instructions.
+The number of channels is a constant of the kernels, so that the offsets to the next pixel and the next tap are part of
+the load instructions, which saves a fifth of all instructions.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .launch import cdiv
 
 
 class Geometry:
-    """Sizes of ``x [maps, H, W, C]`` and how its lines are cut; ``constants`` and ``sizes`` are kernel arguments."""
+    """Sizes of ``x [maps, H, W, C]`` and the partition of its lines; ``constants`` and ``sizes`` are arguments."""
 
     def __init__(self, x: Tensor, neighbours: Tensor | None, kernel_size: int):
         maps, height, width, channels = x.shape
         if neighbours is not None and width > 8:
             run = 8
         else:
-            # the length that leaves the fewest idle pixels in a line, of those the longest
+            # the longest of the lengths that leave the fewest idle pixels in a line
             run = min(range(min(4, width), min(8, width) + 1), key=lambda n: (cdiv(width, n) * n, -n))
         groups = cdiv(width, run)
         self.runs = maps * height * groups
@@ -46,7 +46,7 @@ class Geometry:
 
 @triton.jit
 def place_of(run, height, width, groups, SIDE: tl.constexpr, RUN: tl.constexpr):
-    """Map, line, and first pixel in the line of a run, and the row of that pixel among all pixels."""
+    """Map, line and first pixel of a run, and the row of that pixel among all pixels."""
     if SIDE > 0:  # dividing by constants
         height = SIDE
         width = SIDE
@@ -62,7 +62,7 @@ def place_of(run, height, width, groups, SIDE: tl.constexpr, RUN: tl.constexpr):
 def source_line(
     x, neighbours, owner, y, there, height, width, C: tl.constexpr, SIDE: tl.constexpr, RADIUS: tl.constexpr
 ):  # fmt: skip
-    """What :func:`source_pixel` needs for the pixels of lines ``y`` of map ``owner`` and around it. Dense: address of
+    """Input of :func:`source_pixel` for the pixels of lines ``y`` of map ``owner`` and around it. Dense: address of
     the line. Packed: address of the line of the neighbour table, and the line inside the patches it names."""
     if SIDE == 0:
         line = x + (owner * height + y) * (tl.cast(width, tl.int64) * C)
@@ -80,7 +80,7 @@ def source_pixel(
 ):  # fmt: skip
     """Addresses ``[lines, BC]`` of ``columns [1, BC]`` of pixel ``first + STEP``, and which lines have it, visible.
 
-    What depends on STEP comes last and is constant where it can be: it then costs no instruction."""
+    Terms that depend on STEP come last and are constant where possible: they then cost no instruction."""
     if SIDE == 0:
         column = first + STEP
         start = (line + first * C)[:, None] + columns
@@ -93,7 +93,7 @@ def source_pixel(
     else:
         shifted = first + (STEP + RADIUS * SIDE)
         across = shifted // SIDE
-        # the last run of a line may pass its end, and then the last neighbour's
+        # the last run of a line may extend past its end, and past the last neighbour
         slot = tl.load(line + across, mask=there & (across <= 2 * RADIUS), other=-1)
         inner = y * SIDE + (shifted - across * SIDE)
         return (x + slot.to(tl.int64) * (SIDE * SIDE * C) + inner * C)[:, None] + columns, slot >= 0

@@ -1,8 +1,8 @@
 """Gradients of the depthwise convolution's weight and bias.
 
-A program owns a share of the runs (``conv_pixels.py``) and a block of channels. The rows of its tile are the K lines
-of taps, with one accumulator per tap of a line: a thread keeps its own sums from the first run to the last, and none
-cross threads. Per run it reads RUN values of the gradient, the same for all lines of taps, and RUN + K - 1 pixels for
+A program owns a share of the runs (``conv_addressing.py``) and a block of channels. The rows of its tile are the K
+lines of taps, with one accumulator per tap of a line: a thread keeps its own sums from first to last run, and no sum
+crosses threads. Per run it reads RUN values of the gradient, the same for all lines of taps, and RUN + K - 1 pixels for
 RUN * K multiply-adds. The lines of taps read neighbouring lines of x, which L1 keeps for the next runs, so that beyond
 it grad moves about once and x about twice. For K = 7, runs of 8 and bfloat16 a value costs 56 multiply-adds (the tile
 has 8 lines) and 118 instructions, 218 and 304 in patches of side 2 and 1.
@@ -23,8 +23,8 @@ from .conv_addressing import Geometry, place_of, source_line, source_pixel
 from .gelu import widen
 from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 
-_PROGRAMS = 512  # enough for the largest GPUs; the workspace grows with them
-_LEAST_RUNS = 16  # of a program, so that the sums written are few beside the values read
+_PROGRAMS = 512  # enough for the largest GPUs; the workspace grows with their number
+_LEAST_RUNS = 16  # per program, so that it writes far fewer sums than it reads values
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def weight_grad_kernel(
     ky = tl.arange(0, BK)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)[None, :]
     inside = columns < C
-    # what a pixel is where none is read: 1 in the spare line, else 0
+    # the value of a pixel that is not read: 1 in the spare line, else 0
     blank = (tl.where(ky == K, 1.0, 0.0)[:, None] + tl.zeros((BK, BC), tl.float32)).to(x.dtype.element_ty)
     sums = ()
     for _ in tl.static_range(K):
@@ -47,7 +47,7 @@ def weight_grad_kernel(
     end = tl.minimum(begin + share, runs)
     for step in range(begin, end, UNROLL):
         for u in tl.static_range(UNROLL):
-            run = step + u + tl.zeros((1,), tl.int32)  # a tensor of one: the interpreter spreads no scalar masks
+            run = step + u + tl.zeros((1,), tl.int32)  # a tensor of one: the interpreter broadcasts no scalar masks
             there = run < end
             owner, y, first, row = place_of(run, height, width, groups, SIDE, RUN)
             line, seen, inner = source_line(
@@ -75,7 +75,7 @@ def weight_grad_kernel(
 
     base = partial + tl.cast(tl.program_id(0), tl.int64) * ((K * K + 1) * C)
     for kx in tl.static_range(K):
-        # the spare line once, behind the taps
+        # the spare line once, after the taps
         tap = tl.where(ky < K, ky * K + kx, K * K)
         kept = (ky < K) if kx > 0 else (ky <= K)
         tl.store(base + tap[:, None] * C + columns, sums[kx], mask=kept[:, None] & inside)

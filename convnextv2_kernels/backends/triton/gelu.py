@@ -1,8 +1,8 @@
-"""GELU(a) = a gate(a) and its slope gate(a) + a gate'(a), in the accumulators' dtype; see ``docs/kernels.md`` 9.
+"""GELU(a) = a gate(a) and its slope gate(a) + a gate'(a), in the accumulators' dtype; see ``docs/kernels/mlp.md``.
 
 ``ACT`` is "gelu", "gelu_tanh" or "none". ``NARROW`` says that the result is rounded to bfloat16: the exact form then
-follows a polynomial of nine odd terms where the library's erf takes 32 issue slots per element; its error, below 4e-5,
-is a hundredth of what the rounding costs. The tanh form is one exponential: with ``e = exp(-|2u|)`` and ``r = 1 / (1 +
+uses a polynomial of nine odd terms, since the math library's erf takes 32 issue slots per element; its error, below
+4e-5, is a hundredth of the rounding error. The tanh form is one exponential: with ``e = exp(-|2u|)`` and ``r = 1 / (1 +
 e)`` the gate is r or ``e r`` and its slope ``e r^2 d(2u)/da``; neither cancels, and e cannot overflow.
 """
 
@@ -22,7 +22,7 @@ def _normal_cdf(a, NARROW: tl.constexpr):
         p = p * u + 0.00964426063
         p = p * u - 0.0660783723
         p = p * u + 0.398762643
-        # past the fitted range the polynomial overshoots, so that 0 and 1 are reached exactly
+        # beyond the fitted range the polynomial overshoots, so that 0 and 1 are reached exactly
         return tl.minimum(tl.maximum(a * p + 0.5, 0.0), 1.0)
     else:
         return tl.erf(a * 0.70710678118654752440) * 0.5 + 0.5
@@ -30,7 +30,7 @@ def _normal_cdf(a, NARROW: tl.constexpr):
 
 @triton.jit
 def _tanh_parts(a):
-    # past 32 the gate is 0 or 1; the limit keeps its slope 0 where the square would be infinite
+    # beyond 32 the gate is 0 or 1; the limit keeps its slope 0 where the square would be infinite
     square = tl.minimum(a * a, 1024.0)
     twice = a * (1.5957691216057307118 + 0.071354816272600248776 * square)
     e = tl.exp(-tl.abs(twice))

@@ -1,16 +1,16 @@
-"""The matrix products of the MLP's backward with their neighbours in them, for images of many rows and narrow blocks.
+"""The GEMMs of the MLP's backward pass, fused with their neighbours, for images of many rows and narrow blocks.
 
 With ``G_n = h_n' d_n`` per image (``[H, O]``), ``t[n] = sum_o G_n w2`` and ``dW2 = sum_n G_n scale_n``: t, and with it
 kappa, is known before ``ds = d W2`` exists, so that ds lives in registers only:
 
-* ``image_products`` makes h from a on its way into the product, and t from G before it stores it;
-* ``hidden_backward`` goes through the hidden width in steps: ``ds = d w2``, ``da = (ds scale + h kappa) act'(a)``,
-  stored for the first weight's gradient and summed for the first bias's, and ``dz += da w1``; last LayerNorm's
-  backward, for which the whole row is at hand. Hidden tensors: a read twice, da written.
+* ``image_products`` computes h from a in its prologue, and t from G before storing it;
+* ``hidden_backward`` steps through the hidden width: ``ds = d w2``, ``da = (ds scale + h kappa) act'(a)``,
+  stored for the first weight's gradient and summed for the first bias's, and ``dz += da w1``; finally LayerNorm's
+  backward, for which the whole row is available. Hidden tensors: a is read twice, da written once.
 
-``weight_product`` is ``dW2 = d' (act(a) scale)`` where there is no G: the scaled activations are not stored.
+``weight_product`` is ``dW2 = d' (act(a) scale)`` for shapes without G: the scaled activations are not stored.
 
-A width that is no power of two is cut in two, 96 = 64 + 32: padding it to 128 would waste a quarter of the product.
+A width that is not a power of two is split in two, 96 = 64 + 32: padding it to 128 would waste a quarter of the GEMM.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from .launch import cdiv, launch, next_power_of_2
 from .plans import Tile
 from .segments import segment_bounds
 
-_LEAST = 16  # no side of a product's tile may be smaller
+_LEAST = 16  # the smallest side of a GEMM's tile
 
 
 def halves(width: int) -> tuple[int, int]:
-    """Two powers of two that together hold the width, the second 0 where one is enough."""
+    """Two powers of two whose sum is at least the width; the second is 0 if one suffices."""
     first = max(_LEAST, next_power_of_2(width))
     if first == width or width <= _LEAST:
         return first, 0
@@ -97,7 +97,7 @@ def hidden_backward_kernel(
 ):  # fmt: skip
     """A tile of rows of ``da [M, H]`` and ``dx [M, C]``, and its column sums of da, ``partials [tiles, H]``.
 
-    O is cut into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of what LayerNorm normalised."""
+    O is split into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of LayerNorm's input."""
     tile = tl.program_id(0).to(tl.int64)
     image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
     which = 0 if ONE_SCALE else image
@@ -201,9 +201,9 @@ def weight_product_kernel(
 def image_products(
     a: Tensor, act: str, d: Tensor, w2: Tensor, segments: Segments, splits: int, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, both to be summed over the splits of an image's rows.
+    """``g [count, splits, H, O]`` and ``t [count, splits, H]``, to be summed over the splits of an image's rows.
 
-    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not cut."""
+    ``tile.rows`` of a step, ``tile.columns`` hidden columns; the output's width is not split."""
     (rows, hidden), out_c, count = a.shape, d.shape[1], segments.count
     g = torch.empty(count, splits, hidden, out_c, dtype=torch.float32, device=a.device)
     t = torch.empty(count, splits, hidden, dtype=torch.float32, device=a.device)

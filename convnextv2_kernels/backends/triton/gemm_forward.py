@@ -1,15 +1,15 @@
-"""The two matrix products of the MLP's forward with their neighbours in them.
+"""The two GEMMs of the MLP's forward pass, fused with the operations before and after them.
 
-Between them exists one hidden tensor, written once and read once, where products by a library with element-wise passes
-write it twice and read it three times:
+They exchange one hidden tensor, written once and read once; vendor GEMMs with element-wise passes write it twice and
+read it three times:
 
-* the first product adds its bias, applies the activation, sums the squares of each image's rows for GRN, and stores the
-  activations h, or a itself where backward wants it;
-* the second scales them on their way into the product (from a it applies the activation once more), and adds bias,
-  ``W2 beta``, drop path and the residual on the way out.
+* the first GEMM adds its bias, applies the activation, sums the squares of each image's rows for GRN, and stores the
+  activations h, or a itself if backward needs it;
+* the second scales them in its prologue (from a it applies the activation again), and adds bias, ``W2 beta``, drop path
+  and the residual in its epilogue.
 
-Neighbouring programs share a tile of rows and take the next columns, so that rows come from the cache and the weights,
-which fit it, stay there.
+Neighbouring programs share a tile of rows and process consecutive columns, so that rows come from the cache, and the
+weights, which fit into it, stay there.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .gemm_tiles import Tiles, image_sums, tile_rows
 from .launch import cdiv, launch
 from .plans import Tile
 
-# sizes that change from call to call: kernels are not compiled anew for each
+# sizes that change between calls: kernels are not recompiled for each
 SIZES = ["M", "images", "each"]
-# up to so many images in a tile their rows are summed one image after the other, beyond it by one product
+# up to this many images in a tile are summed one after the other, more by one GEMM
 _FEW_IMAGES = 3
 
 
@@ -51,7 +51,7 @@ def _store_image_sums(
         else:
             span = tl.arange(0, 16)
             chosen = tl.where(span[:, None] == image[None, :], 1.0, 0.0)
-            # three products of tf32 parts, or float32: one of tf32 would cut off what these sums are kept for
+            # three GEMMs of tf32 parts, or float32: a single tf32 GEMM would lose the precision that these sums need
             sums = tl.dot(chosen, squares, input_precision=PRECISION)
             out = base[None, :] + span[:, None] * W
             tl.store(out, sums, mask=inside[None, :] & (span < SPAN)[:, None])
@@ -87,13 +87,13 @@ def first_product_kernel(
                 v = tl.load(right + k0, mask=inside[None, :] & (k0 + k < C)[:, None], other=0.0)
             acc = tl.dot(u, v, acc, input_precision=PRECISION)
         a = acc + widen(tl.load(b1 + columns, mask=inside, other=0.0))[None, :]
-        # backward starts from a as it is stored: so do the sums
+        # backward starts from the stored a, and so do the sums
         a = a.to(out.dtype.element_ty)
         h = activate(widen(a), ACT, NARROW)
         place = out + row * H + (offset[:, None] * H + columns[None, :])
         stored = a if KEEP else h.to(out.dtype.element_ty)
         tl.store(place, stored, mask=valid[:, None] & inside[None, :])
-        h = tl.where(valid[:, None], h, 0.0)  # after the activation: that of b1 is not zero
+        h = tl.where(valid[:, None], h, 0.0)  # after the activation: act(b1) is not zero
         _store_image_sums(h * h, row, rows, tile, partials, columns, inside, each, H, SPAN, FEW, BM, SUMS)
 
 
@@ -133,7 +133,7 @@ def second_product_kernel(
             h = activate(widen(u), ACT, NARROW)
             if KIND == "flat" and not ONE_SCALE:
                 if SPAN <= FEW:
-                    # a vector per image: a gathered tile of float32 would take three times the operand's shared memory
+                    # a vector per image: a gathered float32 tile would take three times the operand's shared memory
                     for i in tl.static_range(SPAN):
                         which = tl.minimum(image + i, images - 1)
                         s = tl.load(scale + which * H + k0 + k, mask=deep, other=0.0)[None, :]
@@ -156,7 +156,7 @@ def second_product_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """What float32 operands may be rounded to, as PyTorch's own setting says; 16-bit operands are taken as they are."""
+    """Precision of float32 operands according to PyTorch's own setting; 16-bit operands are used as they are."""
     if dtype == torch.float32 and plans.has_tf32() and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"

@@ -1,12 +1,12 @@
-"""How the rows of a chunk of images are cut into tiles of a matrix product.
+"""Partition of the rows of a chunk of images into tiles of a GEMM.
 
-The scale of GRN and its sums belong to an image, and an image's rows are no multiple of a tile's:
+GRN's scale and sums belong to an image, and the number of its rows is not a multiple of the tile's:
 
-* ``image``: every image is cut by itself, its last tile is short. 5 % of the work is wasted at 1216 rows an image
-  (FCMAE, stage 1, tiles of 128), 68 % at 76.
-* ``table``: the same for images of unequal size. Which image a tile is of stands in a table made on the device, so that
-  the host need not know; it launches ``ceil(M / BM) + N`` tiles, and some find nothing to do.
-* ``flat``: tiles run over the borders, for small images of equal size. A tile then sees up to ``SPAN`` images.
+* ``image``: every image is tiled by itself, and its last tile is short. This wastes 5 % of the work at 1216 rows per
+  image (FCMAE, stage 1, tiles of 128), 68 % at 76.
+* ``table``: the same for images of unequal size. A table built on the device holds the image of each tile, so that the
+  host need not know it; the host launches ``ceil(M / BM) + N`` tiles, some of which have no work.
+* ``flat``: tiles run across image borders, for small images of equal size. A tile then covers up to ``SPAN`` images.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ...params import Segments
 from .launch import cdiv, launch
 
-# the most images a flat tile may span: its epilogue sums their rows one after the other, or by one product
+# the most images in a flat tile: its epilogue sums their rows one after the other, or by one GEMM
 MOST_IMAGES = 16
 
 
@@ -48,7 +48,7 @@ class Tiles(NamedTuple):
 
 
 def partition(rows: int, images: Segments, size: int, allow_flat: bool = True) -> Tiles:
-    """Tiles of a chunk's rows, of which there is at least one; flat where cutting every image would waste much."""
+    """Tiles of a chunk's rows (at least one); flat where tiling every image by itself would waste much."""
     each = images.rows_each(rows)
     if each is None:
         return _table(rows, images, size)
@@ -72,7 +72,7 @@ def _table(rows: int, images: Segments, size: int) -> Tiles:
 
 @triton.jit
 def tile_rows(tile, M, images, each, owner, first, begin, KIND: tl.constexpr, BM: tl.constexpr):
-    """``(image, row, rows)``: the image of a tile (of its first row), its first row and how many it has."""
+    """``(image, row, rows)``: the image of a tile (of its first row), its first row and its number of rows."""
     if KIND == "image":
         each = tl.cast(each, tl.int64)
         per_image = tl.cdiv(each, BM)

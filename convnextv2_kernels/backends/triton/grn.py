@@ -1,7 +1,7 @@
 """Global response normalisation of rows ``[..., C]`` in segments, alone or after GELU.
 
-The passes of ``mlp_rows.py``. Bytes per 16-bit element: forward 2 for the squares and 4 for the result; backward 4 for
-the sums, of both grad h (t) and grad (dbeta), and 6 for the gradient.
+Uses the passes of ``mlp_rows.py``. Bytes per 16-bit element: forward 2 for the squares and 4 for the result; backward 4
+for the sums of both grad h (t) and grad (dbeta), and 6 for the gradient.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Launches and operators, each in one place: tests and the compiler's report see every launch as it is made; kernels
-that are called from outside the schedule are operators ``torch.ops.convnextv2_kernels_triton``, opaque to torch.compile
-and torch.export."""
+"""Launches and operators. All launches go through one function, so that tests and the compiler's report see every one.
+Kernels that are called from outside the schedule are operators ``torch.ops.convnextv2_kernels_triton``, opaque to
+torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .backend import INTERPRETED
 
 
 class Launch(NamedTuple):
-    """A kernel with everything that decides how it is compiled. ``arguments`` by name, constants among them."""
+    """A kernel with everything that determines its compilation. ``arguments`` by name, including constants."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the compiler. Fused multiply-adds are meant: Triton 3.10 turns them off unless asked."""
+        """Options of the compiler. We want fused multiply-adds, which Triton 3.10 disables by default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
@@ -36,7 +36,7 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def recorded_launches() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run: their launches are collected. Works with tensors on the device "meta"."""
+    """Inside, kernels do not run: their launches are recorded. Works with tensors on the device "meta"."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -46,7 +46,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 2, **arguments) -> None:
-    """Runs a kernel on the current stream of its tensors' device. A grid with a zero is no work."""
+    """Runs a kernel on the current stream of its tensors' device. A grid with a zero has no work."""
     if 0 in grid:
         return
     call = Launch(kernel, grid, arguments, num_warps, num_stages)
@@ -58,7 +58,7 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int
 
 
 def _device_of(arguments: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Makes the device of the tensors the current one, which is where Triton launches."""
+    """Makes the device of the tensors current, because Triton launches on the current device."""
     if not INTERPRETED:
         index = next(a.device.index for a in arguments.values() if isinstance(a, Tensor))
         if index != torch.cuda.current_device():
@@ -71,17 +71,17 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is at least n: the sizes Triton's tiles may have."""
+    """The smallest power of two that is at least n: Triton's tiles have such sizes."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
-    """What sums of features of a dtype are kept in, as a constant for a kernel."""
+    """The dtype of sums over features of a dtype, as a constant for a kernel."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 NAMESPACE = "convnextv2_kernels_triton"
-# the functions behind the operators, which on the device "meta" would be answered by their fakes
+# the functions behind the operators, whose fakes would answer on the device "meta"
 FUNCTIONS: dict[str, Callable] = {}
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
@@ -89,8 +89,8 @@ _library = torch.library.Library(NAMESPACE, "FRAGMENT")
 def operator(function):
     """Registers a function that only reads its arguments and returns new tensors, and returns the operator.
 
-    Its annotations are the schema; names, arguments and results are those of the operator of the same name in
-    ``csrc/torch``, and so one fake serves both."""
+    Its annotations are the schema; names, arguments and results match the operator of the same name in ``csrc/torch``,
+    so that both share one fake."""
     name = function.__name__
     FUNCTIONS[name] = function
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))

@@ -1,4 +1,4 @@
-"""The MLP by fused GEMMs, in their order: forward and backward of a chunk, where the plan of its shape says so.
+"""The MLP of a chunk with fused GEMMs, forward and backward, for shapes whose plan fuses them.
 
 Kernels in ``gemm_forward.py`` and ``gemm_backward.py``, the choice in ``plans.py``.
 """
@@ -18,7 +18,7 @@ from .mlp_rows import finish_statistics, mlp_backward_statistics
 from .reduce import column_sum
 from .weights import products_weight
 
-# so many programs keep the largest GPU busy, and parts of fewer rows than this would be mostly sums to add
+# programs that keep the largest GPU busy; parts of fewer rows would mostly consist of sums to add
 _PROGRAMS, _LEAST_ROWS = 512, 512
 
 
@@ -31,7 +31,7 @@ def plan_for(rows: Tensor, width: int, hidden: int, out: int, images: Segments) 
 
 
 def fused_forward(rows: MLPRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPResult | None:
-    """``KernelBackend.mlp_forward`` in the tiles of a plan; None where a tile would span too many images."""
+    """``KernelBackend.mlp_forward`` with the tiles of a plan; None if a tile would span too many images."""
     x = rows.x
     assert plan.first is not None and plan.second is not None
     first, second = (partition(x.shape[0], rows.images, tile.rows) for tile in (plan.first, plan.second))
@@ -48,19 +48,19 @@ def fused_forward(rows: MLPRows, weights: MLPParams, options: MLPOptions, plan: 
 
 
 def splits(rows: int, blocks: int) -> int:
-    """Parts that rows are cut into in a GEMM over them, which has so many blocks of results."""
+    """Number of parts of the rows in a GEMM that sums over them and has this many blocks of results."""
     return max(1, min(_PROGRAMS // blocks, rows // _LEAST_ROWS))
 
 
 def image_splits(rows: int, images: Segments, one_segment: bool, blocks: int) -> int:
-    """Parts of each image's rows: of their number alone, not of the images in the chunk. Few, as each has a G."""
+    """Number of parts of each image's rows: depends on their number, not on the chunk. Few, as each has a G."""
     if one_segment:
         return splits(rows, blocks)
     return min(4, max(1, (images.rows_each(rows) or 0) // _LEAST_ROWS))
 
 
 def fused_backward(chunk: MLPGradRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPGradResult:
-    """``KernelBackend.mlp_backward`` in the tiles of a plan."""
+    """``KernelBackend.mlp_backward`` with the tiles of a plan."""
     a, d, act, images = chunk.a, chunk.d, options.act, chunk.images
     assert plan.products is not None and plan.hidden is not None
     rows, hidden = a.shape
@@ -79,7 +79,7 @@ def fused_backward(chunk: MLPGradRows, weights: MLPParams, options: MLPOptions, 
 
 
 def weight_grad(chunk: MLPGradRows, scale: Tensor, beta: Tensor, options: MLPOptions, tile: plans.Tile) -> Tensor:
-    """``d' (act(a) scale + beta)`` in the statistics dtype, the scaled activations never stored."""
+    """``d' (act(a) scale + beta)`` in the statistics dtype, without storing the scaled activations."""
     a, d = chunk.a, chunk.d
     blocks = cdiv(d.shape[1], tile.rows) * cdiv(a.shape[1], tile.columns)
     segments = options.segments(chunk.images)

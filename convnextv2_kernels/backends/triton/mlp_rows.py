@@ -1,9 +1,9 @@
-"""GELU and GRN on the rows of a hidden tensor ``[M, H]`` in segments, between the MLP's products.
+"""GELU and GRN on the rows of a hidden tensor ``[M, H]`` in segments, between the MLP's GEMMs.
 
-Contracts: ``csrc/cuda/kernels.h``. Bound by memory. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
-scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are cut as in ``column_sums.py``: a program stays in one
-segment and one block of columns, so that scale and kappa are read once and kept. What needs a mean over H is one
-program per segment that goes through the columns in blocks, twice.
+Contracts: ``backends/base.py``. Bandwidth-bound. Bytes per 16-bit element: statistics 2, or 4 where h is stored;
+scaling 4; t 4; the backward pass 8, or 6 without hs. Passes are partitioned as in ``reduce.py``: a program stays in
+one segment and one block of columns, so that scale and kappa are read once and kept. Quantities that need a mean over H
+are computed by one program per segment, which goes through the columns in blocks, twice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .gelu import activate, activate_with_slope, widen
 from .launch import accumulator, launch, next_power_of_2
 from .reduce import SIZES, add_partials, part_and_columns, part_rows, partial_sums, row_pass
 
-_READ_BY_ONE = 32768  # partial sums of a segment that its one program adds itself
+_READ_BY_ONE = 32768  # partial sums of a segment that a single program adds
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def finish_statistics(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tenso
 def gelu_statistics(
     a: Tensor, h: Tensor | None, gamma: Tensor, eps: float, act: str, segments: Segments
 ) -> tuple[Tensor, Tensor]:
-    """norm and scale ``A[segments, H]`` of act(a), which goes to h, perhaps a itself, unless that is None."""
+    """norm and scale ``A[segments, H]`` of act(a), which is written to h unless None; h may be a."""
     squares = partial_sums(a, None, h, act, True, False, segments)
     return finish_statistics(squares.squeeze(2), gamma, eps)
 

@@ -1,8 +1,8 @@
-"""LayerNorm of rows ``[..., C]``, and the same on the way into the downsampling's 2x2 pixels.
+"""LayerNorm of rows ``[..., C]``, optionally written as the downsampling's 2x2 pixels.
 
-Bound by memory: every element is read once and written once. A program holds a few whole rows in registers, 16 elements
-a thread, and so takes mean and centred squares in two passes without reading twice. Rows beyond 8192 columns are read
-in blocks, once for each pass; the later reads come from the cache.
+Bandwidth-bound: every element is read once and written once. A program holds a few whole rows in registers, 16 elements
+per thread, and computes mean and centred squares in two passes without reading twice. Wider rows, of more than 8192
+columns, are read in blocks, once per pass; the later reads come from the cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 
 
 class RowTile(NamedTuple):
-    """``rows`` whole rows of up to ``columns`` columns, or of blocks of so many where the rows are wider."""
+    """``rows`` whole rows of up to ``columns`` columns; wider rows in blocks of that many."""
 
     rows: int
     columns: int
@@ -28,7 +28,7 @@ class RowTile(NamedTuple):
 
 
 def row_tile(channels: int, each: int, widest: int) -> RowTile:
-    """Tiles of ``each`` elements a thread of 4 warps, of more warps for wide rows."""
+    """Tiles of ``each`` elements per thread of 4 warps, or of more warps for wide rows."""
     columns = next_power_of_2(channels)
     if columns > widest:
         columns = 32 * 8 * each
@@ -38,7 +38,7 @@ def row_tile(channels: int, each: int, widest: int) -> RowTile:
 
 @triton.jit
 def dense_row(row, half_width):
-    """Row of ``x [maps, 2h, 2w]`` that is a row of ``y [maps, h, w, 2, 2]``; the same row without ``half_width``."""
+    """Row of ``x [maps, 2h, 2w]`` for a row of ``y [maps, h, w, 2, 2]``; the same row without ``half_width``."""
     if half_width is None:
         return row
     else:
@@ -49,7 +49,7 @@ def dense_row(row, half_width):
 
 @triton.jit
 def _store_normalized(centred, r, weight, bias, target, columns, valid, C: tl.constexpr):
-    """``centred r [weight] [+ bias]`` of the columns that there are."""
+    """``centred r [weight] [+ bias]`` of the columns that exist."""
     held = columns < C
     result = centred * r[:, None]
     if weight is not None:
@@ -65,7 +65,7 @@ def norm_rows_kernel(
     x, weight, bias, y, mean, rstd, rows, half_width,
     C: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``y = (x - mean) rstd [weight] [+ bias]``; with half_width the rows of y lie as ``[maps, h, w, 2, 2]``."""
+    """``y = (x - mean) rstd [weight] [+ bias]``; with half_width the rows of y are in order ``[maps, h, w, 2, 2]``."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     valid = row < rows
     at = dense_row(row, half_width)

@@ -1,13 +1,13 @@
-"""Gradients of LayerNorm: of its rows, of rows kept normalised, and of the downsampling's 2x2 pixels.
+"""Gradients of LayerNorm: from its input rows, from saved normalised rows, and for the downsampling's 2x2 pixels.
 
 With ``z = (x - mean) rstd`` and ``g = grad weight``: ``dx = rstd (g - mean(g) - z mean(g z))``, ``dweight`` is the sum
-of ``grad z`` over all rows and ``dbias`` that of grad. Bound by memory: two reads and one write per element.
+of ``grad z`` over all rows and ``dbias`` the sum of grad. Bandwidth-bound: two reads and one write per element.
 
-A program walks over every ``splits``-th block of rows with the sums of its columns in registers, 8 elements a thread
-and sum, and leaves one partial sum per column; a second kernel adds those. The loads of the next block are under way
-while one is computed. Splits follow from the shape: at most 512, about four for each multiprocessor of a large GPU,
-each of enough rows that its partial sums cost little. Rows beyond 4096 columns do not fit that scheme: a pass of its
-own takes their two means, and then programs take blocks of columns.
+A program walks over every ``splits``-th block of rows with the sums of its columns in registers, 8 elements per thread
+and sum, and writes one partial sum per column; a second kernel adds those. The loads of the next block overlap with the
+computation. Splits follow from the shape: at most 512, about four per multiprocessor of a large GPU, each with enough
+rows that its partial sums cost little. Rows of more than 4096 columns do not fit this scheme: a separate pass computes
+their two means, and then programs process blocks of columns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_SPLITS = 512
 
 @triton.jit
 def _gradient_and_z(grad, x, mean, r, row, at, columns, valid, C: tl.constexpr):
-    """grad and z of a tile; zeros where there is none."""
+    """grad and z of a tile, zero outside."""
     inside = valid[:, None] & (columns < C)[None, :]
     place = (row * C)[:, None] + columns[None, :]
     d = widen(tl.load(grad + place, mask=inside, other=0.0))
@@ -76,8 +76,9 @@ def norm_backward_kernel(
     grad, x, mean, rstd, weight, means, dx, partials, rows, splits, half_width,
     C: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """dx, and ``partials [2, splits, C]`` of dweight and dbias unless None. Rows of grad and x lie as forward's y,
-    those of mean, rstd and dx as its x. mean None: x is z; weight None: 1; means None: whole rows are here."""
+    """dx, and ``partials [2, splits, C]`` of dweight and dbias unless None. Rows of grad and x are in the order of
+    forward's y, rows of mean, rstd and dx in the order of its x. mean None: x is z; weight None: 1; means None: tiles
+    hold whole rows."""
     split = tl.program_id(0)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     held = columns < C
@@ -115,7 +116,7 @@ def _backward(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, channels: int,
     half_width: int | None = None, parameters: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx ``[*rstd.shape, channels]``, and dweight and dbias if the parameters' gradients are wanted."""
+    """dx ``[*rstd.shape, channels]``, and dweight and dbias if the parameters' gradients are requested."""
     rows, stat = rstd.numel(), statistics_dtype(x.dtype)
     tile = row_tile(channels, each=8, widest=4096)
     dx = x.new_empty(*rstd.shape, channels)

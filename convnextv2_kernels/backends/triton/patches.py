@@ -1,8 +1,8 @@
 """Moves between dense maps and packed patches, and the stem's rows of pixels.
 
-Elements travel as integers of their size, so that every value of every dtype arrives bit for bit. A line of a patch is
-``side * C`` contiguous elements on both sides; a program moves 8 KB of a few lines, 64 bytes a thread. What is hidden
-is never read.
+Elements are moved as integers of their size, so that every value of every dtype arrives bit for bit. A line of a patch
+is ``side * C`` contiguous elements on both sides; a program moves 8 KB of a few lines, 64 bytes per thread. Hidden
+pixels are never read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TILE_BYTES = 8192
 
 
 def _words(x: Tensor) -> Tensor:
-    """x as integers of its elements' size; of half that for elements of 16 bytes, twice as many in the last place."""
+    """x as integers of its elements' size; elements of 16 bytes as two integers each in the last dimension."""
     return x.view(_WORDS[x.element_size()])
 
 
@@ -31,7 +31,7 @@ def _tile(width: int, words: Tensor) -> tuple[int, int]:
 
 @triton.jit
 def _line_and_column(WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Lines and columns of this program; neighbouring programs take the next columns of the same lines."""
+    """Lines and columns of this program; neighbouring programs process consecutive columns of the same lines."""
     blocks: tl.constexpr = (WIDTH + BN - 1) // BN
     program = tl.program_id(0)
     line = (program // blocks).to(tl.int64) * BM + tl.arange(0, BM)
@@ -58,7 +58,7 @@ def scatter_patches_kernel(
     source, slot_of_patch, fill, target, lines, grid_w,
     SIDE: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The reverse, in the order of the dense map; ``fill [C]`` or zero where a patch has no slot."""
+    """The reverse, in the order of the dense map; ``fill [C]`` or zero for a patch without a slot."""
     line, column = _line_and_column(WIDTH, BM, BN)
     valid = line < lines
     inside = valid[:, None] & (column < WIDTH)[None, :]
@@ -80,7 +80,7 @@ def patch_pixels_kernel(
     SIDE: tl.constexpr, C: tl.constexpr, RUN: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Pixel (y, x) of slot p, ``target [p, y, x, C, 4, 4]``, from ``images [images, C, grid_h * SIDE * 4, grid_w * SIDE
-    * 4]``; RUN words are four elements. Neighbouring lines read neighbouring runs, which the cache brings together."""
+    * 4]``; RUN words are four elements. Neighbouring lines read neighbouring runs, which the cache combines."""
     line, column = _line_and_column(WIDTH, BM, BN)
     valid = line < lines
     inside = valid[:, None] & (column < WIDTH)[None, :]

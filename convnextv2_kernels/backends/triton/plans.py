@@ -1,7 +1,7 @@
 """Which of the MLP's GEMMs are fused with the element-wise work around them, and the shape of their tiles.
 
-Measured choices come first: those of ``python -m convnextv2_kernels tune`` on this very machine, then the committed
-table ``plans.json``, a list per GPU family of which the first row that fits is taken. Training steps never measure.
+Measurements by ``python -m convnextv2_kernels tune`` on this machine take precedence over the committed table
+``plans.json``, a list per GPU family whose first matching row applies. Training steps never measure.
 ``CONVNEXTV2_KERNELS_TRITON_PRODUCTS`` = ``library`` or ``fused`` overrides both.
 
 Measured plans are on disk, one file per GPU, driver, and versions of PyTorch, Triton and this library, in
@@ -31,7 +31,7 @@ from .backend import INTERPRETED, version
 
 
 class Tile(NamedTuple):
-    """Shape of a product's tile, and how many warps work on it in how many pipeline stages."""
+    """Shape of a GEMM's tile, with its numbers of warps and pipeline stages."""
 
     rows: int
     columns: int
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 class Plan(NamedTuple):
     """Tiles of each fused GEMM (``gemm_forward.py``, ``gemm_backward.py``), or None for the vendor's.
 
-    ``source`` says where the choice comes from."""
+    ``source`` states the origin of the choice."""
 
     first: Tile | None = None
     second: Tile | None = None
@@ -63,12 +63,12 @@ class Plan(NamedTuple):
 
 KERNELS = Plan._fields[:-1]
 UNFUSED = Plan(source="library")
-_WIDEST_BACKWARD = 256  # of C and O: hidden_backward keeps whole rows of both in registers
+_WIDEST_BACKWARD = 256  # of C and O: hidden_backward holds whole rows of both in registers
 
 
 class Shape(NamedTuple):
-    """What decides: dtype, widths, and rows of an image (on average where they differ). Not the number of images, as
-    results must not depend on how a batch is cut into chunks."""
+    """The inputs of the choice: dtype, widths, and rows of an image (on average where they differ). Not the number of
+    images, because results must not depend on the partition of a batch into chunks."""
 
     dtype: torch.dtype
     width: int
@@ -85,7 +85,7 @@ _given: Plan | None = None
 
 @contextlib.contextmanager
 def using(plan: Plan) -> Iterator[None]:
-    """Inside, every shape has this plan: to time and to test one."""
+    """Inside, every shape uses this plan: for timing and for tests."""
     global _given
     before, _given = _given, plan
     try:
@@ -96,7 +96,7 @@ def using(plan: Plan) -> Iterator[None]:
 
 @contextlib.contextmanager
 def assumed_family(name: str) -> Iterator[None]:
-    """Inside, plans are those of the committed table for a family, whatever the machine: to compile without a GPU."""
+    """Inside, plans come from the committed table for a family, whatever the machine: to compile without a GPU."""
     global _assumed
     before, _assumed = _assumed, name
     try:
@@ -107,7 +107,7 @@ def assumed_family(name: str) -> Iterator[None]:
 
 @functools.lru_cache
 def family(index: int | None = None) -> str:
-    """Row of the table for a GPU: shared memory and matrix units are alike within a family."""
+    """The GPU's family: shared memory and matrix units are alike within one."""
     if INTERPRETED:
         return "interpreter"
     if torch.version.hip:
@@ -119,7 +119,7 @@ def family(index: int | None = None) -> str:
 
 
 def has_tf32() -> bool:
-    """Whether matrix units take float32 by tf32 parts: NVIDIA's."""
+    """Whether the matrix units compute float32 from tf32 parts: NVIDIA's do."""
     return (_assumed or family()).startswith("sm_")
 
 
@@ -148,7 +148,7 @@ def _fits(row: dict, shape: Shape) -> bool:
 
 
 def from_table(rows: list[dict], shape: Shape) -> Plan:
-    """The first row that fits, else the library."""
+    """The first row that matches, otherwise unfused."""
     for row in rows:
         if _fits(row, shape):
             return plan_of(row, row["source"])
@@ -169,7 +169,7 @@ def _choose(shape: Shape, name: str, index: int | None, wanted: str) -> Plan:
 
 
 def forget() -> None:
-    """Plans are looked up again: measured ones have changed."""
+    """Makes plans be looked up again, after measured ones have changed."""
     _choose.cache_clear()
 
 
@@ -200,7 +200,7 @@ def directory() -> Path:
 
 @functools.lru_cache
 def machine(index: int | None = None) -> dict[str, str]:
-    """What a measurement holds for."""
+    """The GPU, driver and versions that a measurement is valid for."""
     versions = {"torch": torch.__version__, "triton": version(), "library": __version__}
     if INTERPRETED:
         return {"gpu": "Triton's interpreter", "driver": "none", **versions}
@@ -208,7 +208,7 @@ def machine(index: int | None = None) -> dict[str, str]:
 
 
 def _driver() -> str:
-    """Version of the GPU driver; where the system does not tell, of the newest CUDA it knows, or of ROCm."""
+    """Version of the GPU driver; if the system does not report it, of the newest CUDA it supports, or of ROCm."""
     try:
         return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
     except (OSError, TypeError):
@@ -224,7 +224,7 @@ def path(index: int | None = None) -> Path:
 
 
 def _key(shape: Shape) -> tuple:
-    """Shapes with the same key share a plan: the same widths, and rows of an image to a factor of two."""
+    """Shapes with the same key share a plan: the same widths, and rows of an image within a factor of two."""
     dtype = str(shape.dtype).removeprefix("torch.")
     return dtype, shape.width, shape.hidden, shape.out, shape.rows_each.bit_length()
 
@@ -248,7 +248,7 @@ def measured(shape: Shape, index: int | None = None) -> Plan | None:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One writer at a time, where the system has file locks."""
+    """One writer at a time, if the system has file locks."""
     try:
         import fcntl
     except ImportError:
@@ -260,7 +260,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
-    """Adds plans to those measured before; other processes that run already keep what they have read."""
+    """Adds plans to those measured before; running processes keep the plans that they have read."""
     file = path(index)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file.parent):

@@ -1,10 +1,10 @@
-"""Column sums over the rows of each segment, and the way all passes over rows are passes.
+"""Column sums over the rows of each segment, and the partition that all row passes share.
 
-Bound by memory: every element is read once, 2 to 4 bytes. A program is a block of columns of one part of a segment: it
-walks down its rows in tiles of 16 elements a thread (8 of float64), the sums in registers and the next tiles on their
-way, and leaves one partial sum per column. Parts follow from the rows of a segment, on average where they differ, and
-not from the number of segments, so that equal segments give the same bits in any chunk of them. A part has 64 rows or
-more where the segment has, and its partial sums are then at most 3 % of what it reads.
+Bandwidth-bound: every element is read once, 2 to 4 bytes. A program is a block of columns of one part of a segment: it
+walks down its rows in tiles of 16 elements per thread (8 of float64), with the sums in registers and the next tiles
+loading, and writes one partial sum per column. The parts follow from the rows of a segment (on average where they
+differ), not from the number of segments, so that equal segments give the same bits in any chunk of them. A part has at
+least 64 rows if the segment does, and its partial sums are then at most 3 % of the bytes it reads.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .gelu import activate, widen
 from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 from .segments import segment_bounds
 
-_MOST_SPLITS = 1024  # of a segment, and the most partial sums that one program adds
+_MOST_SPLITS = 1024  # per segment; also the most partial sums that one program adds
 _WIDTHS = (128, 256, 64, 512, 32, 1024)
-# sizes that change from call to call: kernels are not compiled anew for each
+# sizes that change between calls: kernels are not recompiled for each
 SIZES = ["M", "rows_per_slot", "count", "splits"]
 
 
 class RowPass(NamedTuple):
-    """A pass over rows: ``splits`` parts of each segment, the grid, and the kernel's arguments that follow from it."""
+    """A row pass: ``splits`` parts of each segment, the grid, and the kernel's arguments that follow from it."""
 
     splits: int
     grid: tuple[int, ...]
@@ -37,13 +37,13 @@ class RowPass(NamedTuple):
 
 
 def _split_count(rows: int) -> int:
-    """Parts of a segment of so many rows."""
+    """Number of parts of a segment with so many rows."""
     each = 64 if rows <= 1024 else 128 if rows <= 16384 else 256
     return max(1, min(cdiv(rows, each), _MOST_SPLITS))
 
 
 def _tile(rows: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of a tile: the first of the shapes whose padding is within an eighth of the least."""
+    """Rows and columns of a tile: the first shape whose padding is within an eighth of the smallest."""
     elements = 1024 if dtype == torch.float64 else 2048
     tiles = [(elements // columns, columns) for columns in _WIDTHS if columns <= elements]
     padded = [cdiv(max(rows, 1), r) * r * cdiv(channels, c) * c for r, c in tiles]
@@ -51,7 +51,7 @@ def _tile(rows: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 def row_pass(x: Tensor, segments: Segments) -> RowPass:
-    """How a pass over ``x [..., H]`` in segments is partitioned."""
+    """The partition of a pass over ``x [..., H]`` in segments."""
     offsets, rows_per_slot, count = segments
     channels = x.shape[-1]
     rows = x.numel() // channels
@@ -75,7 +75,7 @@ def part_and_columns(H: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def part_rows(part, offsets, rows_per_slot, M, count, splits, BM: tl.constexpr):
-    """First row of a part, int64, and the number of its rows, whole tiles but for the last of a segment."""
+    """First row of a part, int64, and the number of its rows: whole tiles, except for the last part of a segment."""
     begin, end = segment_bounds(part // splits, offsets, rows_per_slot, M, count)
     share = tl.cdiv(tl.cdiv(end - begin, splits), BM) * BM
     begin = tl.minimum(begin + part % splits * share, end)
@@ -89,7 +89,7 @@ def column_sums_kernel(
     BOTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """``partials [count * splits, 1 or 2, H]`` of act(x) or its SQUARE, with grad of grad * act(x), or of BOTH that and
-    grad; act(x) goes to h unless None."""
+    grad; act(x) is written to h unless None."""
     part, columns = part_and_columns(H, BN)
     begin, rows = part_rows(part, offsets, rows_per_slot, M, count, splits, BM)
     held = columns < H
@@ -122,7 +122,7 @@ def column_sums_kernel(
 def partial_sums(
     x: Tensor, grad: Tensor | None, h: Tensor | None, act: str, square: bool, both: bool, segments: Segments
 ) -> Tensor:
-    """``[segments, splits, 1 or 2, H]``: what :func:`column_sums_kernel` sums."""
+    """``[segments, splits, 1 or 2, H]``: the sums of :func:`column_sums_kernel`."""
     passes = row_pass(x, segments)
     shape = (segments.count, passes.splits, 2 if both else 1, x.shape[-1])
     partials = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
@@ -174,7 +174,7 @@ def _add(partials: Tensor, groups: int, each: int, out: Tensor, second: Tensor |
 
 
 def _few(partials: Tensor) -> Tensor:
-    """So many partial sums that one program can add them: of very many the sums of groups."""
+    """Few enough partial sums for one program to add: very many are first added in groups."""
     lead, splits, width = partials.shape
     if splits <= _MOST_SPLITS:
         return partials

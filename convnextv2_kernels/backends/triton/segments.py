@@ -8,7 +8,7 @@ import triton.language as tl
 def segment_bounds(segment, offsets, rows_per_slot, rows, count):
     """First row of a segment and the row after its last, int64. ``count`` equal shares of ``rows`` when ``offsets`` is
     None, else rows ``rows_per_slot * (offsets[i] - offsets[0])`` up to the next."""
-    # casts as functions: a size of 1 reaches a compiled kernel as a constant, which has no methods
+    # casts as functions: a compiled kernel receives a size of 1 as a constant, which has no methods
     segment = tl.cast(segment, tl.int64)
     if offsets is None:
         each = tl.cast(rows // count, tl.int64)

@@ -1,7 +1,7 @@
-"""Measures which GEMMs to fuse, and in which tiles, for shapes of the MLP on the current device.
+"""Measures which GEMMs to fuse, and with which tiles, for shapes of the MLP on the current device.
 
-Each fused kernel is timed in every candidate tile, then forward and backward as a whole against the vendor's, all
-interleaved so that drift falls on every one alike; the faster one becomes the plan of the shape (``plans.py``).
+Each fused kernel is timed with every candidate tile, then forward and backward as a whole against unfused GEMMs, all
+interleaved so that drift affects all equally; the fastest becomes the plan of the shape (``plans.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .gemm_forward import first_product, second_product
 from .gemm_tiles import partition
 from .plans import KERNELS, UNFUSED, Plan, Shape, Tile
 
-# rows, columns, depth, warps, stages; 8 warps wherever a tile has 128 x 128 results, or registers spill
+# rows, columns, depth, warps, stages; tiles of 128 x 128 results need 8 warps, or registers spill
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "first": (
         Tile(128, 128, 32, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3),
@@ -45,11 +45,11 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 }  # fmt: skip
 _EPS = 1e-6
 _CALLS = 5  # in one graph
-_MARGIN = 0.03  # by which a variant has to beat the vendor's
+_MARGIN = 0.03  # by which a variant must beat the vendor's GEMMs
 
 
 class Finding(NamedTuple):
-    """The plan of a shape and seconds of what it was chosen from: ``forward``, ``backward``, each by variant."""
+    """The plan of a shape and the seconds of all candidates: ``forward``, ``backward``, each by variant."""
 
     plan: Plan
     forward: dict[str, float]
@@ -96,7 +96,7 @@ class Case:
         return MLPGradRows(self.a, self.d, self.d_sum, self.norm, self.y, self.rstd, None, self.images, True)
 
     def kernel(self, name: str, tile: Tile) -> Callable[[], object] | None:
-        """One fused kernel in a tile, or None where it cannot be."""
+        """One fused kernel with a tile, or None if impossible."""
         s = self.shape
         rows = self.y.shape[0]
         if name in ("products", "hidden") and max(s.width, s.out) > 256:
@@ -138,7 +138,7 @@ class Case:
         return run
 
     def variants(self, direction: str, backend: FusedMLP, tiles: Mapping[str, Tile]) -> dict[str, Callable[[], object]]:
-        """The whole forward or backward by the vendor's GEMMs ("library") and by each fused form that has its tiles."""
+        """The whole forward or backward with vendor GEMMs ("library") and in each fused form that has its tiles."""
         can = {name for name, tile in tiles.items() if self.kernel(name, tile) is not None}
         if direction == "forward":
             found = {"library": self.forward(backend, UNFUSED)}
@@ -148,14 +148,14 @@ class Case:
         found = {"library": self.backward(backend, UNFUSED)}
         if {"products", "hidden"} <= can:
             found["fused"] = self.backward(backend, Plan(products=tiles["products"], hidden=tiles["hidden"]))
-        # where the vendor's way does not get the weight's gradient from a GEMM per image
+        # where the unfused form does not compute the weight's gradient by a GEMM per image
         if "weight" in can and self.shape.rows_each <= 2 * self.shape.out:
             found["weight"] = self.backward(backend, Plan(weight=tiles["weight"]))
         return found
 
 
 def _seconds(functions: Mapping, repetitions: int) -> dict:
-    """Median seconds of each call, interleaved; what the GPU cannot hold or the compiler refuses is left out."""
+    """Median seconds of each call, interleaved; calls that exceed the GPU's memory or fail to compile are skipped."""
     ready = {}
     for key, function in functions.items():
         try:
@@ -171,8 +171,8 @@ def _seconds(functions: Mapping, repetitions: int) -> dict:
 
 
 def _repeated(function: Callable[[], object]) -> Callable[[], float]:
-    """Runs a function and returns its seconds. On a GPU several calls in a graph: small kernels would otherwise be
-    measured by how fast they are launched."""
+    """Runs a function and returns its seconds. On a GPU several calls run in a graph: otherwise launch overhead would
+    dominate small kernels."""
     if INTERPRETED:
 
         def run():

@@ -1,8 +1,8 @@
-"""Passes over what is as large as the MLP's weights, not as its rows.
+"""Passes over tensors of the size of the MLP's weights, not of its rows.
 
-Operands of the products: LayerNorm's affine part inside the first weight and bias, GRN's beta inside the second bias,
-in one launch where plain tensor operations take six; the gradients behind them; and the second weight's gradient from
-one product per image.
+They form the operands of the GEMMs (LayerNorm's affine part folded into the first weight and bias, GRN's beta into the
+second bias) in one launch where plain tensor operations take six, the gradients behind them, and the second weight's
+gradient from one GEMM per image.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def mlp_parameters_kernel(
 def mlp_parameters(params: MLPParams, layer_norm: NormParams | None, like: Tensor) -> MLPParams:
     """``w1 [H, C]``, ``b1 [H]``, ``w2 [O, H]``, ``b2 [O]`` or None, ``beta [H]`` and LN's weight and bias ``[C]``, of
     any float dtype, -> ``w1 * gain``, ``b1 + w1 shift``, w2, ``b2 + w2 beta`` in the dtype of ``like``. A weight that
-    would stay the same is returned itself."""
+    would not change is returned itself."""
     w1, b1, gamma, beta, w2, b2 = params
     (hidden, width), out = w1.shape, w2.shape[0]
     gain, shift = (None, None) if layer_norm is None else (t.contiguous() for t in layer_norm)
@@ -163,7 +163,7 @@ def products_weight(g: Tensor, scale: Tensor, d_sum: Tensor, beta: Tensor) -> Te
     images, out_c, hidden = g.shape
     out = g.new_empty(out_c, hidden)
     strides = g.stride()
-    # the tile is long where memory is contiguous; it is small, as these products are few and small
+    # the tile is long where memory is contiguous, and small because these GEMMs are few and small
     block = (8, 32) if strides[2] == 1 else (32, 8)
     launch(
         products_weight_kernel, (cdiv(out_c, block[0]) * cdiv(hidden, block[1]),),

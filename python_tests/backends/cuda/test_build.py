@@ -35,15 +35,17 @@ import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder).lower()]
 import convnextv2_kernels as ck, torch
 assert ck.__file__.startswith({str(built)!r}), ck.__file__
-from convnextv2_kernels.backends import cuda, extension
-build = extension.module.build_info()
+from convnextv2_kernels import backends
+from convnextv2_kernels.backends import cuda, native
+build = native.module.build_info()
 print("architectures", *build["cuda_architectures"])
 print("error", cuda.load_error())
-print("serves cpu:", cuda.why_not("cpu", torch.float32))
+print("serves cpu:", backends.unsupported_reason("cuda", "cpu", torch.float32))
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-serves = torch.compile(lambda x: x + (cuda.why_not("cuda", x.dtype, 0) is None), fullgraph=True, backend="eager")
+reason = lambda x: backends.unsupported_reason("cuda", "cuda", x.dtype, 0)
+serves = torch.compile(lambda x: x + (reason(x) is None), fullgraph=True, backend="eager")
 print("traceable", serves(torch.zeros(1)).item())
-print("window", extension.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
+print("window", native.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
 assert "conv_window, with LayerNorm" in ck.info(), ck.info()
 print("registered", has("convnextv2_kernels::depthwise_conv_forward", "CUDA"))
 loss = ck.models.FCMAE((1, 1, 1, 1), (8, 8, 8, 8), img_size=64, decoder_embed_dim=16)(torch.randn(2, 3, 64, 64))[0]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convnextv2_kernels import models, use_backend
+from convnextv2_kernels import backends, models, use_backend
 from convnextv2_kernels.backends import cuda
-from convnextv2_kernels.ops import _operators
+from convnextv2_kernels.ops import _operators, block
+from convnextv2_kernels.settings import current
 
 pytestmark = pytest.mark.skipif(cuda.load_error() is not None, reason=str(cuda.load_error()))
 
@@ -40,17 +41,16 @@ def test_the_mode_catches_a_sync():
 @pytest.mark.parametrize("save", ("inputs", "normalized", "hidden"))
 @pytest.mark.parametrize("scope", ("image", "batch"))
 def test_a_training_step_never_waits(save, scope, monkeypatch):
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_SAVE", save)
+    monkeypatch.setattr(current, "save", save)
     # on a CPU the kept ids are checked, which is a read; on a GPU they are not
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     # a dispatch mode does not see into an operator, so the composite ones are called as functions
-    for name in ("product", "product_input_grad", "product_weight_grad"):
-        monkeypatch.setattr(_operators, name, getattr(_operators, f"_{name}"))
-    for name in ("mlp_forward", "mlp_backward", "block_forward", "block_backward"):
-        monkeypatch.setattr(_operators, name, getattr(_operators, f"_{name}"))
+    for name in ("linear", "linear_input_grad", "linear_weight_grad"):
+        monkeypatch.setattr(_operators, name, lambda *a, name=name: getattr(backends.get(a[-1]), name)(*a[:-1]))
+    monkeypatch.setattr(block, "traced", lambda: False)
     model = models.FCMAE((1, 1, 1, 1), (8, 8, 12, 8), img_size=64, decoder_embed_dim=16, grn_scope=scope)
-    model.to(cuda.DEVICE)
-    images = torch.randn(2, 3, 64, 64, device=cuda.DEVICE)
+    model.to(cuda.CUDABackend.device_type)
+    images = torch.randn(2, 3, 64, 64, device=cuda.CUDABackend.device_type)
     with use_backend("cuda"), NoSync() as mode:
         model(images)[0].backward()
     assert {"gelu_statistics", "mlp_backward_pointwise", "depthwise_conv_forward"} <= mode.seen

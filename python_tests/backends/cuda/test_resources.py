@@ -1,6 +1,7 @@
 """What nvcc says of every kernel on the architectures we promise: no spills, and registers within a budget.
 
-A budget is what the kernel's occupancy was planned with (docs/kernels.md); a change that passes it needs a new plan.
+A budget is the register count that the kernel's occupancy was planned with (docs/kernels/gpu.md); a change that
+exceeds it needs a new plan.
 """
 
 from __future__ import annotations

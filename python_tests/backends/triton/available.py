@@ -8,7 +8,7 @@ import torch
 from convnextv2_kernels.backends import triton
 
 needs_triton = pytest.mark.skipif(triton.load_error() is not None, reason=str(triton.load_error()))
-_reason = triton.why_not(triton.DEVICE, torch.float32)
+_reason = triton.unsupported_reason(triton.DEVICE, torch.float32)
 needs_kernels = pytest.mark.skipif(
     _reason is not None, reason=f"Triton's kernels do not run here (TRITON_INTERPRET=1 does without a GPU): {_reason}"
 )

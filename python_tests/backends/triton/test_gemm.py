@@ -13,6 +13,8 @@ pytest.importorskip("triton")
 
 from convnextv2_kernels.backends.triton import gemm_backward, gemm_forward, gemm_tiles, plans
 from convnextv2_kernels.backends.triton.plans import Tile
+from convnextv2_kernels.params import WHOLE_BATCH, MLPGradRows, MLPParams, MLPRows, Segments
+from convnextv2_kernels.settings import current
 
 from .available import needs_kernels
 
@@ -44,7 +46,7 @@ class Case:
         # offsets of a chunk in the middle of a batch: they do not start at zero
         offsets = None if uniform else torch.tensor([3, *(3 + torch.tensor(counts).cumsum(0))], dtype=torch.int32)
         offsets = None if offsets is None else offsets.to(self.device)
-        self.images = gemm_tiles.Images(offsets, 1 if uniform else per_slot, self.count)
+        self.images = Segments(offsets, 1 if uniform else per_slot, self.count)
         self.generator = torch.Generator().manual_seed(0)
 
     def draw(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> torch.Tensor:
@@ -85,11 +87,13 @@ def test_forward(name, widths, dtype, keep):
     one, tile = keep, Tile(case.tile, 32, 16, 4, 2)
     scale = case.draw(1 if one else case.count, case.h, dtype=F32)
     factors, residual = case.draw(case.count, dtype=F32), case.draw(case.rows, case.o)
-    hidden, out = case.empty(case.rows, case.h), case.empty(case.rows, case.o)
-    cut = gemm_tiles.cut(case.rows, case.images, case.tile)
-    squares = gemm_forward.first_product(y, w1, b1, "gelu", hidden, keep, cut, case.count, tile)
+    hidden = case.empty(case.rows, case.h)
+    tiles = gemm_tiles.partition(case.rows, case.images, case.tile)
+    weights = MLPParams(w1, b1, scale, scale, w2, b2)  # gamma and beta have no part in these kernels
+    squares = gemm_forward.first_product(y, weights, "gelu", hidden, keep, tiles, tile)
     act = "gelu" if keep else "none"
-    gemm_forward.second_product(hidden, act, w2, b2, scale, residual, factors, out, cut, case.count, tile)
+    rows = MLPRows(y, residual, factors, case.images, dtype)
+    out = gemm_forward.second_product(hidden, act, weights, scale, rows, tiles, tile)
 
     a = F.linear(y.double(), w1.double(), b1.double()).cpu()
     h = F.gelu(a)
@@ -111,14 +115,14 @@ def test_backward(name, widths, dtype, act):
     count = 1 if one else case.count
     scale, kappa = case.draw(count, case.h, dtype=F32), case.draw(count, case.h, dtype=F32)
     rstd = case.draw(case.rows, dtype=F32).abs()
-    segments = (None, 1, 1) if one else case.images
-    g, t = gemm_backward.image_products(a, act, d, w2, *segments, 2, Tile(16, 32, 0, 4, 2))
-    cut = gemm_tiles.cut(case.rows, case.images, case.tile, allow_flat=False)
-    args = (a, act, d, w1, w2, scale, kappa)
-    tile = Tile(case.tile, 32, 0, 4, 2)
-    da, dx, sums = gemm_backward.hidden_backward(*args, z, rstd, cut, case.count, tile)
-    dz = gemm_backward.hidden_backward(*args, None, None, cut, case.count, tile)[1]
-    parts = gemm_backward.weight_product(a, act, d, scale, *segments, 3, Tile(16, 32, 16, 4, 2))
+    segments = WHOLE_BATCH if one else case.images
+    g, t = gemm_backward.image_products(a, act, d, w2, segments, 2, Tile(16, 32, 0, 4, 2))
+    tiles = gemm_tiles.partition(case.rows, case.images, case.tile, allow_flat=False)
+    chunk = MLPGradRows(a, d, rstd, rstd, z, rstd, None, case.images, True)  # sums and norms have no part in it
+    rest = (MLPParams(w1, rstd, rstd, rstd, w2, None), act, (scale, kappa), tiles, Tile(case.tile, 32, 0, 4, 2))
+    da, dx, sums = gemm_backward.hidden_backward(chunk, *rest)
+    dz = gemm_backward.hidden_backward(chunk._replace(z=None, rstd=None), *rest)[1]
+    parts = gemm_backward.weight_product(a, act, d, scale, segments, 3, Tile(16, 32, 16, 4, 2))
 
     owner = torch.zeros_like(case.owner) if one else case.owner
     wide = a.double().cpu().requires_grad_()
@@ -179,13 +183,13 @@ def test_float32_products_follow_pytorch_s_own_setting():
 @pytest.mark.parametrize("kind", ROWS)
 def test_no_tile_spans_more_images_than_it_says(kind):
     case = Case(kind, WIDTHS[0], F32)
-    cut = gemm_tiles.cut(case.rows, case.images, case.tile)
+    tiles = gemm_tiles.partition(case.rows, case.images, case.tile)
     starts = [t * case.tile for t in range(-(-case.rows // case.tile))]
-    if cut.kind == "flat":
+    if tiles.kind == "flat":
         spans = [int(case.owner[s : s + case.tile].unique().numel()) for s in starts]
-        assert cut.count == len(starts) and max(spans) <= cut.span
+        assert tiles.count == len(starts) and max(spans) <= tiles.span
     else:
-        assert cut.span == 1
+        assert tiles.span == 1
 
 
 @needs_kernels
@@ -197,7 +201,7 @@ def test_images_are_the_same_bits_in_any_chunk(monkeypatch):
     cotangent = torch.randn(sample.tensors["x"].shape).to(triton.DEVICE, dtype)
     results = []
     for size in (1, 1 << 30):
-        monkeypatch.setenv("CONVNEXTV2_KERNELS_CHUNK_BYTES", str(size))
+        monkeypatch.setattr(current, "chunk_bytes", size)
         results.append(sample.run("triton", cotangent))
     for name in ("out", "x"):
         assert torch.equal(results[0][name], results[1][name]), name

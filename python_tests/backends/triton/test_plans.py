@@ -14,8 +14,10 @@ from convnextv2_kernels.cli import tune as tuning
 
 pytest.importorskip("triton")
 
-from convnextv2_kernels.backends.triton import gemm_tiles, plan_cache, plans
-from convnextv2_kernels.backends.triton.plans import KERNELS, LIBRARY, Plan, Shape, Tile
+from convnextv2_kernels.backends.triton import gemm_tiles, plans
+from convnextv2_kernels.backends.triton.plans import KERNELS, UNFUSED, Plan, Shape, Tile
+from convnextv2_kernels.params import Segments
+from convnextv2_kernels.settings import Settings, current
 
 from .available import needs_kernels
 
@@ -29,12 +31,12 @@ def shape(dtype=BF16, width=96, rows_each=1216) -> Shape:
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     """An empty folder of measured plans, for a machine that is none."""
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_CACHE", str(tmp_path))
-    monkeypatch.setattr(plan_cache, "machine", lambda index=None: {"gpu": "Test GPU 1", "driver": "1"})
-    plan_cache._read.cache_clear()
+    monkeypatch.setattr(current, "cache", tmp_path)
+    monkeypatch.setattr(plans, "machine", lambda index=None: {"gpu": "Test GPU 1", "driver": "1"})
+    plans._read.cache_clear()
     plans._choose.cache_clear()
     yield tmp_path
-    plan_cache._read.cache_clear()
+    plans._read.cache_clear()
     plans._choose.cache_clear()
 
 
@@ -51,7 +53,7 @@ def test_the_committed_table(family):
         assert plans.choose(shape(dtype=F16, width=384, rows_each=76)).forward_fused
         # where the library is faster, or exact
         for other in (shape(width=768, rows_each=19), shape(dtype=F32), shape(dtype=F64)):
-            assert plans.choose(other) == LIBRARY
+            assert plans.choose(other) == UNFUSED
 
 
 def test_wide_blocks_never_have_the_backward_that_keeps_rows_in_registers():
@@ -63,39 +65,38 @@ def test_wide_blocks_never_have_the_backward_that_keeps_rows_in_registers():
 def test_the_variable_overrides_the_table(monkeypatch, folder):
     monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
     assert plans.choose(shape()).forward_fused and not plans.choose(shape(width=1024)).forward_fused
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_TRITON_PRODUCTS", "library")
-    assert plans.choose(shape()) == LIBRARY
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_TRITON_PRODUCTS", "fused")
+    monkeypatch.setattr(current, "triton_gemms", "library")
+    assert plans.choose(shape()) == UNFUSED
+    monkeypatch.setattr(current, "triton_gemms", "fused")
     assert plans.choose(shape(width=1024)).forward_fused and not plans.choose(shape(width=1024)).backward_fused
-    assert plans.choose(shape(dtype=F64)) == LIBRARY
-    monkeypatch.setenv("CONVNEXTV2_KERNELS_TRITON_PRODUCTS", "fastest")
-    with pytest.raises(ValueError, match="must be auto, fused or library, got 'fastest'"):
-        plans.choose(shape())
+    assert plans.choose(shape(dtype=F64)) == UNFUSED
+    with pytest.raises(ValueError, match="PRODUCTS must be one of auto, fused, library, got 'fastest'"):
+        Settings.read({"CONVNEXTV2_KERNELS_TRITON_PRODUCTS": "fastest"})
 
 
 def test_measured_plans_come_first_and_stay_on_disk(monkeypatch, folder):
     monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
     assert plans.choose(shape()).source != "measured by tune"
     measured = Plan(hidden=Tile(64, 32, 0, 4, 2), products=Tile(64, 64, 0, 4, 2), source="measured by tune")
-    file = plan_cache.write({shape(): measured, shape(width=384): LIBRARY})
+    file = plans.write({shape(): measured, shape(width=384): UNFUSED})
     assert plans.choose(shape()) == measured
     assert plans.choose(shape(rows_each=1300)) == measured  # as many rows to a factor of two
     assert plans.choose(shape(rows_each=3136)).source != "measured by tune"
-    assert plans.choose(shape(width=384)) == LIBRARY
+    assert plans.choose(shape(width=384)) == UNFUSED
     assert json.loads(file.read_text())["machine"]["gpu"] == "Test GPU 1"
-    plan_cache.write({shape(width=40): LIBRARY})
+    plans.write({shape(width=40): UNFUSED})
     assert len(json.loads(file.read_text())["plans"]) == 3, "earlier plans are kept"
 
 
 def test_another_gpu_or_driver_has_another_file(monkeypatch, folder):
-    before = plan_cache.path()
-    monkeypatch.setattr(plan_cache, "machine", lambda index=None: {"gpu": "Test GPU 1", "driver": "2"})
-    assert plan_cache.path() != before
+    before = plans.path()
+    monkeypatch.setattr(plans, "machine", lambda index=None: {"gpu": "Test GPU 1", "driver": "2"})
+    assert plans.path() != before
 
 
 def test_a_damaged_file_is_a_warning(monkeypatch, folder):
     monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
-    plan_cache.path().write_text('{"plans": [{"key": 1')
+    plans.path().write_text('{"plans": [{"key": 1')
     with pytest.warns(UserWarning, match="cannot be read .* built-in table is used"):
         assert plans.choose(shape()).forward_fused
 
@@ -111,11 +112,10 @@ def test_shapes_of_models():
 def test_shapes_of_models_are_those_a_training_step_asks_for(monkeypatch):
     """Encoder and decoder of tiny, pre-training at 224 pixels, without computing anything."""
     import convnextv2_kernels as ck
-    from convnextv2_kernels.backends.triton import fused, launch
+    from convnextv2_kernels.backends.triton import launch
 
     asked = set()
-    monkeypatch.setattr(plans, "choose", lambda shape, index=None: asked.add(shape) or LIBRARY)
-    monkeypatch.setattr(fused.plans, "choose", plans.choose)
+    monkeypatch.setattr(plans, "choose", lambda shape, index=None: asked.add(shape) or UNFUSED)
     model = ck.models.FCMAE((1, 1, 1, 1), (96, 192, 384, 768), img_size=224)
     with torch.no_grad(), launch.recorded_launches(), ck.use_backend("triton"):
         model(torch.zeros(1, 3, 224, 224, device=backends.triton.DEVICE), ck.random_mask(1, (7, 7), 0.6))
@@ -139,7 +139,7 @@ def test_tuning_measures_every_way_and_keeps_the_fastest(folder):
     assert plan.backward_fused == (clear and fastest == "fused")
     assert (plan.weight is not None) == (clear and fastest == "weight")
     assert "C = 24" in said[0] and "*" in said[0] and str(folder) in said[1]
-    assert plan_cache.measured(small) == plan
+    assert plans.measured(small) == plan
 
 
 @needs_kernels
@@ -147,14 +147,14 @@ def test_the_ways_that_are_timed_compute_the_same():
     from convnextv2_kernels.backends.triton.tune import Case
 
     case = Case(Shape(F32, 24, 32, 24, 40), 3, backends.triton.DEVICE)
-    k = backends.primitives("triton")
+    k = backends.get("triton")
     tiles = {name: tile for name, (tile, *_) in SMALL.items()}
-    forward = {way: call() for way, call in case.ways("forward", k, tiles).items()}
-    for got, expected in zip(forward["fused"][:2], forward["library"], strict=True):
+    forward = {name: call() for name, call in case.variants("forward", k, tiles).items()}
+    for got, expected in zip(forward["fused"][:2], forward["library"][:2], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    backward = {way: call() for way, call in case.ways("backward", k, tiles).items()}
-    torch.testing.assert_close(backward["fused"][1], backward["library"][0], rtol=1e-4, atol=1e-5)
-    assert torch.equal(backward["weight"][0], backward["library"][0])
+    backward = {name: call() for name, call in case.variants("backward", k, tiles).items()}
+    torch.testing.assert_close(backward["fused"].dx, backward["library"].dx, rtol=1e-4, atol=1e-5)
+    assert torch.equal(backward["weight"].dx, backward["library"].dx)
 
 
 def test_the_command_without_a_gpu_says_so(capsys, monkeypatch):
@@ -170,16 +170,16 @@ def test_the_command_names_an_unknown_model(capsys, monkeypatch):
 
 
 def test_tiles_that_would_span_too_many_images_are_left_to_the_library():
-    cut = gemm_tiles.cut(64 * 4, gemm_tiles.Images(None, 1, 64), 128)
+    cut = gemm_tiles.partition(64 * 4, Segments(None, 1, 64), 128)
     assert cut.span > gemm_tiles.MOST_IMAGES
 
 
 def test_info_shows_what_is_fused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(backends.triton, "INTERPRETED", False)
-    monkeypatch.setattr(backends.triton, "why_not", lambda *_: None)
+    monkeypatch.setattr(backends.triton, "unsupported_reason", lambda *_: None)
     with plans.assumed_family("sm_90"):
         monkeypatch.setattr(plans, "family", lambda index=None: "sm_90")
-        lines = importlib.import_module("convnextv2_kernels.info")._triton_lines()
+        lines = importlib.import_module("convnextv2_kernels._info")._triton_lines()
     assert "plans of sm_90" in lines[0]
     assert "forward fused, backward fused (predicted, not measured)" in lines[1]
     assert "forward library, backward library (library)" in lines[4]

@@ -1,7 +1,7 @@
 """What Triton's compiler says of every kernel on the GPUs we promise, which need not be there: it compiles, spills
 nothing, and fits.
 
-A budget is what the tiles were chosen with (docs/kernels.md 14); a change that passes it needs a new choice.
+A budget is what the tiles were chosen with (docs/kernels/mlp.md); a change that passes it needs a new choice.
 """
 
 from __future__ import annotations
