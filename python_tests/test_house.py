@@ -271,7 +271,6 @@ WAITING = {
     "csrc/cpu": "copy.cpp becomes patches.cpp",
     "csrc/cuda": "one folder a family",
     "csrc/torch": "bindings one file a family",
-    "docs/kernels": "docs/kernels.md becomes a folder",
 }
 
 

@@ -116,6 +116,7 @@ def test_autocast_that_is_switched_off_does_nothing():
     assert torch.equal(got, sample.run("auto")["out"])
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends()
 def test_backward_inside_and_outside_of_autocast(backend, op):

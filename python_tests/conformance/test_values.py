@@ -176,6 +176,7 @@ def test_the_block_of_any_mask_and_shape(backend, mask, s, c, k, scope):
     check(Sample("convnextv2_block", tensors, {"layout": layout, "scope": scope}), backend.name, F32, backend.device)
 
 
+@pytest.mark.thorough("triton")
 @settings(max_examples=EXAMPLES)
 @given(shape=st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 20)), c=CHANNELS, k=KERNELS)
 @parametrize_backends()
