@@ -66,7 +66,7 @@ ifneq ($(SELECTION),rest)
 	$(EMULATE) $(INTERPRET) $(PYTEST) -k by_both python_tests/backends/triton/test_cuda_triton.py
 endif
 ifneq ($(SELECTION),short)
-	$(EMULATE) $(PYTEST) -k "dry_run and not triton" $(wildcard python_tests/*/test_gpu_check.py)
+	$(EMULATE) $(PYTEST) -k "dry_run and not triton" $(wildcard python_tests/bench*)
 endif
 
 # The Triton kernels in Triton's interpreter, through the conformance suite.

@@ -41,7 +41,12 @@ CASES = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.thorough] if name in ("timm large shallow", "timm huge shallow") else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.thorough]
+            if name in ("timm tiny 224", "timm large shallow", "timm huge shallow")
+            else [],
+        )
         for name in CASES
     ],
 )

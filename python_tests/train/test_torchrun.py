@@ -65,6 +65,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_two_processes_are_one(folder, tmp_path, capsys):
     command = ["finetune", "--data", str(folder), *COMMON, "--precision", "float64"]
     done = torchrun(*command, "--output", str(tmp_path / "two"))
