@@ -46,7 +46,6 @@ def test_all_arms_are_timed_and_rated():
         assert len(arm["samples_ms"]) == 2
 
 
-@pytest.mark.thorough
 def test_spent_budget_names_what_it_skips():
     options = Options(batch_size=1, img_size=32, repeats=1)
     result = measure_ops("convnextv2_atto", options, Budget(1e-9), lambda message: None)

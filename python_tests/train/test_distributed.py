@@ -157,7 +157,6 @@ def test_mixed_run_goes_on_in_one_process_with_as_many_parts(root, tmp_path, cap
     assert "micro_batch: 4 in the checkpoint, 8 now" in capsys.readouterr().err
 
 
-@pytest.mark.thorough
 def test_torchrun_pre_trains_in_shards(root, tmp_path):
     words = [
         "--img-size",
