@@ -17,8 +17,9 @@ EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
 FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
 
-# One thread a process, as there is a process for each core; what needs more asks for more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+# One thread a process, as there is a process for each core; what needs more asks for more. The tests of a file run in
+# one process, as they share what takes long to set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 # Of each suite all tests, a covering sample, or what that leaves out: python_tests/helpers/selection.py.
 SELECTION ?= all
 # The GPU kernels on a CPU, CUDA's compiled for it, Triton's interpreted, and the tests that call them.

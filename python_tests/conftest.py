@@ -18,7 +18,6 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
     selection.select(config, items)
-    selection.keep_together(config, items)
 
 
 @pytest.fixture(autouse=True)

@@ -50,15 +50,6 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
         items[:] = [item for item in items if (item in short) == (selection == SHORT)]
 
 
-def keep_together(config: pytest.Config, items: Iterable[pytest.Item]) -> None:
-    """Tests that share a fixture of their module run in one process, so that it is set up once (pytest-xdist)."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        fixtures = getattr(item, "_fixtureinfo", None)
-        definitions = fixtures.name2fixturedefs.values() if fixtures else ()
-        if any(found[-1].scope == "module" for found in definitions):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 def sample(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """The tests of the short selection."""
     functions: dict[str, list[pytest.Item]] = {}
