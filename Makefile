@@ -1,6 +1,7 @@
-# make demo   pre-train FCMAE on bundled photographs and draw its reconstructions
-# make test   lint, build and run every test
-# Both make their own virtual environment in .venv and build the kernels; they need Python 3.10+ and a C++ compiler.
+# make demo       pre-train FCMAE on bundled photographs and draw its reconstructions
+# make test       lint, build, and run tests that cover every feature and every backend, in minutes
+# make test-all   every test
+# They make their own virtual environment in .venv and build the kernels; they need Python 3.10+ and a C++ compiler.
 
 PYTHON ?= python3
 # Name the PyTorch to install, e.g. TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -16,37 +17,66 @@ EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test gate test-emulated test-triton gpu-check venv lint ctest sanitize format bench clean
+# One thread a process, as there is a process for each core; what needs more asks for more. The tests of a file run in
+# one process, as they share what takes long to set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+# Of each suite all tests, a covering sample, or what that leaves out: python_tests/helpers/selection.py.
+SELECTION ?= all
+# The GPU kernels on a CPU, CUDA's compiled for it, Triton's interpreted, and the tests that call them.
+EMULATE = CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED))
+INTERPRET := TRITON_INTERPRET=1
+SHARED_TESTS := python_tests/conformance python_tests/test_schedule.py
+CUDA_TESTS := $(SHARED_TESTS) python_tests/backends/cuda python_tests/fuse/test_backends.py \
+	$(addprefix --ignore=python_tests/backends/cuda/,test_build.py test_resources.py)
+TRITON_TESTS := $(SHARED_TESTS) python_tests/backends/triton
+
+.PHONY: demo test test-all suites build gate test-emulated test-triton mutations gpu-check venv lint ctest sanitize \
+	format bench clean
 
 demo: venv
 	$(BIN)/python -m convnextv2_kernels pretrain --demo
 
-test: venv lint ctest
-	$(BIN)/python -m pytest -n $(WORKERS)
-	$(MAKE) gate
+test: venv lint build ctest
+	$(MAKE) gate GATE="$(or $(GATE),--skip-instructions)"
+	$(MAKE) suites SELECTION=short
+
+test-all: test
+	$(MAKE) suites SELECTION=rest
+
+# What the tests run, compiled.
+build: venv build/cmake/build.ninja $(if $(CUDA_HOME),$(EMULATED))
+	$(BIN)/cmake --build build/cmake -j$(WORKERS)
+
+suites:
+	$(PYTEST) --selection=$(SELECTION)
 	$(MAKE) test-triton
 ifneq ($(CUDA_HOME),)
 	$(MAKE) test-emulated
+else
+	@echo "Left out: the CUDA kernels on the CPU, which need the CUDA toolkit's headers (CUDA_HOME, or nvcc on PATH)."
 endif
 
 # Bytes saved, calls and instructions against the committed baseline; no times. GATE=--require-instructions: with valgrind.
 gate: venv
 	$(BIN)/python -m bench gate $(GATE)
 
-# The CUDA kernels, compiled for the CPU, through the conformance suite.
+# The CUDA kernels, compiled for the CPU, through the conformance suite; also beside Triton's, and what measures them.
 test-emulated: $(EMULATED)
-	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
-		$(BIN)/python -m pytest -n $(WORKERS) -k cuda \
-		python_tests/conformance python_tests/test_schedule.py python_tests/backends/cuda python_tests/fuse/test_backends.py
-	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) \
-		$(BIN)/python -m pytest python_tests/bench/test_gpu.py
-	CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED)) TRITON_INTERPRET=1 \
-		$(BIN)/python -m pytest python_tests/backends/triton/test_cuda_triton.py
+	$(EMULATE) $(PYTEST) --selection=$(SELECTION) -k cuda $(CUDA_TESTS)
+ifneq ($(SELECTION),rest)
+	$(EMULATE) $(INTERPRET) $(PYTEST) -k by_both python_tests/backends/triton/test_cuda_triton.py
+endif
+ifneq ($(SELECTION),short)
+	$(EMULATE) $(PYTEST) -k "dry_run and not triton" $(wildcard python_tests/bench*)
+endif
 
 # The Triton kernels in Triton's interpreter, through the conformance suite.
 test-triton: venv
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -k triton \
-		python_tests/conformance python_tests/test_schedule.py python_tests/backends/triton
+	$(INTERPRET) $(PYTEST) --selection=$(SELECTION) -k triton $(TRITON_TESTS)
+
+# Breaks the kernels on purpose, in a copy, and shows that `make test` notices.
+mutations: build
+	$(BIN)/python tools/mutations.py $(MUTATIONS)
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:
@@ -76,6 +106,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(if $(shell grep -l '^\[tool\.mypy\]' pyproject.toml),$(BIN)/mypy)
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: venv
@@ -83,17 +114,18 @@ format: venv
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
-ctest: venv
+build/cmake/build.ninja: $(VENV)/.built CMakeLists.txt csrc/sources.txt
 	$(BIN)/cmake -S . -B build/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja $(CMAKE_CUDA) > /dev/null
-	$(BIN)/cmake --build build/cmake -j$(WORKERS)
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure
+
+ctest: build
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure -j$(WORKERS)
 
 # The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: venv
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 		-DCNX_SANITIZE=address,undefined $(CMAKE_CUDA) > /dev/null
 	$(BIN)/cmake --build build/sanitize -j$(WORKERS)
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure -j$(WORKERS)
 
 clean:
 	rm -rf build $(VENV) *.egg-info convnextv2_kernels/*.so

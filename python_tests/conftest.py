@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+from helpers import selection
 from hypothesis import settings
 
 SEED = 20230102
 # the same examples each run; the first may pay for loading a library, so none has a deadline
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser):
+    selection.add_options(parser)
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
+def pytest_collection_modifyitems(config, items):
+    selection.select(config, items)
 
 
 @pytest.fixture(autouse=True)

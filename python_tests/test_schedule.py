@@ -135,6 +135,7 @@ def test_every_save_policy_conforms(backend, dtype, op, at, policy, monkeypatch)
     check(sample_of(op, at), backend.name, dtype, backend.device)
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 4)], ids=lambda at: at[0])
 @parametrize_backends_and_dtypes((F64, F32))
 def test_save_policies_agree(backend, dtype, at, monkeypatch):
@@ -218,6 +219,7 @@ def test_what_each_policy_keeps(backend, policy, op, rows, hidden, monkeypatch):
     assert saved(sample, backend.name) == sorted(expected)
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("policy", schedule.SAVE_POLICIES)
 @parametrize_backends()
 def test_a_call_may_ask_for_a_policy(backend, policy, monkeypatch):

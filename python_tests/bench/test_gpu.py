@@ -312,6 +312,7 @@ def check(*arguments: str, **more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=ROOT)
 
 
+@pytest.mark.thorough
 @needs_triton
 def test_dry_run_of_the_triton_stages(tmp_path):
     more = {"TRITON_INTERPRET": "1", "CONVNEXTV2_KERNELS_CACHE": str(tmp_path / "cache")}

@@ -64,6 +64,7 @@ def only_ops(gate, monkeypatch, baseline):
     return baseline
 
 
+@pytest.mark.thorough  # `make test` runs the gate itself
 def test_the_committed_baseline_holds(check, baseline, gate):
     code, out, err = check(baseline)
     assert code == 0, out + err

@@ -19,6 +19,7 @@ def read(output):
     return json.loads((output / "scaling.json").read_text())
 
 
+@pytest.mark.thorough
 def test_a_run_leaves_json_csv_and_picture(tmp_path, capsys):
     axes = ["--batch-sizes", "1", "2", "3", "--img-sizes", "32", "64", "--mask-ratios", "0"]
     assert run(tmp_path, *TINY, *axes) == 0

@@ -23,6 +23,7 @@ def run(tmp_path, *arguments, quick=True):
     return code, json.loads(path.read_text()) if path.exists() else None
 
 
+@pytest.mark.thorough
 def test_every_arm_is_measured_and_held_against_ours(tmp_path, capsys):
     code, result = run(tmp_path, "--models", "atto", "--no-compile", quick=False)
     assert code == 0 and result["kind"] == "figure6" and result["left_out"] == {}
@@ -81,6 +82,7 @@ def test_the_fastest_compiled_kind_is_an_arm(tmp_path, monkeypatch):
     assert list(size["skipped"].values()) == ["cannot be compiled: no C++ compiler"]
 
 
+@pytest.mark.thorough
 def test_more_effort_measures_a_size_again(tmp_path, monkeypatch, capsys):
     pretend_to_compile(monkeypatch)
     less = run(tmp_path, "--models", "atto")[1]["sizes"][0]

@@ -10,6 +10,7 @@ from convnextv2_kernels.cli.bench import main, parse_options
 TINY_RUN = ["--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "2"]
 
 
+@pytest.mark.thorough
 def test_run_leaves_one_json_and_one_picture(tmp_path, capsys):
     assert main([*TINY_RUN, "--output", str(tmp_path)]) == 0
     report, picture = sorted(tmp_path.iterdir())

@@ -82,6 +82,7 @@ def test_residual_of_another_dtype(backend, scope):
     assert got["residual"].dtype == F32 and got["x"].dtype == narrow
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends_and_dtypes((F64,), reference=True)
 def test_float64_is_untouched(backend, dtype, op):
@@ -115,6 +116,7 @@ def test_autocast_that_is_switched_off_does_nothing():
     assert torch.equal(got, sample.run("auto")["out"])
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends()
 def test_backward_inside_and_outside_of_autocast(backend, op):

@@ -102,6 +102,7 @@ def _gradients(function, model, *inputs):
     return {"out": out.detach(), **dict(zip(parameters, grads, strict=True))}
 
 
+@pytest.mark.thorough("triton")
 @parametrize_backends()
 def test_the_encoder_and_its_layout_in_one_graph(backend):
     """A layout of equal counts is built without a sync, so it can be part of the graph."""
@@ -112,6 +113,7 @@ def test_the_encoder_and_its_layout_in_one_graph(backend):
         assert_close(_gradients(compiled, model, *inputs), _gradients(model, model, *inputs))
 
 
+@pytest.mark.thorough("cuda", "triton")
 @parametrize_backends()
 def test_the_encoder_compiles_with_inductor(backend):
     model = _Encoder().to(backend.device).encoder
@@ -125,6 +127,7 @@ def test_the_encoder_compiles_with_inductor(backend):
     assert_close(got, expected, factor=200.0)
 
 
+@pytest.mark.thorough("triton")
 @parametrize_backends()
 def test_the_encoder_exports(backend):
     model = _Encoder().to(backend.device).eval()

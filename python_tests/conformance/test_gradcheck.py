@@ -46,6 +46,7 @@ def _cases():
                 yield pytest.param(op, axes, backend, id=f"{op}-{values}-{backend.name}", marks=marks(backend))
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize(("op", "axes", "backend"), list(_cases()))
 def test_gradcheck(op, axes, backend):
     sample = make_sample(op, **axes).cast(F64, backend.device)

@@ -74,6 +74,7 @@ def test_convolution_after_gather(backend, at):
     assert all(torch.equal(a, b) for a, b in zip(clean, run(noisy), strict=True))
 
 
+@pytest.mark.thorough("triton")
 @parametrize_backends(reference=True)
 def test_no_layer_of_the_encoder_sees_hidden_pixels(backend):
     torch.manual_seed(0)

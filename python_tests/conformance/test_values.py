@@ -127,14 +127,15 @@ def _cases():
                 axes = {axis: [v for v in values if v in SHORT.get(axis, values)] for axis, values in axes.items()}
             cases = pairwise({**axes, "dtype": [d for d in DTYPES if not backend.interpreted or d in backend.dtypes]})
             wide = WIDE.get(op, ())[: 1 if backend.interpreted else None]
-            cases += [{**case, "dtype": dtype} for case in wide for dtype in (F32, BF16)]
-            for case in cases:
+            wide = [{**case, "dtype": dtype} for case in wide for dtype in (F32, BF16)]
+            for case in cases + wide:
+                slow = (pytest.mark.thorough,) if backend.interpreted and case in wide else ()
                 dtype = case.pop("dtype")
                 if dtype == F64 and case["c"] == 1 and _normalises(op):
                     continue  # the exact gradient is zero, and the truth is rounding noise: see test_extremes.py
                 if dtype in backend.dtypes:
                     name = _name(op, case, backend, dtype)
-                    yield pytest.param(op, case, backend, dtype, id=name, marks=marks(backend))
+                    yield pytest.param(op, case, backend, dtype, id=name, marks=(*marks(backend), *slow))
 
 
 def _normalises(op) -> bool:
@@ -175,6 +176,7 @@ def test_the_block_of_any_mask_and_shape(backend, mask, s, c, k, scope):
     check(Sample("convnextv2_block", tensors, {"layout": layout, "scope": scope}), backend.name, F32, backend.device)
 
 
+@pytest.mark.thorough("triton")
 @settings(max_examples=EXAMPLES)
 @given(shape=st.tuples(st.integers(0, 2), st.integers(1, 20), st.integers(1, 20)), c=CHANNELS, k=KERNELS)
 @parametrize_backends()

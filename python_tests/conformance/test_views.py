@@ -45,6 +45,7 @@ def every_other(t: Tensor) -> Tensor:
 FORMS = (transposed, sliced, misaligned, every_other)
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends_and_dtypes((F32, BF16), reference=True)
@@ -76,6 +77,7 @@ def test_broadcast_cotangents(backend, op):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.thorough("triton")
 @parametrize_backends(reference=True)
 def test_only_what_is_asked_for_gets_a_gradient(backend):
     """Each tensor alone: an op must not rely on the others requiring a gradient."""
@@ -108,6 +110,7 @@ def test_inputs_and_cotangent_are_not_written(backend, op):
             assert t is None or torch.equal(t, before[name]), f"{name} was written"
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("form", (every_other, lambda t: t[:1].expand(t.shape)), ids=("column", "expanded"))
 @pytest.mark.parametrize("op", ("pointwise_mlp", "convnextv2_block"))
 @parametrize_backends(reference=True)

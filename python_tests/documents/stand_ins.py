@@ -150,6 +150,8 @@ CHECKED = {
     "python -m bench gate --update": Checked("rewrites the committed baseline", options),
     "make gate": Checked("takes a minute; its parts are tested in test_regression_gate.py", make_target),
     "make test": Checked("would run this test", make_target),
+    "make test-all": Checked("would run this test", make_target),
+    "make mutations": Checked("compiles for minutes", make_target),
     "make test-emulated": Checked("would run half of the tests again", make_target),
     "make test-triton": Checked("would run half of the tests again", make_target),
     "make sanitize": Checked("compiles for minutes", make_target),

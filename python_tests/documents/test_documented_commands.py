@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 from .checks import build_requirements, make_target, options, parsed_by, pip_requirements, refused
-from .commands import commands_of, read_documents
+from .commands import Command, commands_of, read_documents
 from .running import ROOT, Clone, Run
 from .stand_ins import CHECKED, RUN, SMALLER
 
@@ -139,7 +139,26 @@ def test_a_command_fails_where_an_option_was_renamed_or_nothing_is_written(tmp_p
     assert not clone.run(commands[2]).wrote and not clone.run(commands[3]).wrote
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.text not in CHECKED], ids=lambda c: c.place)
+def _options(command: Command) -> tuple:
+    """What a program is told, where the last of equal options counts: commands of equal options do the same."""
+    words = [*command.words, *shlex.split(RUN[command.text].more)] if command.text in RUN else command.words
+    options, last = {}, ""
+    for word in words:
+        last = word if word.startswith("--") else last
+        options[last] = [] if word == last else [*options.get(last, []), word]
+    return tuple(sorted((option, *values) for option, values in options.items()))
+
+
+def _run():
+    """The commands to run; one that does what an earlier one does, with these options, is thorough."""
+    seen = set()
+    for command in (c for c in COMMANDS if c.text not in CHECKED):
+        marks = [pytest.mark.thorough] if _options(command) in seen else []
+        seen.add(_options(command))
+        yield pytest.param(command, marks=marks, id=command.place)
+
+
+@pytest.mark.parametrize("command", list(_run()))
 def test_documented_command_runs(command, clones):
     assert command.text in RUN, (
         f"{command.place}: `{command.text}` is not tested; add it to RUN or CHECKED in "

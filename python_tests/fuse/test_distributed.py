@@ -56,9 +56,8 @@ def _work(rank: int, port: int, kinds: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch without gloo")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes(kind):
+def test_two_processes():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_work, (port, (kind,)), nprocs=2)
+    torch.multiprocessing.spawn(_work, (port, ("ddp", "fsdp")), nprocs=2)

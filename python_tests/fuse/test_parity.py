@@ -38,7 +38,18 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.thorough]
+            if name in ("timm tiny 224", "timm large shallow", "timm huge shallow")
+            else [],
+        )
+        for name in CASES
+    ],
+)
 def test_logits_and_gradients(name):
     make, (height, width) = CASES[name]
     generator = torch.Generator().manual_seed(1)

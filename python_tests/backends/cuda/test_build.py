@@ -26,6 +26,7 @@ def built():
     return base / "lib"
 
 
+@pytest.mark.thorough  # minutes of nvcc
 @needs_nvcc
 @pytest.mark.skipif(torch.version.cuda is not None, reason="with a CUDA build of PyTorch the normal build does this")
 def test_the_extension_with_cuda_kernels_loads_without_a_gpu(built):

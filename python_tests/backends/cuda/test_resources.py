@@ -18,6 +18,8 @@ resources = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(resources)
 
 needs_nvcc = pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc")
+# all read the report of one compilation of every source, which takes minutes
+thorough = pytest.mark.thorough
 
 # Registers of a thread. 255 is the hardware's limit, 168 leaves 12 warps on a multiprocessor, 128 leaves 16, 80 leaves
 # 25, 64 leaves 32. sm_100 holds pairs of accumulators for its packed multiply-add and pays for it in registers.
@@ -46,6 +48,7 @@ def rows():
 
 
 @needs_nvcc
+@thorough
 def test_every_source_has_kernels_for_every_architecture(rows):
     without = {"conv/forward.cu", "conv/mma.cu", "mlp/rows.cu"}  # launch the kernels of other files
     for source in {resources.source_name(path) for path in resources.sources()} - without:
@@ -54,12 +57,14 @@ def test_every_source_has_kernels_for_every_architecture(rows):
 
 
 @needs_nvcc
+@thorough
 def test_no_kernel_spills(rows):
     assert rows
     assert [f"{row['kernel']} on {row['arch']}: {row['spills']} bytes" for row in rows if row["spills"]] == []
 
 
 @needs_nvcc
+@thorough
 def test_registers_stay_within_their_budgets(rows):
     over = [
         f"{row['kernel']} on {row['arch']}: {row['registers']} of {budget(row['kernel'], row['arch'])}"
@@ -70,11 +75,13 @@ def test_registers_stay_within_their_budgets(rows):
 
 
 @needs_nvcc
+@thorough
 def test_every_budget_is_of_a_kernel(rows):
     assert set(BUDGETS) <= {resources.template_name(row["kernel"]) for row in rows}
 
 
 @needs_nvcc
+@thorough
 def test_the_committed_table_is_what_nvcc_says(rows):
     committed = json.loads(resources.RESULT.read_text())
     if committed["nvcc"] != resources.nvcc_release():
@@ -84,6 +91,7 @@ def test_the_committed_table_is_what_nvcc_says(rows):
 
 
 @needs_nvcc
+@thorough
 def test_static_shared_memory_fits_every_gpu(rows):
     assert [row for row in rows if row["shared"] > 48 * 1024] == []
 

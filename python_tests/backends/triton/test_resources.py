@@ -52,26 +52,38 @@ def kernels() -> set[str]:
     return found
 
 
+def test_every_kernel_compiles():
+    """One launch of each, on one family; the tests below compile what a training step launches, on all."""
+    first = {launch.kernel.__name__: launch for launch in reversed(resources.launches("sm_90"))}
+    assert first.keys() == kernels()
+    assert all(resources.measure(launch, "sm_90")["registers"] > 0 for launch in first.values())
+
+
+@pytest.mark.thorough
 def test_every_kernel_compiles_for_every_target(rows):
     for target in resources.TARGETS:
         assert {row["kernel"] for row in rows if row["target"] == target} == kernels(), target
 
 
+@pytest.mark.thorough
 def test_no_kernel_spills(rows):
     spills = [row for row in rows if row["spills"] > (FLOAT64_SPILLS if row["float64"] else 0)]
     assert spills == []
 
 
+@pytest.mark.thorough
 def test_registers_stay_within_their_budgets(rows):
     over = [row for row in rows if not row["float64"] and row["registers"] > BUDGETS.get(row["kernel"], DEFAULT_BUDGET)]
     assert over == []
     assert set(BUDGETS) <= kernels()
 
 
+@pytest.mark.thorough
 def test_shared_memory_fits_every_gpu_of_a_family(rows):
     assert [row for row in rows if row["shared"] > resources.SHARED_LIMIT[row["target"]]] == []
 
 
+@pytest.mark.thorough
 def test_the_committed_table_is_what_the_compiler_says(rows):
     committed = json.loads(resources.RESULT.read_text())
     measured = json.loads(json.dumps(resources.summary(rows)))
