@@ -10,12 +10,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name 'sources.txt')
-CUDA := $(shell find csrc/cuda csrc/emulation csrc/torch -type f)
+CUDA := $(shell find csrc/include csrc/cuda csrc/emulation csrc/torch -type f)
 # The CUDA toolkit, whose headers the CPU emulation of the CUDA kernels needs; without it those tests are left out.
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(firstword $(wildcard /usr/local/cuda/bin/nvcc) $(shell command -v nvcc))))
 EMULATED := build/emulation/libconvnextv2_kernels_emulated.so
 CMAKE_CUDA := $(if $(CUDA_HOME),-DCNX_CUDA_INCLUDE=$(CUDA_HOME)/include)
-FORMATTED := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl csrc/*/*.cu csrc/*/*.cuh)
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 # One thread a process, as there is a process for each core; what needs more asks for more. The tests of a file run in
 # one process, as they share what takes long to set up.
@@ -99,7 +99,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	@# PyTorch is named again, as it is installed: torchvision, which timm needs, must not bring another
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[demo,test,timm,train,transformers]" \
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench,demo,test,timm,train,transformers]" \
 		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
 	touch $@
 

@@ -26,15 +26,16 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-BASE_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
+INCLUDE = "-Icsrc/include"  # cnx/*.h, the C++ API; commands run in ROOT
+BASE_FLAGS = ["-std=c++20", INCLUDE, "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 BASE_FLAGS += ["-Wno-psabi"]  # GCC's note on passing vectors; no vector crosses a function boundary here
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++20", INCLUDE, "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # type punning is what vector accesses of device code are
-EMULATION_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-DCNX_EMULATION"]
-EMULATION_FLAGS += ["-DCNX_LIBRARY=convnextv2_kernels_emulated", "-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
+EMULATION_FLAGS = ["-std=c++20", INCLUDE, "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+EMULATION_FLAGS += ["-DCNX_EMULATION", "-DCNX_LIBRARY=convnextv2_kernels_emulated"]
+EMULATION_FLAGS += ["-Wno-psabi", "-Wno-unknown-pragmas", "-x", "c++"]
 TORCH_TARGET_VERSION = "0x020a000000000000"  # 2.10, the oldest PyTorch the binary serves
 BUILT_FOR = "_C.build.json"  # beside the module
-DEFAULT_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def package_version() -> str:
@@ -95,8 +96,15 @@ def wants_cuda() -> bool:
     return force == "1" or (torch.version.cuda is not None and cuda_home() is not None)
 
 
+def default_architectures() -> str:
+    """The GPUs of ``csrc/architectures.json``, as in TORCH_CUDA_ARCH_LIST."""
+    gpus = json.loads((CSRC / "architectures.json").read_text())["cuda"]
+    names = [(gpu["name"].removeprefix("sm_"), "+PTX" if gpu.get("ptx") else "") for gpu in gpus]
+    return ";".join(f"{number[:-1]}.{number[-1]}{ptx}" for number, ptx in names)
+
+
 def architectures() -> list[str]:
-    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all we test."""
+    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all that are listed."""
     import torch
 
     wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -104,7 +112,7 @@ def architectures() -> list[str]:
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         wish = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
     options = []
-    for item in (wish or DEFAULT_ARCHITECTURES).replace(" ", ";").split(";"):
+    for item in (wish or default_architectures()).replace(" ", ";").split(";"):
         number = item.removesuffix("+PTX").replace(".", "")
         if not number or not number.rstrip("af").isdigit():
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be versions such as 8.0;9.0+PTX, got {wish!r}")
@@ -142,7 +150,7 @@ class Build:
             return list(pool.map(lambda item: self._compile_one(*item), commands))
 
     def _compile_one(self, command: list[str], source: Path) -> str:
-        target = self.folder / f"{source.parent.name}_{source.stem}.o"
+        target = self.folder / ("_".join(source.with_suffix(".o").parts[1:]))
         key_file, key = target.with_suffix(".key"), self._key(command, source)
         if not (target.exists() and key_file.exists() and key_file.read_text() == key):
             key_file.unlink(missing_ok=True)
@@ -152,7 +160,7 @@ class Build:
 
     def _key(self, command: list[str], source: Path) -> str:
         digest = hashlib.sha256(json.dumps([*command, str(source)]).encode())
-        for path in (source, *sorted(p for p in CSRC.glob("*/*") if p.suffix in (".h", ".inl", ".cuh"))):
+        for path in (source, *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cuh"))):
             digest.update(path.read_bytes())
         return digest.hexdigest()
 
@@ -206,10 +214,9 @@ class BuildKernels(build_ext):
             libraries += [*(f"-L{f}" for f in folders[:1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             python.append(f"-DCNX_CUDA_VERSION={nvcc_version(home)}")
             python.append(f"-DCNX_CUDA_ARCHITECTURES={','.join(a.rsplit('=')[-1] for a in architectures())}")
-        options = {"kernel": [], "torch": torch_options, "cuda_torch": torch_options}
-        options["python"] = [*torch_options, *python]
-        kinds = ["kernel", "torch", "python", *(["cuda_torch"] if cuda else [])]
-        for kind, path, flags in read_sources(*kinds):
+        bindings = [*torch_options, *(["-DCNX_WITH_CUDA"] if cuda else [])]
+        options = {"kernel": [], "torch": bindings, "python": [*torch_options, *python]}
+        for kind, path, flags in read_sources(*options):
             commands.append(([*cpp, *flags, *options[kind], *build.extra], path))
         target = Path(self.get_ext_fullpath(ext.name))
         build.link(build.compile(commands), libraries, target)
@@ -244,8 +251,7 @@ class BuildEmulation(Command):
         torch_options, libraries = torch_flags()
         cpp = [*build.compiler, *EMULATION_FLAGS, "-isystem", str(cuda_home() / "include"), *build.extra]
         commands = [(cpp, path) for _, path, _ in read_sources("cuda", "emulation")]
-        bindings = [path for _, path, _ in read_sources("cuda_torch", "torch") if not path.stem.startswith("cpu")]
-        commands += [([*cpp, *torch_options], path) for path in bindings]
+        commands += [([*cpp, *torch_options], path) for _, path, _ in read_sources("torch")]
         build.link(build.compile(commands), libraries, Path(self.output))
 
 
@@ -259,7 +265,7 @@ def extensions() -> list[Extension]:
             file=sys.stderr,
         )
         return []
-    sources = read_sources("kernel", "torch", "python", "cuda", "cuda_torch")
+    sources = read_sources("kernel", "torch", "python", "cuda")
     return [Extension("convnextv2_kernels._C", sources=[str(path) for _, path, _ in sources])]
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = tuple(gpu["name"] for gpu in json.loads((ROOT / "csrc" / "architectures.json").read_text())["cuda"])
 RESULT = ROOT / "bench" / "results" / "cuda_resources.json"
 _CACHE = ROOT / "build" / "resources"
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
@@ -40,6 +40,10 @@ def nvcc() -> str | None:
 def sources() -> list[Path]:
     lines = (ROOT / "csrc" / "sources.txt").read_text().splitlines()
     return [ROOT / "csrc" / line.split()[1] for line in lines if line.startswith("cuda ")]
+
+
+def source_name(source: Path) -> str:
+    return source.relative_to(ROOT / "csrc" / "cuda").as_posix()
 
 
 def parse(text: str) -> list[dict]:
@@ -69,10 +73,11 @@ def measure(source: Path) -> list[dict]:
     compiler = nvcc()
     if compiler is None:
         raise FileNotFoundError("no nvcc was found (PATH, CUDA_HOME, /usr/local/cuda)")
-    options = ["-std=c++17", "-O3", "-lineinfo", "-Xptxas", "-v"]
+    csrc = ROOT / "csrc"
+    options = ["-std=c++20", f"-I{csrc / 'include'}", "-O3", "-lineinfo", "-Xptxas", "-v"]
     options += [f"-gencode=arch=compute_{a[3:]},code={a}" for a in ARCHITECTURES]
     digest = hashlib.sha256(" ".join(options).encode() + source.read_bytes())
-    for header in sorted([*source.parent.glob("*.cuh"), *source.parent.glob("*.h"), *ROOT.glob("csrc/common/*.h")]):
+    for header in sorted([*csrc.glob("include/**/*.h"), *csrc.glob("cuda/**/*.h"), *csrc.glob("cuda/**/*.cuh")]):
         digest.update(header.read_bytes())
     cached = _CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.json"
     if cached.exists():
@@ -81,10 +86,10 @@ def measure(source: Path) -> list[dict]:
     command = [compiler, *options, "-c", str(source), "-o", str(cached.with_suffix(".o"))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"nvcc failed for {source.name}:\n{done.stderr}")
+        raise RuntimeError(f"nvcc failed for {source_name(source)}:\n{done.stderr}")
     rows = parse(done.stderr + done.stdout)
     for row, name in zip(rows, demangle([row["kernel"] for row in rows]), strict=True):
-        row |= {"kernel": name, "source": source.name}
+        row |= {"kernel": name, "source": source_name(source)}
     cached.write_text(json.dumps(rows))
     cached.with_suffix(".o").unlink()
     return rows

@@ -34,14 +34,11 @@ from convnextv2_kernels.backends.triton.launch import Launch, recorded_launches
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "triton_resources.json"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# bytes a program may have; 8.6 and 8.9 run what is compiled for 8.0 and have the least
-SHARED_LIMIT = {"sm_80": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+_GPUS = json.loads((ROOT / "csrc" / "architectures.json").read_text())
+TARGETS = {gpu["name"]: GPUTarget("cuda", int(gpu["name"].removeprefix("sm_")), 32) for gpu in _GPUS["cuda"]}
+TARGETS |= {gpu["name"]: GPUTarget("hip", gpu["name"], 64) for gpu in _GPUS["hip"]}
+# bytes of shared memory that a program may have
+SHARED_LIMIT = {gpu["name"]: gpu["shared_bytes"] for gpu in (*_GPUS["cuda"], *_GPUS["hip"])}
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 _POINTERS = {
     F32: "*fp32",

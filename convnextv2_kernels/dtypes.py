@@ -46,4 +46,11 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 def as_statistics(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:
     """Parameters as native kernels take them: contiguous, in the statistics dtype of ``like``."""
     dtype = statistics_dtype(like.dtype)
-    return tuple(None if p is None else p.to(dtype).contiguous() for p in params)
+    return tuple(
+        [p if p is None or (p.dtype is dtype and p.is_contiguous()) else p.to(dtype).contiguous() for p in params]
+    )
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``; asking first is cheaper where nothing is to be done."""
+    return t if t.dtype is dtype else t.to(dtype)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dtypes import cast
+
 
 class Segments(NamedTuple):
     """How rows fall into segments, the images of a batch or of a chunk: ``count`` equal shares where ``offsets`` is
@@ -49,7 +51,7 @@ class NormParams(NamedTuple):
     bias: Tensor
 
     def apply(self, z: Tensor) -> Tensor:
-        return torch.addcmul(self.bias.to(z.dtype), z, self.weight.to(z.dtype))
+        return torch.addcmul(cast(self.bias, z.dtype), z, cast(self.weight, z.dtype))
 
 
 class MLPParams(NamedTuple):

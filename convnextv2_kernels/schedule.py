@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends.base import KernelBackend, scale_images_
-from .dtypes import as_statistics, statistics_dtype
+from .dtypes import as_statistics, cast, statistics_dtype
 from .params import (
     BlockBackwardArgs,
     BlockForwardArgs,
@@ -142,7 +142,8 @@ def mlp_forward(
     total, hidden = x.shape[0], params.w1.shape[0]
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     assert gamma is not None and beta is not None
-    weights = backend.prepare_mlp(params._replace(gamma=gamma, beta=beta), layer_norm, x)
+    params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, params.b2)
+    weights = backend.prepare_mlp(params, layer_norm, x)
     factors = batch.drop_path_scale
     if factors is not None:
         batch = batch._replace(drop_path_scale=factors.reshape(-1).contiguous())  # perhaps a column of a table
@@ -209,15 +210,16 @@ def mlp_backward(
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     assert gamma is not None and beta is not None
     fold = layer_norm is not None and backend.folds_layer_norm
-    weights = backend.prepare_mlp(params._replace(gamma=gamma, beta=beta, b2=None), layer_norm if fold else None, x)
-    ln_weight = None if layer_norm is None or fold else layer_norm.weight.to(stat).contiguous()
+    params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, None)
+    weights = backend.prepare_mlp(params, layer_norm if fold else None, x)
+    ln_weight = None if layer_norm is None or fold else as_statistics(layer_norm.weight, like=x)[0]
     dxs, sums = _Rows(x.shape[0]), None
     for part in _chunks(x, params.w1.shape[0], batch.images, options):
         rows = part.rows(x)
         y = rows if layer_norm is None or fold else layer_norm.apply(rows)
         preserve_a = saved.hidden.shape[0] > 0
         a = part.rows(saved.hidden) if preserve_a else backend.linear(y, weights.w1, weights.b1)
-        d = part.rows(dout).to(x.dtype)
+        d = cast(part.rows(dout), x.dtype)
         if batch.drop_path_scale is not None:
             factors = batch.drop_path_scale.reshape(-1)[part.n0 : part.n1]
             d = scale_images_(d.clone(), factors, part.images)
@@ -241,7 +243,7 @@ def mlp_backward(
         dw1, dln_weight, dln_bias = backend.unfold_layer_norm(params.w1, layer_norm, dw1, db1)
     assert dxs.value is not None
     # beta is added to every row before W2, so its gradient follows from db2 alone
-    dbeta = db2 @ params.w2.to(stat)
+    dbeta = db2 @ cast(params.w2, stat)
     return MLPGradients(dxs.value, dw1, db1, dgamma, dbeta, dw2, db2, dln_weight, dln_bias)
 
 
@@ -271,26 +273,26 @@ def _reshaped(out: Tensor, shape) -> Tensor:
 def run_mlp_forward(backend: KernelBackend, a: MLPForwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """``(out, norms, hidden)`` of the operator ``mlp_forward``."""
     residual = None if a.residual is None else _flat(a.residual)
-    batch = MLPRows(_flat(a.x).to(a.dtype), residual, a.factors, a.segments, a.x.dtype)
+    batch = MLPRows(cast(_flat(a.x), a.dtype), residual, a.factors, a.segments, a.x.dtype)
     out, norms, hidden = mlp_forward(backend, batch, a.mlp, None, a.options)
     return _reshaped(out, (*a.x.shape[:-1], a.w2.shape[0])), norms, hidden
 
 
 def run_mlp_backward(backend: KernelBackend, a: MLPBackwardArgs) -> tuple[Tensor, ...]:
     """``(dx, dw1, db1, dgamma, dbeta, dw2, db2)``, db2 a statistic, the others of their parameters' dtypes."""
-    batch = MLPRows(_flat(a.x).to(a.dtype), None, a.factors, a.segments, a.x.dtype)
+    batch = MLPRows(cast(_flat(a.x), a.dtype), None, a.factors, a.segments, a.x.dtype)
     grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, Saved(a.norms, a.hidden), a.options)
-    return grads.x.to(a.x.dtype).view(a.x.shape), *_mlp_grads(grads, a.mlp)
+    return cast(grads.x, a.x.dtype).view(a.x.shape), *_mlp_grads(grads, a.mlp)
 
 
 def _mlp_grads(grads: MLPGradients, params: MLPParams) -> tuple[Tensor, ...]:
     w1, b1, gamma, beta, w2, _ = params
     return (
-        grads.w1.to(w1.dtype),
-        grads.b1.to(b1.dtype),
-        grads.gamma.to(gamma.dtype).view(gamma.shape),
-        grads.beta.to(beta.dtype).view(beta.shape),
-        grads.w2.to(w2.dtype),
+        cast(grads.w1, w1.dtype),
+        cast(grads.b1, b1.dtype),
+        cast(grads.gamma, gamma.dtype).view(gamma.shape),
+        cast(grads.beta, beta.dtype).view(beta.shape),
+        cast(grads.w2, w2.dtype),
         grads.b2,
     )
 
@@ -317,10 +319,11 @@ def run_block_forward(backend: KernelBackend, a: BlockForwardArgs) -> tuple[Tens
     z = rstd = None
     if saves or fold:
         z, rstd = _conv_norm(backend, x, a.conv, a.neighbours, None, a.eps)
-        z = z.to(dtype)
+        z = cast(z, dtype)
         y = z if fold else a.layer_norm.apply(z)
     else:
-        y = _conv_norm(backend, x, a.conv, a.neighbours, a.layer_norm, a.eps)[0].to(dtype)
+        y = _conv_norm(backend, x, a.conv, a.neighbours, a.layer_norm, a.eps)[0]
+        y = cast(y, dtype)
     batch = MLPRows(_flat(y), _flat(x), a.factors, a.segments, x.dtype)
     out, norms, hidden = mlp_forward(backend, batch, a.mlp, a.layer_norm if fold else None, a.options)
     if not saves or z is None or rstd is None:
@@ -334,18 +337,18 @@ def run_block_backward(backend: KernelBackend, a: BlockBackwardArgs) -> tuple[Te
     x, z, rstd = a.x, a.z, a.rstd
     if z.dim() == 1:
         z, rstd = _conv_norm(backend, x, a.conv, a.neighbours, None, a.eps)
-        z = z.to(a.dtype)
+        z = cast(z, a.dtype)
     batch = MLPRows(_flat(z), None, a.factors, a.segments, x.dtype)
     saved = Saved(a.norms, a.hidden, a.layer_norm, rstd.view(-1))
     grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, saved, a.options)
     assert grads.ln_weight is not None and grads.ln_bias is not None
-    dy = grads.x.to(x.dtype).view(x.shape)
+    dy = cast(grads.x, x.dtype).view(x.shape)
     ddw, ddb = backend.depthwise_conv_backward_weight(dy, x, a.neighbours, a.dw_weight.shape[-1])
     (weight,) = as_statistics(a.dw_weight, like=x)
     assert weight is not None
     dx = backend.depthwise_conv_forward(dy, weight, None, a.dout, a.neighbours, flip=True)
-    norm_grads = grads.ln_weight.to(a.ln_weight.dtype), grads.ln_bias.to(a.ln_bias.dtype)
-    return dx, ddw.to(a.dw_weight.dtype), ddb, *norm_grads, *_mlp_grads(grads, a.mlp)
+    norm_grads = cast(grads.ln_weight, a.ln_weight.dtype), cast(grads.ln_bias, a.ln_bias.dtype)
+    return dx, cast(ddw, a.dw_weight.dtype), ddb, *norm_grads, *_mlp_grads(grads, a.mlp)
 
 
 __all__ = ["SAVE_POLICIES", "Chunk", "MLPGradients", "Saved", "chunk_bytes", "chunks", "save_policy"]

@@ -1,4 +1,4 @@
-"""Instructions that the C++ CPU kernels execute, counted by callgrind on ``csrc/tests/instructions.cpp``."""
+"""Instructions that the C++ CPU kernels execute, counted by callgrind on ``csrc/bench/instructions.cpp``."""
 
 from __future__ import annotations
 

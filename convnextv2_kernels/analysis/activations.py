@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from .._atomic_io import atomic_file
 from ..data.rng import ORDER, numpy_stream
 from .channels import DEAD, SATURATED, channels_near_constant, channels_near_zero, rows_by_image
-from .layer_features import TAPS, block_names, check_taps, tapped
+from .features import TAPS, block_names, check_taps, tapped
 
-ORDERS = ("first", "random")
 SCALES = ("shared", "map")
 _RED, _ORANGE = "#dc2626", "#f59e0b"
 
@@ -54,8 +53,7 @@ def activation_maps(
     layer: str,
     tap: str = "grn",
     channels: int = 64,
-    order: str = "first",
-    seed: int = 0,
+    seed: int | None = None,
     dead: float = DEAD,
     saturated: float = SATURATED,
 ) -> ActivationMaps:
@@ -63,8 +61,8 @@ def activation_maps(
 
     Args:
         image: normalised ``[1, 3, H, W]`` or ``[3, H, W]`` on the model's device.
-        layer: name of a block, ``stages.<stage>.<block>``. tap: see :data:`.layer_features.TAPS`.
-        channels: how many; all where the layer has fewer. order: the "first" ones, or "random" ones drawn by ``seed``.
+        layer: name of a block, ``stages.<stage>.<block>``. tap: see :data:`.features.TAPS`.
+        channels: how many; all where the layer has fewer. seed: of a random choice; None takes the first ones.
         dead, saturated: thresholds, see :mod:`.channels`.
 
     Raises:
@@ -74,8 +72,6 @@ def activation_maps(
     image = image[None] if image.dim() == 3 else image
     if image.shape[0] != 1:
         raise ValueError(f"image must be one image [3, H, W] or [1, 3, H, W], got {list(image.shape)}")
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
     if channels < 1:
         raise ValueError(f"channels must be at least 1, got {channels!r}")
     if layer not in (names := block_names(model)):
@@ -84,7 +80,7 @@ def activation_maps(
     (rows,) = rows_by_image(features.cpu())
     width = rows.shape[1]
     chosen = torch.arange(min(channels, width))
-    if order == "random":
+    if seed is not None:
         draw = numpy_stream(seed, ORDER).permutation(width)[: len(chosen)]
         chosen = torch.from_numpy(draw).sort().values
     std, mean = torch.std_mean(rows.double(), dim=0, correction=0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layout import PatchLayout
 from .channels import DEAD, channels_near_zero, rows_by_image
-from .layer_features import Tapped, check_taps, tapped
+from .features import Tapped, check_taps, tapped
 
 
 class CosineDistance(NamedTuple):
@@ -171,7 +171,7 @@ def cosine_by_layer(
 ) -> list[LayerCosine]:
     """Figure 4's curve of one model: its layers' distances, averaged over images.
 
-    ``batches`` of normalised ``[N, 3, H, W]`` on the model's device; ``tap``: see :data:`.layer_features.TAPS`. The
+    ``batches`` of normalised ``[N, 3, H, W]`` on the model's device; ``tap``: see :data:`.features.TAPS`. The
     paper reads the layers that expand the width to 4C, over 1000 validation images of different classes.
     """
     check_taps([tap], "tap")

@@ -1,26 +1,111 @@
-"""From parsed arguments to networks and images, the same for every analysis."""
+"""From parsed arguments to networks and images, the same for every analysis: which images, in which order, decoded in
+threads to centred crops.
+"""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from .._progress import Progress
 from ..backends import use_backend
 from ..data.folder import fingerprint, scan_folder
-from ..data.images import Source, normalize
+from ..data.images import Source, load_crop, normalize
+from ..data.rng import ORDER, numpy_stream
 from ..data.sample_photos import load_photos
+from ..errors import UserError, describe_error
 from ..models import get_config
-from ..train.progress import Reporter
-from ..train.setup import prepare_output, resolve_device
-from .images import Crops, spread_over_folders
-from .networks import Arm, load_arm, untrained_arm
+from ..train.distributed import resolve_device
+from ..train.setup import prepare_output
+from .networks import Network, load_network, untrained_network
+
+AHEAD = 64  # images decoded before they are needed
 
 
-def networks(args: Namespace, decoder: bool = False) -> list[Arm]:
+def spread_over_folders(names: Sequence[str], seed: int) -> list[int]:
+    """Order in which to take ``names``, POSIX paths: one of each top-level folder by turns, at random within it.
+
+    So the first n are of as many classes as there are, as Figure 4 asks for, where a folder is a class. A pure function
+    of (seed, names).
+    """
+    folders: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        folders.setdefault(name.partition("/")[0] if "/" in name else "", []).append(index)
+    shuffled = [
+        [members[i] for i in numpy_stream(seed, ORDER, number).permutation(len(members))]
+        for number, members in enumerate(folders.values())
+    ]
+    return [index for turn in zip_longest(*shuffled) for index in turn if index is not None]
+
+
+@dataclass
+class Crops:
+    """Batches of the largest centred crops of ``sources``, resized to ``size`` = (H, W).
+
+    A source that cannot be read is left out and the next one takes its place; ``failures`` holds (name, reason).
+    ``limit``: how many images at most.
+    """
+
+    sources: Sequence[Source]
+    size: tuple[int, int]
+    batch_size: int
+    limit: int | None = None
+    workers: int = 1
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield pixels, uint8 ``[N, H, W, 3]``, and the indices of their sources.
+
+        Raises UserError where no source can be read.
+        """
+        self.failures.clear()
+        pixels, indices, done = [], [], 0
+        for index, crop in self._decoded():
+            pixels.append(crop)
+            indices.append(index)
+            done += 1
+            last = done == self.limit
+            if last or len(pixels) == self.batch_size:
+                yield torch.stack(pixels), indices
+                pixels, indices = [], []
+            if last:
+                return
+        if pixels:
+            yield torch.stack(pixels), indices
+        if not done:
+            first = f" (the first: {': '.join(self.failures[0])})" if self.failures else ""
+            raise UserError(f"none of the {len(self.sources)} images can be read{first}.")
+
+    def _decoded(self) -> Iterator[tuple[int, Tensor]]:
+        waiting, queue = deque(), iter(enumerate(self.sources))
+        pool = ThreadPoolExecutor(max(1, self.workers))
+        try:
+            while True:
+                while len(waiting) < AHEAD and (one := next(queue, None)) is not None:
+                    waiting.append((one[0], pool.submit(load_crop, one[1], self.size, None)))
+                if not waiting:
+                    return
+                index, future = waiting.popleft()
+                try:
+                    crop = future.result()
+                except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
+                    self.failures.append((str(self.sources[index]), describe_error(error)))
+                else:
+                    yield index, crop
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
     """The networks of a command line, each with a label of its own."""
     paths, labels = args.checkpoints, args.label or []
     random = getattr(args, "random", False)
@@ -33,15 +118,16 @@ def networks(args: Namespace, decoder: bool = False) -> list[Arm]:
     if twice:
         raise ValueError(f"--label must tell the checkpoints apart, got {twice[0]!r} more than once")
     device = resolve_device(args.device)
-    arms = [
-        load_arm(path, label, args.model, args.ema, decoder, device) for path, label in zip(paths, labels, strict=True)
+    networks = [
+        load_network(path, label, args.model, args.ema, decoder, device)
+        for path, label in zip(paths, labels, strict=True)
     ]
     if random:
-        if not arms and args.model is None:
+        if not networks and args.model is None:
             raise ValueError("--random without a checkpoint needs --model")
-        like = arms[0].model if arms else get_config(args.model)
-        arms.append(untrained_arm(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device))
-    return arms
+        like = networks[0].model if networks else get_config(args.model)
+        networks.append(untrained_network(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device))
+    return networks
 
 
 def images_of(args: Namespace, spread: bool = True) -> tuple[list[str], list[Source], dict[str, Any]]:
@@ -57,22 +143,24 @@ def images_of(args: Namespace, spread: bool = True) -> tuple[list[str], list[Sou
     return names, [args.data / name for name in names], about
 
 
-def crops_of(args: Namespace, arms: list[Arm], sources: list[Source]) -> Crops:
-    """Centred crops of the sources, in the size asked for or that of the first network's training."""
-    return Crops(sources, args.img_size or arms[0].img_size, args.batch_size, args.images, args.workers)
+def crops_of(args: Namespace, networks: list[Network], sources: list[Source]) -> Crops:
+    """Centred crops of the sources, in the requested size, or the size of the first network's training."""
+    return Crops(sources, args.img_size or networks[0].img_size, args.batch_size, args.images, args.workers)
 
 
-def look(args: Namespace, arms: list[Arm], crops: Crops, update: Callable[[Arm, Tensor, list[int]], None]) -> int:
+def run_batches(
+    args: Namespace, networks: list[Network], crops: Crops, update: Callable[[Network, Tensor, list[int]], None]
+) -> int:
     """Show every batch to every network; return how many images that were. Each image is decoded once."""
     total, done = min(len(crops.sources), args.images or len(crops.sources)), 0
-    device = next(arms[0].model.parameters()).device
-    with backend(args), Reporter("images", total) as report:
+    device = next(networks[0].model.parameters()).device
+    with backend(args), Progress("images", total) as progress:
         for pixels, indices in crops:
             images = normalize(pixels.to(device))
-            for arm in arms:
-                update(arm, images, indices)
+            for network in networks:
+                update(network, images, indices)
             done += len(indices)
-            report.update(done)
+            progress.update(done)
     for name, reason in crops.failures[:5]:
         print(f"left out: {name} ({reason})")
     if len(crops.failures) > 5:
@@ -82,7 +170,7 @@ def look(args: Namespace, arms: list[Arm], crops: Crops, update: Callable[[Arm, 
 
 @contextmanager
 def backend(args: Namespace) -> Iterator[None]:
-    """The kernels of ``--backend``; that they cannot serve is an error of the command line."""
+    """Run by ``--backend``; where it cannot run an op, that is an error of the command line."""
     if args.backend is None:
         yield
         return

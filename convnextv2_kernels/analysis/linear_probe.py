@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from ..data.images import describe
-from ..train.errors import TrainingError
+from ..errors import UserError, describe_error
 from .knn import check_labelled_features
 
 TOP = 5
@@ -38,7 +37,7 @@ def linear_probe(
     Raises:
         ValueError: empty or mismatched features and labels, fewer than two classes to train on, or ``C`` or
             ``max_iter`` out of range.
-        TrainingError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     check_labelled_features(train_features, train_labels, features, labels)
     if not 0 < C < float("inf"):
@@ -53,8 +52,8 @@ def linear_probe(
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError as error:
-        raise TrainingError(
-            f"the linear probe needs scikit-learn, which cannot be imported ({describe(error)}); "
+        raise UserError(
+            f"the linear probe needs scikit-learn, which cannot be imported ({describe_error(error)}); "
             "install it with pip install scikit-learn."
         ) from error
     solver = LogisticRegression(C=C, max_iter=max_iter)

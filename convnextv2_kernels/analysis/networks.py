@@ -24,7 +24,7 @@ _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
-class Arm:
+class Network:
     """A network in evaluation mode under the name it has in a plot.
 
     ``about``: what it is, in plain types for a result file. ``img_size``, ``mask_ratio``: of its training where the
@@ -38,18 +38,18 @@ class Arm:
     mask_ratio: float = MASK_RATIO
 
 
-def load_arm(
+def load_network(
     path: Path,
     label: str,
     model_name: str | None = None,
     use_ema: bool = False,
     decoder: bool = False,
     device: str | torch.device = "cpu",
-) -> Arm:
-    """The network of a checkpoint. Its widths and depths are those of the weights, so nothing need be said about it.
+) -> Network:
+    """The network of a checkpoint. Widths and depths are read from the weights.
 
     A checkpoint of this library's training also tells its GRN, sizes and normalisation of the target, in ``config``; an
-    ``encoder.safetensors`` its GRN, in the metadata. What is not told is the paper's default.
+    ``encoder.safetensors`` its GRN, in the metadata. Anything else has the paper's default.
 
     Args:
         path: a file or folder as :func:`convnextv2_kernels.load_checkpoint` takes it.
@@ -59,7 +59,7 @@ def load_arm(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, one that is no ConvNeXt V2 or not ``model_name``, or one without what is asked for.
+        ValueError: a damaged file, no ConvNeXt V2, not ``model_name``, or without the requested part.
     """
     file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
     content = read_file(file)
@@ -108,22 +108,22 @@ def load_arm(
         "step": content.get("step"),
         "norm_pix_loss": model.norm_pix_loss if decoder else None,
     }
-    return Arm(label, model.eval().to(device), about, size, ratio)
+    return Network(label, model.eval().to(device), about, size, ratio)
 
 
-def untrained_arm(
+def untrained_network(
     depths: tuple[int, ...],
     dims: tuple[int, ...],
     label: str = "untrained",
     seed: int = 0,
     device: str | torch.device = "cpu",
-) -> Arm:
+) -> Network:
     """A network with initial weights drawn from ``seed``; GRN starts as the identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ConvNeXtV2Features(depths=depths, dims=dims)
     about = {"checkpoint": None, "model": _name(depths, dims), "depths": list(depths), "dims": list(dims), "seed": seed}
-    return Arm(label, model.eval().to(device), about)
+    return Network(label, model.eval().to(device), about)
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:

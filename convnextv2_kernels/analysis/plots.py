@@ -9,7 +9,7 @@ import numpy as np
 
 from .._atomic_io import atomic_file
 from .cosine import LayerCosine
-from .layer_features import TAPS
+from .features import TAPS
 from .selectivity import LayerSelectivity, selectivity_density
 
 # Told apart by people who do not see all colours, and in grey by the markers (Okabe and Ito).

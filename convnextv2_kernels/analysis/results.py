@@ -42,13 +42,13 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.write(text.getvalue().encode())
 
 
-def write_result(path: Path, analysis: str, settings: Mapping[str, Any], arms: Sequence[Any], results: Any) -> None:
+def write_result(path: Path, analysis: str, settings: Mapping[str, Any], networks: Sequence[Any], results: Any) -> None:
     """Write a result as JSON, atomically: the settings, the networks, the software, and ``results``; NaN is null."""
     record = {
         "analysis": analysis,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "settings": settings,
-        "networks": [{"label": arm.label, **arm.about} for arm in arms],
+        "networks": [{"label": network.label, **network.about} for network in networks],
         "versions": versions(),
         "results": results,
     }

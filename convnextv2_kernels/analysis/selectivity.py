@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layout import PatchLayout
 from .channels import rows_by_image
-from .layer_features import Tapped, check_taps, tapped
+from .features import Tapped, check_taps, tapped
 
 RECTIFY = {"relu": lambda x: x.clamp(min=0), "abs": torch.abs, "none": lambda x: x}
 
@@ -175,7 +175,7 @@ def selectivity_by_layer(
     """Figure 7 of one model: the index of every channel of every block's output.
 
     ``batches`` of (normalised images ``[N, 3, H, W]`` on the model's device, labels ``[N]`` int64); ``tap``: see
-    :data:`.layer_features.TAPS`.
+    :data:`.features.TAPS`.
     """
     check_taps([tap], "tap")
     collected = ClassSelectivity(num_classes, rectify)

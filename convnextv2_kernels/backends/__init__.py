@@ -27,6 +27,7 @@ REGISTRY: dict[str, Backend] = {
 }
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda+triton", "cuda", "triton", "reference")}
 NAMES = (*REGISTRY, "auto")
+_WITH_KERNELS = {name: backend for name, backend in REGISTRY.items() if isinstance(backend, KernelBackend)}
 
 if cuda.load_error() is None and not cuda.EMULATED:
     layout.KERNELS["cuda"] = CUDABackend()
@@ -125,8 +126,7 @@ def get(name: str) -> KernelBackend:
     Raises:
         ValueError: the name is of no backend with kernels.
     """
-    backend = REGISTRY.get(name)
-    if not isinstance(backend, KernelBackend):
-        known = [each.name for each in REGISTRY.values() if isinstance(each, KernelBackend)]
-        raise ValueError(f"backend must be one of {', '.join(known)}, got {name!r}")
+    backend = _WITH_KERNELS.get(name)
+    if backend is None:
+        raise ValueError(f"backend must be one of {', '.join(_WITH_KERNELS)}, got {name!r}")
     return backend

@@ -1,4 +1,4 @@
-"""What every operator of ``csrc/torch/schemas.cpp`` returns, without data: so that they can be traced and compiled."""
+"""What every operator of ``csrc/torch`` returns, without data: so that they can be traced and compiled."""
 
 from __future__ import annotations
 
@@ -79,36 +79,6 @@ def _(grad, x, gamma, norm, offsets, rows_per_slot, segments, gelu, eps):
     return x.new_empty(x.shape), _stat(x, x.shape[-1]), _stat(x, x.shape[-1])
 
 
-@_fake("gelu_square_sum_")
-def _(a, tanh, offsets, rows_per_slot, segments):
-    return _stat(a, segments, a.shape[-1])
-
-
-@_fake("scale_rows_")
-def _(h, scale, beta, offsets, rows_per_slot, segments):
-    return None
-
-
-@_fake("mlp_backward_reduce")
-def _(a, ds, tanh, offsets, rows_per_slot, segments):
-    return _stat(a, segments, a.shape[-1])
-
-
-@_fake("mlp_backward_pointwise_")
-def _(a, ds, scale, kappa, beta, tanh, offsets, rows_per_slot, segments):
-    return _stat(a, a.shape[-1])
-
-
-@_fake("grn_scale")
-def _(square_sum, gamma, eps):
-    return square_sum.new_empty(square_sum.shape), square_sum.new_empty(square_sum.shape)
-
-
-@_fake("grn_gradient")
-def _(t, norm, gamma, eps):
-    return t.new_empty(t.shape), t.new_empty(t.shape[-1])
-
-
 @_fake("column_sum")
 def _(x):
     return _stat(x, x.shape[-1])
@@ -145,7 +115,7 @@ def _(a, h, gamma, eps, tanh, offsets, rows_per_slot, segments):
 
 
 @_fake("gelu_scale")
-def _(a, out, scale, tanh, offsets, rows_per_slot, segments):
+def _(a, out, scale, tanh, offsets, rows_per_slot, segments, beta=None, gelu=True):
     return None
 
 
@@ -155,7 +125,7 @@ def _(a, ds, t, norm, gamma, eps, tanh, offsets, rows_per_slot, segments):
 
 
 @_fake("mlp_backward_pointwise")
-def _(a, ds, scale, kappa, hs, da, tanh, offsets, rows_per_slot, segments):
+def _(a, ds, scale, kappa, hs, da, tanh, offsets, rows_per_slot, segments, beta=None):
     return _stat(a, a.shape[-1])
 
 

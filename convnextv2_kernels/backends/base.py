@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dtypes import statistics_dtype
+from ..dtypes import cast, statistics_dtype
 from ..params import MLPGradResult, MLPGradRows, MLPOptions, MLPParams, MLPResult, MLPRows, NormParams, Segments
 
 
@@ -174,8 +174,9 @@ class KernelBackend(Backend):
         if layer_norm is not None:
             weight, bias = (t.to(statistics_dtype(like.dtype)) for t in layer_norm)
             b1, w1 = b1 + w1.to(bias.dtype) @ bias, w1 * weight
-        b2 = None if b2 is None else b2.to(like.dtype)
-        return MLPParams(w1.to(like.dtype), b1.to(like.dtype), gamma, beta, w2.to(like.dtype), b2)
+        dtype = like.dtype
+        b2 = None if b2 is None else cast(b2, dtype)
+        return MLPParams(cast(w1, dtype), cast(b1, dtype), gamma, beta, cast(w2, dtype), b2)
 
     def unfold_layer_norm(
         self, w1: Tensor, layer_norm: NormParams, dw1: Tensor, db1: Tensor
@@ -253,7 +254,7 @@ class KernelBackend(Backend):
         if rows.drop_path_scale is not None:
             out = scale_images_(out, rows.drop_path_scale, rows.images)
             out = out if rows.residual is None else rows.residual + out
-        return MLPResult(out.to(rows.out_dtype), norm, saved)
+        return MLPResult(cast(out, rows.out_dtype), norm, saved)
 
     def mlp_backward(self, chunk: MLPGradRows, weights: MLPParams, options: MLPOptions) -> MLPGradResult:
         """Gradients of a chunk up to the MLP's input, and with z on to LayerNorm's."""

@@ -29,40 +29,6 @@ class CPUBackend(NativeBackend):
     def linear_weight_grad(self, grad: Tensor, x: Tensor) -> Tensor:
         return cpu_gemm.linear_weight_grad(grad, x)
 
-    def gelu_statistics(
-        self, a: Tensor, h: Tensor | None, gamma: Tensor, segments: Segments, options: MLPOptions
-    ) -> tuple[Tensor, Tensor]:
-        h = a.clone() if h is None else h.copy_(a)
-        square_sum = self.operators.gelu_square_sum_.default(h, options.act == "gelu_tanh", *segments)
-        return self.operators.grn_scale.default(square_sum, gamma, options.eps)
-
-    def gelu_scale(self, a: Tensor, out: Tensor, scale: Tensor | None, segments: Segments, act: str) -> None:
-        raise NotImplementedError
-
-    def mlp_backward_statistics(
-        self,
-        a: Tensor | None,
-        ds: Tensor | None,
-        t: Tensor | None,
-        norm: Tensor,
-        gamma: Tensor,
-        segments: Segments,
-        options: MLPOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
-
-    def mlp_backward_pointwise(
-        self,
-        a: Tensor,
-        ds: Tensor,
-        scales: tuple[Tensor, Tensor],
-        hs: Tensor | None,
-        da: Tensor,
-        segments: Segments,
-        act: str,
-    ) -> Tensor:
-        raise NotImplementedError
-
     def gelu_grn_linear(
         self,
         a: Tensor,
@@ -73,29 +39,30 @@ class CPUBackend(NativeBackend):
         preserve_a: bool,
     ) -> tuple[Tensor, Tensor]:
         """Turns a into act(a) in place, and applies GRN in place or through the weight."""
-        ops, segments = self.operators, options.segments(images)
-        h = a.clone() if preserve_a else a
-        square_sum = ops.gelu_square_sum_.default(h, options.act == "gelu_tanh", *segments)
-        norm, scale = ops.grn_scale.default(square_sum, weights.gamma, options.eps)
+        segments = options.segments(images)
+        h = torch.empty_like(a) if preserve_a else a
+        norm, scale = self.gelu_statistics(a, h, weights.gamma, segments, options)
         rows = segments.rows_each(h.shape[0])
         # GRN goes into weight and bias where an image has more rows than the weight
         if rows is not None and rows > 2 * weights.w2.shape[0]:
             return _linear_by_image(h, weights, scale, residual, rows), norm
-        ops.scale_rows_.default(h, scale, weights.beta, *segments)
+        # h is activated already
+        self.operators.gelu_scale.default(h, h, scale, False, *segments, beta=weights.beta, gelu=False)
         return cpu_gemm.linear(h, weights.w2, weights.b2, residual), norm
 
     def gelu_grn_linear_backward(
         self, chunk: MLPGradRows, weights: MLPParams, options: MLPOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Overwrites a with the GRN output, whose product with d is the weight's gradient, and ds with da."""
-        ops, segments, tanh = self.operators, options.segments(chunk.images), options.act == "gelu_tanh"
-        a = chunk.a.clone() if chunk.preserve_a else chunk.a
-        scale = ops.grn_scale.default(chunk.norm.square(), weights.gamma, options.eps)[1]
+        """Overwrites a with the GRN output, whose product with d is the weight's gradient."""
+        a, segments, tanh = chunk.a, options.segments(chunk.images), options.act == "gelu_tanh"
         ds = cpu_gemm.linear_input_grad(chunk.d, weights.w2)
-        t = ops.mlp_backward_reduce.default(a, ds, tanh, *segments)
-        kappa, dgamma = ops.grn_gradient.default(t, chunk.norm, weights.gamma, options.eps)
-        da_sum = ops.mlp_backward_pointwise_.default(a, ds, scale, kappa, weights.beta, tanh, *segments)
-        return ds, da_sum, dgamma, cpu_gemm.linear_weight_grad(chunk.d, a)
+        statistics = self.mlp_backward_statistics(a, ds, None, chunk.norm, weights.gamma, segments, options)
+        scale, kappa, dgamma = statistics
+        grn = torch.empty_like(a) if chunk.preserve_a else a
+        da_sum = self.operators.mlp_backward_pointwise.default(
+            a, ds, scale, kappa, grn, ds, tanh, *segments, beta=weights.beta
+        )
+        return ds, da_sum, dgamma, cpu_gemm.linear_weight_grad(chunk.d, grn)
 
 
 def _linear_by_image(h: Tensor, weights: MLPParams, scale: Tensor, residual: Tensor | None, rows: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
-from ..params import MLPOptions, MLPParams, NormParams, Segments
+from ..params import MLPParams, NormParams
 from ..settings import current
 from . import native
 from .native import NativeBackend
@@ -129,40 +129,6 @@ class CUDABackend(NativeBackend):
         dw1 = dw1.contiguous()
         dln_weight, dln_bias = self.operators.unfold_layer_norm.default(w1.contiguous(), weight, bias, db1, dw1)
         return dw1, dln_weight, dln_bias
-
-    def gelu_statistics(
-        self, a: Tensor, h: Tensor | None, gamma: Tensor, segments: Segments, options: MLPOptions
-    ) -> tuple[Tensor, Tensor]:
-        tanh = options.act == "gelu_tanh"
-        return self.operators.gelu_statistics.default(a, h, gamma, options.eps, tanh, *segments)
-
-    def gelu_scale(self, a: Tensor, out: Tensor, scale: Tensor | None, segments: Segments, act: str) -> None:
-        self.operators.gelu_scale.default(a, out, scale, act == "gelu_tanh", *segments)
-
-    def mlp_backward_statistics(
-        self,
-        a: Tensor | None,
-        ds: Tensor | None,
-        t: Tensor | None,
-        norm: Tensor,
-        gamma: Tensor,
-        segments: Segments,
-        options: MLPOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        tanh = options.act == "gelu_tanh"
-        return self.operators.mlp_backward_statistics.default(a, ds, t, norm, gamma, options.eps, tanh, *segments)
-
-    def mlp_backward_pointwise(
-        self,
-        a: Tensor,
-        ds: Tensor,
-        scales: tuple[Tensor, Tensor],
-        hs: Tensor | None,
-        da: Tensor,
-        segments: Segments,
-        act: str,
-    ) -> Tensor:
-        return self.operators.mlp_backward_pointwise.default(a, ds, *scales, hs, da, act == "gelu_tanh", *segments)
 
     def gemms_reduce(self, g: Tensor, w2: Tensor) -> Tensor:
         return self.operators.products_reduce.default(g, w2)

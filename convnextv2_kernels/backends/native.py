@@ -11,7 +11,9 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
+from ..params import MLPOptions, Segments
 from . import _fakes
 from .base import KernelBackend
 
@@ -82,3 +84,37 @@ class NativeBackend(KernelBackend):
     def kind(self) -> str:
         """Subject and verb of :meth:`unsupported_reason`."""
         return "kernels serve"
+
+    def gelu_statistics(
+        self, a: Tensor, h: Tensor | None, gamma: Tensor, segments: Segments, options: MLPOptions
+    ) -> tuple[Tensor, Tensor]:
+        tanh = options.act == "gelu_tanh"
+        return self.operators.gelu_statistics.default(a, h, gamma, options.eps, tanh, *segments)
+
+    def gelu_scale(self, a: Tensor, out: Tensor, scale: Tensor | None, segments: Segments, act: str) -> None:
+        self.operators.gelu_scale.default(a, out, scale, act == "gelu_tanh", *segments)
+
+    def mlp_backward_statistics(
+        self,
+        a: Tensor | None,
+        ds: Tensor | None,
+        t: Tensor | None,
+        norm: Tensor,
+        gamma: Tensor,
+        segments: Segments,
+        options: MLPOptions,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tanh = options.act == "gelu_tanh"
+        return self.operators.mlp_backward_statistics.default(a, ds, t, norm, gamma, options.eps, tanh, *segments)
+
+    def mlp_backward_pointwise(
+        self,
+        a: Tensor,
+        ds: Tensor,
+        scales: tuple[Tensor, Tensor],
+        hs: Tensor | None,
+        da: Tensor,
+        segments: Segments,
+        act: str,
+    ) -> Tensor:
+        return self.operators.mlp_backward_pointwise.default(a, ds, *scales, hs, da, act == "gelu_tanh", *segments)

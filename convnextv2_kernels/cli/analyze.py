@@ -1,32 +1,47 @@
-"""The command line of the analyses: ``python -m convnextv2_kernels analyze SUBCOMMAND``.
+"""``analyze``: the analyses of what networks have learned, one subcommand each.
 
-Only argparse and the standard library are imported here. A subcommand is one function in :data:`COMMANDS`, which adds
-its parser and sets ``run``, a function of the parsed arguments that returns the exit code.
+A subcommand is one function in :data:`ANALYSES`, which adds its parser and sets ``run``, a function of the parsed
+arguments that returns the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from ..analysis.options import (
-    add_dead,
-    add_images,
-    add_labelled,
-    add_networks,
-    add_tap,
+from .exit_codes import require_packages, user_errors
+from .types import (
+    BACKENDS,
+    image_size,
     nonnegative_float,
+    nonnegative_int,
     positive_float,
     positive_int,
     share,
+    share_or_zero,
 )
 
+TAPS = ("act", "grn", "block")
+PACKAGES = ("numpy", "PIL", "rich")
 PROG = "python -m convnextv2_kernels analyze"
-# Modules an analysis imports that plain use of the kernels does not need, and what installs them.
-PACKAGES = {"PIL": "Pillow", "matplotlib": "matplotlib", "numpy": "numpy", "rich": "rich", "sklearn": "scikit-learn"}
+
+
+def add_parser(commands: Any, prog: str) -> None:
+    """Add the subcommand with its own subcommands."""
+    parser = commands.add_parser(
+        "analyze",
+        help="look into trained networks: feature diversity, class selectivity, activation maps, reconstructions, "
+        "kNN and linear probe",
+        description="Analyse what networks have learned, as the ConvNeXt V2 paper does.",
+        epilog="More on an analysis: ANALYSIS --help. Definitions: docs/analysis.md.",
+    )
+    analyses = parser.add_subparsers(dest="analysis", metavar="ANALYSIS", required=True)
+    for add in ANALYSES:
+        add(analyses)
 
 
 def add_cosine(commands: Any) -> None:
@@ -40,10 +55,10 @@ def add_cosine(commands: Any) -> None:
         "others, so their share and the distance without them are shown beside it.",
         "RUN/checkpoint-1000.pt OTHER/checkpoint-1000.pt --label 'with GRN' --label 'without' --data val",
     )
-    add_networks(parser, random=True)
-    add_images(parser, photos=True, images=1000)
-    add_tap(parser, "grn")
-    add_dead(parser)
+    _add_networks(parser, random=True)
+    _add_images(parser, photos=True, images=1000)
+    _add_tap(parser, "grn")
+    _add_dead(parser)
     parser.set_defaults(run=_run("run_cosine"))
 
 
@@ -57,9 +72,9 @@ def add_selectivity(commands: Any) -> None:
         "Every direct subfolder of --data is a class.",
         "encoder.safetensors --random --data val",
     )
-    add_networks(parser, random=True)
-    add_images(parser, photos=False, images=None)
-    add_tap(parser, "block")
+    _add_networks(parser, random=True)
+    _add_images(parser, photos=False, images=None)
+    _add_tap(parser, "block")
     parser.add_argument(
         "--rectify",
         choices=("relu", "abs", "none"),
@@ -87,15 +102,15 @@ def add_activations(commands: Any) -> None:
         "each network and layer, and activations.json.",
         "encoder.safetensors --photos --image coffee --layer stages.2.5 stages.3.1 --tap act",
     )
-    add_networks(parser, random=True)
-    add_images(parser, photos=True, images=None, several=False)
+    _add_networks(parser, random=True)
+    _add_images(parser, photos=True, images=None, several=False)
     parser.add_argument(
         "--image", default="0", metavar="NAME|N", help="which image: its name, or its place from 0 (default: 0)"
     )
     parser.add_argument(
         "--layer", nargs="+", metavar="stages.S.B", help="blocks to show (default: the last block of the third stage)"
     )
-    add_tap(parser, "grn")
+    _add_tap(parser, "grn")
     parser.add_argument(
         "--channels", type=positive_int, default=64, metavar="N", help="maps to show (default: %(default)s)"
     )
@@ -109,15 +124,15 @@ def add_activations(commands: Any) -> None:
         help="one colour scale for all maps, or each map stretched by itself, which hides dead maps "
         "(default: %(default)s)",
     )
-    add_dead(parser)
+    _add_dead(parser)
     parser.add_argument(
         "--saturated",
-        type=share,
+        type=share_or_zero,
         default=0.05,
         metavar="X",
         help="a map is saturated if its deviation is at most this share of its mean (default: %(default)s)",
     )
-    parser.set_defaults(run=_run("run_activations", "pictures"))
+    parser.set_defaults(run=_run("run_activations"))
 
 
 def add_reconstruct(commands: Any) -> None:
@@ -130,12 +145,15 @@ def add_reconstruct(commands: Any) -> None:
         "alone: a PNG for each network, and reconstruction.csv and .json with the errors of each image.",
         "RUN/checkpoint-1000.pt --photos --mask-ratio 0.75",
     )
-    add_networks(parser, random=False)
-    add_images(parser, photos=True, images=8)
+    _add_networks(parser, random=False)
+    _add_images(parser, photos=True, images=8)
     parser.add_argument(
-        "--mask-ratio", type=share, metavar="R", help="hidden share of the patches (default: that of the training)"
+        "--mask-ratio",
+        type=share_or_zero,
+        metavar="R",
+        help="hidden share of the patches (default: that of the training)",
     )
-    parser.set_defaults(run=_run("run_reconstruct", "pictures"))
+    parser.set_defaults(run=_run("run_reconstruct"))
 
 
 def add_knn(commands: Any) -> None:
@@ -148,8 +166,8 @@ def add_knn(commands: Any) -> None:
         "averaged over its sites: knn.csv and knn.json. --data holds a subfolder for each class, or train/ and val/.",
         "run1/encoder.safetensors --random --data flowers",
     )
-    add_networks(parser, random=True)
-    add_labelled(parser)
+    _add_networks(parser, random=True)
+    _add_labelled(parser)
     parser.add_argument("--k", type=positive_int, default=20, metavar="N", help="neighbours (default: %(default)s)")
     parser.add_argument(
         "--temperature",
@@ -158,7 +176,7 @@ def add_knn(commands: Any) -> None:
         metavar="T",
         help="a neighbour of similarity s weighs exp(s / T) (default: %(default)s)",
     )
-    parser.set_defaults(run=_run("run_knn", "probing"))
+    parser.set_defaults(run=_run("run_knn"))
 
 
 def add_probe(commands: Any) -> None:
@@ -171,8 +189,8 @@ def add_probe(commands: Any) -> None:
         "and probe.json. --data as for knn.",
         "run1/encoder.safetensors --random --data flowers",
     )
-    add_networks(parser, random=True)
-    add_labelled(parser)
+    _add_networks(parser, random=True)
+    _add_labelled(parser)
     parser.add_argument(
         "--C",
         "--c",
@@ -185,10 +203,10 @@ def add_probe(commands: Any) -> None:
     parser.add_argument(
         "--max-iter", type=positive_int, default=1000, metavar="N", help="of L-BFGS (default: %(default)s)"
     )
-    parser.set_defaults(run=_run("run_probe", "probing"))
+    parser.set_defaults(run=_run("run_probe"))
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (
+ANALYSES: tuple[Callable[[Any], None], ...] = (
     add_cosine,
     add_selectivity,
     add_activations,
@@ -198,46 +216,143 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all analyses."""
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        description="Analyse what networks have learned, as the ConvNeXt V2 paper does.",
-        epilog="More on an analysis: ANALYSIS --help. Definitions: docs/analysis.md.",
+def _add_networks(parser: argparse.ArgumentParser, random: bool) -> None:
+    """Add the checkpoints and how they are run; with ``random``, ``--random``."""
+    parser.add_argument(
+        "checkpoints",
+        nargs="*" if random else "+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="checkpoint of any known format; several are compared",
     )
-    commands = parser.add_subparsers(dest="command", metavar="ANALYSIS", required=True)
-    for add in COMMANDS:
-        add(commands)
-    return parser
+    parser.add_argument(
+        "--label",
+        action="append",
+        metavar="NAME",
+        help="name of a network in plots; once for each checkpoint, in order (default: the end of its path)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="convnextv2_<size> that the checkpoints are expected to be")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of training checkpoints")
+    if random:
+        parser.add_argument(
+            "--random",
+            action="store_true",
+            help="add an untrained network of the size of the first checkpoint, or of --model",
+        )
+    parser.add_argument("--seed", type=nonnegative_int, default=0, metavar="N", help="of all draws (default: 0)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
+    parser.add_argument("--backend", choices=BACKENDS, help="kernels to use (default: the fastest that can run)")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Run an analysis; return the exit code of the process."""
-    args = build_parser().parse_args(argv)
-    try:
-        from ..train.errors import TrainingError
+def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | None, several: bool = True) -> None:
+    """Add where images come from, and for ``several`` how many; ``photos``: the bundled ones may be taken."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--data", type=Path, metavar="FOLDER", help="folder of images, with its subfolders")
+    if photos:
+        group.add_argument(
+            "--photos", action="store_true", help="the photographs that come with scikit-image and scikit-learn"
+        )
+    parser.add_argument(
+        "--output", type=Path, default=Path("analysis_output"), metavar="DIR", help="for results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=_image_size,
+        metavar="S|HxW",
+        help="pixels of the centred crops (default: those of the first checkpoint's training, else 224)",
+    )
+    if several:
+        order = "one of each subfolder by turns" if photos else "one of each class by turns"
+        parser.add_argument(
+            "--images",
+            type=positive_int,
+            default=images,
+            metavar="N",
+            help=f"how many at most, {order} (default: {images or 'all'})",
+        )
+        parser.add_argument(
+            "--batch-size", type=positive_int, default=16, metavar="B", help="images at a time (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--workers",
+            type=positive_int,
+            default=min(4, os.cpu_count() or 1),
+            metavar="N",
+            help="threads that decode images (default: one per core, 4 at most)",
+        )
 
-        try:
-            return args.run(args)
-        except (TrainingError, OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-    except ModuleNotFoundError as error:
-        package = PACKAGES.get((error.name or "").partition(".")[0])
-        if package is None:
-            raise
-        print(f"error: analyze {args.command} needs {package}: pip install {package}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+
+def _add_labelled(parser: argparse.ArgumentParser) -> None:
+    """Add a folder of classes to learn from, and one to test on."""
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes")
+    parser.add_argument(
+        "--val", type=Path, metavar="FOLDER", help="classes to test on (default: FOLDER/val, or a share of each class)"
+    )
+    parser.add_argument(
+        "--val-share",
+        type=share,
+        default=0.2,
+        metavar="R",
+        help="share of each class to test on where there is no such folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("analysis_output"), metavar="DIR", help="for results (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=_image_size,
+        metavar="S|HxW",
+        help="pixels (default: those of the first checkpoint's training, else 224)",
+    )
+    parser.add_argument(
+        "--crop-pct", type=positive_float, metavar="R", help="as for finetune (default: 224/256 below 384 px)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=64, metavar="B", help="images at a time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
+    )
 
 
-def _run(name: str, module: str = "commands") -> Callable[[argparse.Namespace], int]:
-    """The function ``name`` of a module of the analyses, which is imported when it is called."""
+def _add_tap(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add ``--tap``."""
+    parser.add_argument(
+        "--tap",
+        choices=TAPS,
+        default=default,
+        help="where features are read: after GELU (4C channels), after GRN (4C), output of the block "
+        "(default: %(default)s)",
+    )
+
+
+def _add_dead(parser: argparse.ArgumentParser) -> None:
+    """Add ``--dead``."""
+    parser.add_argument(
+        "--dead",
+        type=share_or_zero,
+        default=0.01,
+        metavar="X",
+        help="a channel is dead in an image if it never exceeds this share of the layer's root mean square "
+        "(default: %(default)s)",
+    )
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    """``S`` or ``HxW`` in pixels, of at least 32."""
+    size = image_size(text)
+    if min(size) < 32:
+        raise argparse.ArgumentTypeError(f"expected a side or HxW in pixels, of at least 32, got {text!r}")
+    return size
+
+
+def _run(name: str) -> Callable[[argparse.Namespace], int]:
+    """The function ``name`` of :mod:`convnextv2_kernels.analysis.commands`, which is imported when it is called."""
 
     def run(args: argparse.Namespace) -> int:
-        return getattr(import_module(f"convnextv2_kernels.analysis.{module}"), name)(args)
+        require_packages(f"analyze {args.analysis}", PACKAGES)
+        with user_errors(OSError, ValueError):
+            return getattr(import_module("convnextv2_kernels.analysis.commands"), name)(args)
 
     return run
 

@@ -1,24 +1,23 @@
-"""The command line of ``finetune``: its options, and the settings they resolve to."""
+"""``finetune``: its options, and the settings they resolve to."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..train import recipes
-from .pretrain import require_warmup
-from .types import (
+from .exit_codes import require_packages
+from .training import (
     add_machine,
     add_model,
     add_schedule,
     add_storage,
-    nonnegative_float,
+    given_options,
     output_of,
     places,
-    positive_float,
-    positive_int,
-    probability,
-    share,
+    require_warmup,
 )
+from .types import nonnegative_float, positive_float, positive_int, probability, share
 
 OUTPUT = "finetune_output"
 # Options that a recipe does not hold and that only fine-tuning has.
@@ -31,6 +30,7 @@ OWN: dict[str, Any] = {
     "eval_only": False,
     "eval_every": 1,
 }
+PACKAGES = ("numpy", "PIL", "rich")
 
 
 def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
@@ -51,7 +51,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
             f"  {prog} finetune --data imagenet --model convnextv2_base --init convnextv2_base_1k_224_fcmae.pt --amp\n"
             f"  {prog} finetune --data flowers --init flowers1/best.safetensors --eval-only\n\n"
             "A run writes checkpoints, log.jsonl, metrics.jsonl, config.json, classes.json, best.safetensors and at\n"
-            "the end model.safetensors to --output. Run the same command again to go on after an interruption."
+            "the end model.safetensors to --output. Re-run the same command to resume after an interruption."
         ),
     )
     _add_data(parser)
@@ -66,6 +66,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     _add_augmentation(parser, recipe)
     add_machine(parser)
     add_storage(parser)
+    parser.set_defaults(run=partial(run, parser))
     return parser
 
 
@@ -139,7 +140,7 @@ def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
         "--hflip",
         type=probability,
         metavar="P",
-        help=f"share of images that is mirrored; 0 for digits and text (default: {recipe['hflip']})",
+        help=f"share of images that are mirrored; 0 for digits and text (default: {recipe['hflip']})",
     )
     group.add_argument(
         "--reprob", type=probability, metavar="P", help=f"share with an erased box (default: {recipe['reprob']})"
@@ -170,9 +171,19 @@ def _add_augmentation(parser: argparse.ArgumentParser, recipe: Any) -> None:
     )
 
 
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Train, or evaluate; return the exit code."""
+    values = resolve(parser, args)
+    require_packages("finetune", PACKAGES)
+    from ..train.config import FinetuneOptions
+    from ..train.finetune import run_finetune
+
+    return run_finetune(FinetuneOptions(**values, command=args.words))
+
+
 def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of :class:`.options.FinetuneOptions`; ends with a usage error where options clash."""
-    given = {k: v for k, v in vars(args).items() if k not in ("command", "recipe") and v is not None}
+    """The arguments of :class:`.train.config.FinetuneOptions`; ends with a usage error where options clash."""
+    given = given_options(args)
     where = places(given)
     name = args.recipe or (where["model"] if where["model"] in recipes.FINETUNE else "default")
     if given.get("aa") == "none":

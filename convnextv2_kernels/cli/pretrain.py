@@ -1,21 +1,23 @@
-"""The command line of ``pretrain``: its options, and the settings they resolve to."""
+"""``pretrain``: its options, and the settings they resolve to."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..train import recipes
-from .types import (
+from .exit_codes import require_packages
+from .training import (
     add_machine,
     add_model,
     add_schedule,
     add_storage,
+    given_options,
     output_of,
     places,
-    positive_int,
-    probability,
-    share,
+    require_warmup,
 )
+from .types import positive_int, probability, share
 
 OUTPUT = "pretrain_output"
 DEMO_OUTPUT = "demo_output"
@@ -26,6 +28,8 @@ DEMO_PLACES: dict[str, Any] = {"max_steps": 1400, "workers": 0}
 DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "backend", "device", "precision", "grn"}
 # Options that a recipe does not hold and that only pre-training has.
 OWN: dict[str, Any] = {"encoding": "sparse"}
+PACKAGES = ("numpy", "PIL", "rich")
+DEMO_PACKAGES = ("matplotlib",)
 
 
 def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
@@ -47,8 +51,8 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
             f"  {prog} pretrain --data photos --epochs 100 --batch-size 64 --output run1\n"
             "  torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data photos --recipe paper --amp\n\n"
             "A run writes checkpoints, log.jsonl, config.json and at the end encoder.safetensors\n"
-            "to --output. Run the same command again to go on after an interruption: the losses\n"
-            "are exactly those of a run that was never interrupted. The number of processes may change."
+            "to --output. Re-run the same command to resume after an interruption: the losses are\n"
+            "exactly those of an uninterrupted run. The number of processes may change."
         ),
     )
     what = parser.add_argument_group("what to train on (one of the two)")
@@ -80,6 +84,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     add_schedule(parser.add_argument_group("training (defaults of the recipe 'default')"), recipe)
     add_machine(parser)
     add_storage(parser)
+    parser.set_defaults(run=partial(run, parser))
     return parser
 
 
@@ -88,7 +93,7 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
         "--mask-ratio",
         type=share,
         metavar="R",
-        help=f"share of the patches that is hidden (default: {recipe['mask_ratio']})",
+        help=f"share of the patches that are hidden (default: {recipe['mask_ratio']})",
     )
     group.add_argument(
         "--norm-pix-loss",
@@ -119,14 +124,14 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
     group.add_argument(
         "--grn-scope",
         choices=("image", "batch"),
-        help="GRN's norm over an image's visible pixels (paper) or over those of the batch of a process (official "
+        help="GRN's norm over the visible pixels of an image (paper) or of a process's whole batch (official "
         f"code) (default: {recipe['grn_scope']})",
     )
     group.add_argument(
         "--hflip",
         type=probability,
         metavar="P",
-        help=f"share of the crops that is mirrored (default: {recipe['hflip']})",
+        help=f"share of the crops that are mirrored (default: {recipe['hflip']})",
     )
     group.add_argument(
         "--decay",
@@ -136,14 +141,27 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
     )
 
 
-def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of :class:`.options.PretrainOptions`; ends with a usage error where options clash."""
-    given = {k: v for k, v in vars(args).items() if k not in ("command", "demo", "recipe") and v is not None}
+def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    """Train; return the exit code."""
+    values = resolve(parser, args)
+    require_packages("pretrain --demo" if args.demo else "pretrain", PACKAGES + (DEMO_PACKAGES if args.demo else ()))
+    from ..train.config import PretrainOptions
+
     if args.demo:
-        alien = sorted(set(given) - DEMO_OPTIONS)
-        alien += ["recipe"] if args.recipe is not None else []
-        if alien:
-            flags = ", ".join("--" + name.replace("_", "-") for name in alien)
+        from ..train.demo import run_demo as train
+    else:
+        from ..train.pretrain import run_folder as train
+    return train(PretrainOptions(**values, command=args.words))
+
+
+def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of :class:`.train.config.PretrainOptions`; ends with a usage error where options clash."""
+    given = given_options(args)
+    if args.demo:
+        refused = sorted(set(given) - DEMO_OPTIONS)
+        refused += ["recipe"] if args.recipe is not None else []
+        if refused:
+            flags = ", ".join("--" + name.replace("_", "-") for name in refused)
             parser.error(f"pretrain --demo has its own settings; it does not take {flags}")
         where = {**places(given), **{k: v for k, v in DEMO_PLACES.items() if k not in given}}
         given = {**DEMO_VALUES, **given}
@@ -157,10 +175,3 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
     where["output"] = output_of(given, DEMO_OUTPUT if args.demo else OUTPUT)
     own = {name: given.get(name, value) for name, value in OWN.items()}
     return {**where, **own, "resolved": resolved}
-
-
-def require_warmup(parser: argparse.ArgumentParser, resolved: recipes.Resolved) -> None:
-    """End with a usage error where the warm-up is as long as the run."""
-    values = resolved.values
-    if values["warmup_epochs"] >= values["epochs"]:
-        parser.error(f"--warmup-epochs {values['warmup_epochs']:g} must be less than --epochs {values['epochs']}")

@@ -1,8 +1,10 @@
-"""``tune``: measures on this machine which matrix products of the MLP Triton should fuse, and keeps the answer."""
+"""``tune``: measures on this GPU which GEMMs of the MLP Triton should fuse, and saves the result."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,10 +12,65 @@ from .. import backends
 from ..backends import triton
 from ..layout import num_kept
 from ..models.config import get_config
+from .exit_codes import OK, UserError, user_errors
+from .types import PATCH, image_size, positive_int, share
 
-PATCH = 32
 STEM = 4
 DECODER = 512  # width of FCMAE's decoder
+
+
+def add_parser(commands: Any, prog: str) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "tune",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        help="measure on this GPU which GEMMs Triton should fuse, and save the result",
+        description=(
+            "Measure on this GPU, for the MLPs of a model, whether GEMMs fused in Triton or the vendor's (cuBLAS) are\n"
+            "faster, and in which tiles. Later processes on this machine use the result; without it a table that\n"
+            "comes with this package decides. Takes minutes, most of them compilation."
+        ),
+        epilog=(
+            "examples:\n"
+            f"  {prog} tune --model convnextv2_tiny --batch-size 256\n"
+            f"  {prog} tune --model convnextv2_base --batch-size 64 --dense"
+        ),
+    )
+    parser.add_argument(
+        "--model", nargs="+", default=["convnextv2_tiny"], metavar="NAME", help="models (default: convnextv2_tiny)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="B", help="images (default: 64)")
+    parser.add_argument(
+        "--img-size",
+        type=image_size,
+        default=(224, 224),
+        metavar="S|HxW",
+        help="pixels, multiples of 32 (default: 224)",
+    )
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--mask-ratio", type=share, default=0.6, metavar="R", help="hidden share in pre-training (default: 0.6)"
+    )
+    kind.add_argument("--dense", action="store_true", help="training on whole images instead")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the GEMMs (default: bfloat16)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="measure, but save nothing")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune, and print what was found for each shape."""
+    if reason := unavailable():
+        raise UserError(reason)
+    ratio = None if args.dense else args.mask_ratio
+    with user_errors(OSError, ValueError, RuntimeError):
+        shapes = mlp_shapes(args.model, args.img_size, ratio, getattr(torch, args.dtype))
+        tune(shapes, args.batch_size, save=not args.dry_run)
+    return OK
 
 
 def mlp_shapes(
@@ -46,9 +103,10 @@ def unavailable() -> str | None:
     return backends.unsupported_reason("triton", triton.DEVICE, torch.float32)
 
 
-def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep: bool = True, **options) -> dict:
-    """Measures shapes with so many images, and writes their plans, to serve any number of them, if ``keep``;
-    ``{shape: Finding}``.
+def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, save: bool = True, **options) -> dict:
+    """Measure shapes at this number of images; with ``save``, write their plans, which later runs use at any number.
+
+    Returns ``{shape: Finding}``.
 
     ``options`` go to ``backends.triton.tune.find``. Raises RuntimeError where Triton cannot run."""
     reason = unavailable()
@@ -63,7 +121,7 @@ def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, keep
     for shape in shapes:
         findings[shape] = find(shape, images, backend, triton.DEVICE, **options)
         say(describe(shape, images, findings[shape]))
-    if keep and findings:
+    if save and findings:
         say(f"written to {plans.write({shape: finding.plan for shape, finding in findings.items()})}")
     return findings
 

@@ -1,32 +1,19 @@
-"""Options that ``pretrain`` and ``finetune`` share, and what the command line makes of them.
+"""Numbers, sizes and names as the command line writes them: the types of all commands' options.
 
-Only argparse and the standard library are imported here, so that help comes at once.
+Each is a function of the text that argparse calls; its error message says what was expected and what was given.
 """
 
 import argparse
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
-BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
-# Options that say where a run lives and on what it runs; those a recipe holds are not among them.
-PLACES: dict[str, Any] = {
-    "data": None,
-    "model": "convnextv2_atto",
-    "img_size": (224, 224),
-    "grn": "default",
-    "seed": 0,
-    "workers": min(4, os.cpu_count() or 1),
-    "save_every": 0,
-    "keep": 3,
-    "max_steps": None,
-    "tensorboard": False,
-    "parallel": "ddp",
-    "accumulate": 1,
-}
+from .. import backends
+from ..models import CONFIGS
+
+BACKENDS = ("auto", *(name for name in backends.NAMES if name != "auto"))
+MODEL_PREFIX = "convnextv2_"
+PATCH = 32  # pixels of a patch's side, which divides the image sides of masked pre-training
 
 
 def number(kind: type, accept: Callable[[Any], bool], expected: str) -> Callable[[str], Any]:
@@ -48,8 +35,12 @@ positive_int = number(int, lambda v: v > 0, "a whole number above 0")
 nonnegative_int = number(int, lambda v: v >= 0, "a whole number, 0 or more")
 positive_float = number(float, lambda v: 0 < v < math.inf, "a number above 0")
 nonnegative_float = number(float, lambda v: 0 <= v < math.inf, "a number, 0 or more")
+seconds = number(float, lambda v: 0 < v < math.inf, "a number of seconds above 0")
+percentage = number(float, lambda v: 0 <= v < math.inf, "a percentage, 0 or more")
 share = number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
+share_or_zero = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 probability = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+side = number(int, lambda v: v > 0 and v % PATCH == 0, f"a side in pixels, a multiple of {PATCH}")
 
 
 def decay(text: str) -> float:
@@ -67,166 +58,14 @@ def image_size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[1])
 
 
-def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Add the options of the network; return their group."""
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        metavar="NAME",
-        help=f"convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge (default: {PLACES['model']})",
-    )
-    group.add_argument(
-        "--img-size",
-        type=image_size,
-        metavar="S|HxW",
-        help="side, or height x width, of the crops in pixels; multiples of 32 (default: 224)",
-    )
-    group.add_argument(
-        "--grn",
-        metavar="WORDS",
-        help="the block's GRN, for ablations (paper Table 2): default; none, as in ConvNeXt V1; or words of l2, l1, "
-        "mean (aggregation), divisive, standardize, inverse (normalisation), no-skip, separated by commas; all but "
-        "the first two run as plain PyTorch (default: default)",
-    )
-    return group
+def model_name(text: str) -> str:
+    """The full name of a size, which may be given without :data:`MODEL_PREFIX`."""
+    name = text if text.startswith(MODEL_PREFIX) else MODEL_PREFIX + text
+    if name not in CONFIGS:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CONFIGS)}, got {text!r}")
+    return name
 
 
-def add_schedule(group: argparse._ArgumentGroup, recipe: dict[str, Any]) -> None:
-    """Add the options of optimiser and schedule. ``recipe`` holds the default one's values."""
-    group.add_argument(
-        "--epochs",
-        type=positive_int,
-        metavar="N",
-        help=f"passes over the images, which the learning rate schedule spans (default: {recipe['epochs']})",
-    )
-    group.add_argument(
-        "--batch-size",
-        type=positive_int,
-        metavar="B",
-        help=f"images per step, over all processes (default: {recipe['batch_size']})",
-    )
-    rate = group.add_mutually_exclusive_group()
-    rate.add_argument(
-        "--blr",
-        type=positive_float,
-        metavar="X",
-        help=f"peak learning rate at 256 images a step; the actual one is X * B / 256 (default: {recipe['blr']})",
-    )
-    rate.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate itself, instead of --blr")
-    group.add_argument(
-        "--min-lr", type=nonnegative_float, metavar="X", help=f"rate at the end (default: {recipe['min_lr']})"
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=nonnegative_float,
-        metavar="X",
-        help="AdamW weight decay; biases, norms, GRN and the mask token have none "
-        f"unless --decay official (default: {recipe['weight_decay']})",
-    )
-    group.add_argument(
-        "--betas", type=share, nargs=2, metavar="B", help="of AdamW (default: {:g} {:g})".format(*recipe["betas"])
-    )
-    group.add_argument(
-        "--warmup-epochs",
-        type=nonnegative_float,
-        metavar="N",
-        help="epochs of linear warm-up, fractions allowed (default: the recipe's share of --epochs)",
-    )
-    group.add_argument(
-        "--clip-grad", type=positive_float, metavar="X", help="largest norm of the gradient (default: off)"
-    )
-    group.add_argument(
-        "--ema-decay",
-        type=decay,
-        metavar="X",
-        help="keep a moving average of the weights with this factor, such as 0.9999, or 'off' (default: "
-        f"{recipe['ema_decay'] or 'off'})",
-    )
-    precision = group.add_mutually_exclusive_group()
-    precision.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "float64"),
-        help="bfloat16: matrix products in it, the rest in float32 (default: float32)",
-    )
-    precision.add_argument(
-        "--amp", action="store_const", dest="precision", const="bfloat16", help="the same as --precision bfloat16"
-    )
-    group.add_argument(
-        "--max-steps",
-        type=positive_int,
-        metavar="N",
-        help="stop after N steps; the schedule still spans --epochs, and a later run goes on (default: none)",
-    )
-    group.add_argument(
-        "--seed",
-        type=nonnegative_int,
-        metavar="N",
-        help=f"seed of weights, crops and all other draws (default: {PLACES['seed']})",
-    )
-
-
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Add the options of devices, processes and kernels."""
-    group = parser.add_argument_group(
-        "machine (changes results by rounding alone, unless images are mixed or share one GRN norm)"
-    )
-    group.add_argument(
-        "--backend",
-        choices=BACKENDS,
-        help="kernels to use; auto takes the fastest that serves (default: the variable "
-        f"{BACKEND_VARIABLE}, else auto)",
-    )
-    group.add_argument(
-        "--device",
-        help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun that of the process "
-        "(default: auto)",
-    )
-    group.add_argument(
-        "--workers",
-        type=nonnegative_int,
-        metavar="N",
-        help="processes that load images, for each process that trains (default: one per core, 4 at most)",
-    )
-    group.add_argument(
-        "--parallel",
-        choices=("ddp", "fsdp"),
-        help="with torchrun: copies of the model (ddp), or shards of it, for models that do not fit (fsdp) "
-        f"(default: {PLACES['parallel']})",
-    )
-    group.add_argument(
-        "--accumulate",
-        type=positive_int,
-        metavar="N",
-        help="compute a step's images in N parts, one after the other, to save memory (default: 1)",
-    )
-
-
-def add_storage(parser: argparse.ArgumentParser) -> None:
-    """Add the options of what is kept."""
-    group = parser.add_argument_group("checkpoints and logs")
-    group.add_argument(
-        "--save-every",
-        type=positive_int,
-        metavar="N",
-        help="write a checkpoint every N steps besides that at the end of each epoch (default: off)",
-    )
-    group.add_argument(
-        "--keep", type=positive_int, metavar="N", help=f"how many of the last ones to keep (default: {PLACES['keep']})"
-    )
-    group.add_argument(
-        "--tensorboard",
-        action="store_const",
-        const=True,
-        help="write scalars for TensorBoard to OUTPUT/tensorboard, besides log.jsonl",
-    )
-
-
-def places(given: dict[str, Any]) -> dict[str, Any]:
-    """The values of :data:`PLACES`, backend and device, as given or by default."""
-    defaults = {**PLACES, "backend": os.environ.get(BACKEND_VARIABLE, "auto"), "device": "auto"}
-    return {name: given.get(name) if given.get(name) is not None else value for name, value in defaults.items()}
-
-
-def output_of(given: dict[str, Any], default: str) -> Path:
-    """The output folder as given or by default."""
-    return given.get("output") or Path(default)
+def short_name(name: str) -> str:
+    """A size's name as people say it, such as "atto"."""
+    return name.removeprefix(MODEL_PREFIX)

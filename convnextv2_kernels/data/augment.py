@@ -2,22 +2,28 @@
 
 Source: ``datasets.py`` of the official repository, without its special case for outputs of 32 px and less. Both make a
 float32 [3, H, W], normalised by ImageNet's mean and standard deviation, of an RGB Pillow image. Sizes are (H, W).
+
+timm is imported when it is first needed, and by :func:`timm` alone: nothing else in this package may import timm or
+torchvision.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from ..errors import UserError, describe_error
 from .images import IMAGENET_MEAN, IMAGENET_STD, normalize
 from .rng import numpy_stream
-from .timm_library import timm
 
 DEFAULT_CROP_PCT = 224 / 256
 WARP_SIDE = 384  # from here on the official evaluation warps the whole image to the output
@@ -62,7 +68,7 @@ class TrainTransform:
     """What :func:`train_transform` returns: a callable from an RGB image to float32 [3, H, W].
 
     It is pickled as its options and built anew where it is unpickled, so that a data-loading process of type spawn
-    imports timm the way :func:`.timm_library.timm` does.
+    imports timm the way :func:`timm` does.
     """
 
     def __init__(self, options: dict):
@@ -83,7 +89,6 @@ class TrainTransform:
                 std=IMAGENET_STD,
                 re_prob=options["reprob"],
                 re_mode=options["remode"],
-                re_count=options["recount"],
             )
         except (AssertionError, KeyError, ValueError) as error:  # what timm's parser of policies raises
             raise ValueError(
@@ -112,7 +117,6 @@ def train_transform(
     interpolation: str = "bicubic",
     reprob: float = 0.25,
     remode: str = "pixel",
-    recount: int = 1,
 ) -> TrainTransform:
     """RandomResizedCrop, flip, RandAugment and random erasing by timm; the defaults are the official recipe's.
 
@@ -124,10 +128,10 @@ def train_transform(
         hflip: probability of a horizontal flip; 0 where left and right matter, as in digits and text.
         scale: least and largest share of the image's area in a crop.
         interpolation: "bicubic", "bilinear", or "random" of the two.
-        reprob, remode, recount: probability, filling ("const", "rand", "pixel") and number of erased rectangles.
+        reprob, remode: probability and filling ("const", "rand", "pixel") of an erased rectangle.
 
     Raises:
-        ValueError: an argument out of range. TrainingError: timm is not installed.
+        ValueError: an argument out of range. UserError: timm is not installed.
     """
     _check_size(size)
     _check_share("hflip", hflip)
@@ -140,8 +144,6 @@ def train_transform(
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}")
     if remode not in ERASE_MODES:
         raise ValueError(f"remode must be one of {', '.join(ERASE_MODES)}, got {remode!r}")
-    if recount < 1:
-        raise ValueError(f"recount must be at least 1, got {recount}")
     return TrainTransform(
         {
             "size": tuple(size),
@@ -152,7 +154,6 @@ def train_transform(
             "interpolation": interpolation,
             "reprob": reprob,
             "remode": remode,
-            "recount": recount,
         }
     )
 
@@ -236,3 +237,45 @@ def _check_size(size: tuple[int, int]) -> None:
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
+
+
+INSTALL = 'pip install "convnextv2_kernels[train]"'
+# What importing torchvision raises where its extension did not load: its wheel on PyPI is built for CUDA.
+_BROKEN = "operator torchvision::nms does not exist"
+_declared: torch.library.Library | None = None  # a Library takes its declarations back when it is deleted
+
+
+@cache
+def timm() -> ModuleType:
+    """Return timm, with ``timm.data`` imported. Data-loading processes of type spawn must call this too.
+
+    timm imports torchvision, whose CUDA wheel does not import beside a CPU build of PyTorch for want of two operators
+    that nothing here calls. In that case, and no other, they are declared.
+
+    Raises:
+        UserError: timm or torchvision is not installed.
+    """
+    try:
+        _import_torchvision()
+        import timm.data
+    except ImportError as error:
+        raise UserError(
+            f"fine-tuning takes augmentation from timm, which cannot be imported ({describe_error(error)}); "
+            f"install it with {INSTALL}, naming your PyTorch in the same command."
+        ) from error
+    return timm
+
+
+def _import_torchvision() -> None:
+    global _declared
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if _BROKEN not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _declared = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            _declared.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401

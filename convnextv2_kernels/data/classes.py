@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..train.errors import TrainingError
-from ..train.progress import Reporter
+from .._progress import Progress
+from ..errors import UserError, describe_error
 from .folder import CACHE_NAME, fingerprint, scan_folder, verify_files
-from .images import describe
 from .rng import SPLIT, numpy_stream
 
 HELD_OUT_NAMES = ("val", "validation", "test")  # in order of preference
@@ -45,18 +44,18 @@ def open_classes(
     output, is no class.
 
     Raises:
-        TrainingError: the folder cannot be read or holds no image; images but no subfolder; fewer than two classes, or
+        UserError: the folder cannot be read or holds no image; images but no subfolder; fewer than two classes, or
             one without a readable image (both without ``classes`` only); a subfolder that is none of ``classes``.
     """
     folders = _subfolders(folder, flag, exclude)
     names = scan_folder(folder, exclude, flag)
     if not folders:
-        raise TrainingError(
+        raise UserError(
             f"{flag} {folder}: the images lie directly in the folder; expected one subfolder of images for each class."
         )
     if classes is None:
         if len(folders) < 2:
-            raise TrainingError(
+            raise UserError(
                 f"{flag} {folder}: found one class, {folders[0]!r}; expected a subfolder for each of at least two."
             )
         known = folders
@@ -64,7 +63,7 @@ def open_classes(
         known = list(classes)
         unknown = sorted(set(folders) - set(known))
         if unknown:
-            raise TrainingError(
+            raise UserError(
                 f"{flag} {folder}: the subfolder {unknown[0]!r} is none of the {len(known)} classes "
                 "of the training set."
             )
@@ -93,7 +92,7 @@ def _verified(
     if empty or not images:
         where = f"the class {empty[0]!r} has" if empty else "there is"
         reason = next((f" ({n}: {r})" for n, r in skipped if not empty or n.startswith(f"{empty[0]}/")), "")
-        raise TrainingError(f"{flag} {folder}: {where} no readable image{reason}.")
+        raise UserError(f"{flag} {folder}: {where} no readable image{reason}.")
     return ClassFolder(folder, list(classes), images, labels, skipped)
 
 
@@ -103,11 +102,11 @@ def _subfolders(folder: Path, flag: str, exclude: Path | None) -> list[str]:
     try:
         entries = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     except FileNotFoundError:
-        raise TrainingError(f"{flag} {folder}: there is no such folder.") from None
+        raise UserError(f"{flag} {folder}: there is no such folder.") from None
     except NotADirectoryError:
-        raise TrainingError(f"{flag} {folder}: expected a folder of classes, but this is a file.") from None
+        raise UserError(f"{flag} {folder}: expected a folder of classes, but this is a file.") from None
     except OSError as error:
-        raise TrainingError(f"{flag} {folder}: cannot read the folder ({describe(error)}).") from None
+        raise UserError(f"{flag} {folder}: cannot read the folder ({describe_error(error)}).") from None
     return sorted(entry.name for entry in entries if entry.resolve() != excluded)
 
 
@@ -132,19 +131,19 @@ def open_split(data: Path, val: Path | None, share: float, seed: int, output: Pa
     ``share`` of each class, see :func:`hold_out`. ``output`` is the run's own folder, which keeps what was verified.
 
     Raises:
-        TrainingError: see :func:`open_classes`; or nothing is left to evaluate on.
+        UserError: see :func:`open_classes`; or nothing is left to evaluate on.
     """
     folder, part = split_train_val(data)
     val = val or part
-    with Reporter("checking images", 1) as reporter:
-        found = open_classes(folder, output / CACHE_NAME, advance=reporter.advance, exclude=output)
+    with Progress("checking images", 1) as progress:
+        found = open_classes(folder, output / CACHE_NAME, advance=progress.update, exclude=output)
     if val is not None:
-        with Reporter("checking images to evaluate on", 1) as reporter:
+        with Progress("checking images to evaluate on", 1) as progress:
             cache = output / f"val_{CACHE_NAME}"
-            return found, open_classes(val, cache, found.classes, "--val", reporter.advance, exclude=output)
+            return found, open_classes(val, cache, found.classes, "--val", progress.update, exclude=output)
     training, held_out = hold_out(found, share, seed)
     if not held_out.images:
-        raise TrainingError(
+        raise UserError(
             f"--data {data}: every class has one readable image alone, so that none is left to test on; add images, or "
             "give --val."
         )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .._atomic_io import atomic_file, write_json
-from ..train.errors import TrainingError
-from ..train.progress import count
-from .images import describe, open_rgb
+from .._progress import count
+from ..errors import UserError, describe_error
+from .images import open_rgb
 
 IMAGE_EXTENSIONS = frozenset(
     [
@@ -56,12 +56,12 @@ def scan_folder(folder: Path, exclude: Path | None = None, flag: str = "--data")
 
     Links are followed, hidden names are not; ``exclude`` (the run's own output) is left out;
     ``flag`` is the option that errors name.
-    Raises TrainingError where ``folder`` is no readable folder or holds no image.
+    Raises UserError where ``folder`` is no readable folder or holds no image.
     """
     if not folder.exists():
-        raise TrainingError(f"{flag} {folder}: there is no such folder.")
+        raise UserError(f"{flag} {folder}: there is no such folder.")
     if not folder.is_dir():
-        raise TrainingError(f"{flag} {folder}: expected a folder of images, but this is a file.")
+        raise UserError(f"{flag} {folder}: expected a folder of images, but this is a file.")
     excluded = exclude.resolve() if exclude is not None else None
     names = sorted(
         (root / name).relative_to(folder).as_posix()
@@ -71,13 +71,13 @@ def scan_folder(folder: Path, exclude: Path | None = None, flag: str = "--data")
     )
     if not names:
         kinds = " ".join(sorted(IMAGE_EXTENSIONS))
-        raise TrainingError(f"{flag} {folder}: no image found in it or below it (looked for {kinds}).")
+        raise UserError(f"{flag} {folder}: no image found in it or below it (looked for {kinds}).")
     return names
 
 
 def _walk(folder: Path, excluded: Path | None, flag: str) -> Iterator[tuple[Path, list[str]]]:
     def fail(error: OSError) -> None:
-        raise TrainingError(f"{flag} {folder}: cannot read the folder ({describe(error)}).")
+        raise UserError(f"{flag} {folder}: cannot read the folder ({describe_error(error)}).")
 
     seen = set()
     for root, subfolders, files in os.walk(folder, followlinks=True, onerror=fail):
@@ -93,12 +93,12 @@ def _walk(folder: Path, excluded: Path | None, flag: str) -> Iterator[tuple[Path
 def check_image(path: Path) -> str | None:
     """Decode a file completely; return None, or one line that says why it cannot be used.
 
-    Reading the header is not enough: a truncated JPEG has a sound one.
+    Reading the header is not enough: a truncated JPEG has a valid one.
     """
     try:
         image = open_rgb(path)
     except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-        return describe(error)
+        return describe_error(error)
     return None if min(image.size) > 0 else "the image has no pixels"
 
 
@@ -107,7 +107,7 @@ def verify_files(
 ) -> dict[str, str | None]:
     """Return for each name None or the reason why it does not decode.
 
-    Verdicts are cached in ``cache_path`` by name, size and time of change. ``advance`` is told how
+    Verdicts are cached in ``cache_path`` by name, size and time of change. ``advance`` is called with how
     many files are done.
     """
     cache = _read_cache(cache_path)
@@ -116,7 +116,7 @@ def verify_files(
         try:
             stat = (folder / name).stat()
         except OSError as error:
-            verdicts[name] = describe(error)
+            verdicts[name] = describe_error(error)
             continue
         stamps[name] = [stat.st_size, stat.st_mtime_ns]
         known = cache.get(name)
@@ -157,7 +157,7 @@ def open_folder(
 ) -> FolderImages:
     """Scan and verify a folder for a new run; write the run's image list and what was skipped.
 
-    ``advance(done, total)`` reports progress. Raises TrainingError where fewer than ``batch_size``
+    ``advance(done, total)`` reports progress. Raises UserError where fewer than ``batch_size``
     images are readable.
     """
     names = scan_folder(folder, exclude=output)
@@ -170,7 +170,7 @@ def open_folder(
     if len(images) < batch_size:
         because = f" ({len(skipped)} could not be read, see {output / SKIPPED_NAME})" if skipped else ""
         lower = f"lower --batch-size to at most {len(images)} or " if images else ""
-        raise TrainingError(
+        raise UserError(
             f"--data {folder}: {len(images)} readable images{because} are too few for one batch of "
             f"{batch_size}; {lower}add images."
         )
@@ -192,7 +192,7 @@ def reopen_folder(
     verdicts = verify_files(folder, images, output / CACHE_NAME, tick)
     lost = [(name, reason) for name, reason in verdicts.items() if reason is not None]
     if len(lost) == len(images):
-        raise TrainingError(
+        raise UserError(
             f"--data {folder}: none of the run's {len(images)} images can be read any more "
             f"(the first: {lost[0][0]}, {lost[0][1]})."
         )
@@ -210,7 +210,7 @@ def reopen_folder(
 
 
 def saved_images(output: Path) -> list[str]:
-    """Return the list of images made at a run's start; raise TrainingError where it cannot be read."""
+    """Return the list of images made at a run's start; raise UserError where it cannot be read."""
     return _saved(output)[0]
 
 
@@ -220,8 +220,8 @@ def _saved(output: Path) -> tuple[list[str], list[tuple[str, str]]]:
         images = [str(name) for name in saved["images"]]
         return images, [(str(name), str(reason)) for name, reason in saved["skipped"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe(error)}), "
+        raise UserError(
+            f"{output / IMAGES_NAME}: cannot read the run's list of images ({describe_error(error)}), "
             "without which it cannot be resumed; use another --output to start afresh."
         ) from None
 

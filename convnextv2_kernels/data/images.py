@@ -5,7 +5,6 @@ and bicubic interpolation, horizontal flip, ImageNet mean and standard deviation
 """
 
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import describe_error
 from .rng import AUGMENT, ORDER, numpy_stream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 EXIF_ORIENTATION = 0x0112
-# Images in a row that may fail before the run is told that its data is gone.
+# Images in a row that may fail before the data counts as gone.
 MAX_SUBSTITUTES = 20
 
 Box = tuple[float, float, float, float]
@@ -188,7 +188,7 @@ class CropDataset(Dataset):
             try:
                 return Sample(load_crop(source, self.size, rng, self.hflip), failures)
             except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-                failures.append((str(source), describe(error)))
+                failures.append((str(source), describe_error(error)))
         return Sample(None, failures)
 
 
@@ -253,9 +253,3 @@ def denormalize(images: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(IMAGENET_MEAN, device=images.device)
     std = torch.tensor(IMAGENET_STD, device=images.device)
     return images.permute(0, 2, 3, 1).float() * std + mean
-
-
-def describe(error: Exception) -> str:
-    """Return an exception as one short line."""
-    text = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..errors import describe_error
 from .augment import seeded_globals
-from .images import MAX_SUBSTITUTES, Source, describe, open_rgb, to_rgb
+from .images import MAX_SUBSTITUTES, Source, open_rgb, to_rgb
 from .rng import AUGMENT
 
 NO_LABEL = -1  # of an image that could not be read; losses and metrics of an evaluation leave it out
@@ -62,7 +63,7 @@ class _Labelled(Dataset):
                 return image
             failures.append((str(source), "the image has no pixels"))
         except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-            failures.append((str(source), describe(error)))
+            failures.append((str(source), describe_error(error)))
         return None
 
 

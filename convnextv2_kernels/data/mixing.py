@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .augment import seeded_globals
+from .augment import seeded_globals, timm
 from .rng import MIX
-from .timm_library import timm
 
 
 class Mixing:
@@ -25,7 +24,7 @@ class Mixing:
         active: whether either is on. If not, :meth:`mix` returns its arguments and timm is not needed.
 
     Raises:
-        ValueError: an argument out of range. TrainingError: timm is not installed.
+        ValueError: an argument out of range. UserError: timm is not installed.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Mixing:
         """``images [N, C, H, W]``, ``labels`` int64 ``[N]`` -> mixed images and targets, float32 ``[N, K]``, smoothed.
 
         ``images`` are changed in place. The draws are a function of ``seed_counters``, (seed, counter, ...), see
-        :data:`.seeds.MIX`. Without mixing: the arguments as they are.
+        :data:`.rng.MIX`. Without mixing: the arguments as they are.
 
         Raises:
             ValueError: N is odd.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..train.errors import TrainingError
+from ..errors import UserError
 from .images import open_rgb
 
 PHOTOS = {
@@ -30,7 +30,7 @@ PHOTOS = {
 def photo_paths() -> list[Path]:
     """Return the bundled photographs that exist on this machine, in a fixed order.
 
-    The packages are located but not imported. Raises TrainingError where there is no photograph.
+    The packages are located but not imported. Raises UserError where there is no photograph.
     """
     found = []
     for package, (folder, names) in PHOTOS.items():
@@ -38,7 +38,7 @@ def photo_paths() -> list[Path]:
         for root in (spec.submodule_search_locations or []) if spec else []:
             found += [path for name in names if (path := Path(root, folder, name)).is_file()]
     if not found:
-        raise TrainingError(
+        raise UserError(
             "the demo trains on photographs that come with scikit-image and scikit-learn, and "
             "neither is installed: pip install scikit-image scikit-learn, or give --data FOLDER."
         )

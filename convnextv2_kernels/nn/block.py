@@ -59,23 +59,24 @@ class ConvNeXtV2Block(nn.Module):
             RuntimeError: a GRN variant or a mask that only the reference has, and another backend is forced.
             ValueError: ``given_drop_path`` of another length than the number of images.
         """
+        grn = self.grn
         return ops.convnextv2_block(
             x,
             *self._parameters_in_order(),
             layout=layout,
             drop_path_scale=self._drop_path_scale(x, layout),
-            scope=self.grn.scope,
+            scope=grn.scope,
             eps=self.norm.eps,
-            grn_eps=self.grn.eps,
-            grn=self.grn.variant,
+            grn_eps=grn.eps,
+            grn=grn.variant,
             visible=visible,
         )
 
     def _parameters_in_order(self) -> tuple[Tensor, ...]:
         """As the block op takes them."""
-        convolution, norm = (self.dwconv.weight, self.dwconv.bias), (self.norm.weight, self.norm.bias)
-        first, second = (self.pwconv1.weight, self.pwconv1.bias), (self.pwconv2.weight, self.pwconv2.bias)
-        return *convolution, *norm, *first, *self.grn.affine(), *second
+        conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
+        linear = (first.weight, first.bias, *self.grn.affine(), second.weight, second.bias)
+        return conv.weight, conv.bias, norm.weight, norm.bias, *linear
 
     def _drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:
         """``[N]`` of 0 or ``1 / (1 - drop_path)``, one draw per image (Huang et al. 2016), or ``None`` where no image

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import schedule
 from ..backends import reference
-from ..dtypes import gemm_dtype, no_autocast
+from ..dtypes import cast, gemm_dtype, no_autocast
 from ..layout import PatchLayout
 from ..params import BlockBackwardArgs, BlockForwardArgs, MLPParams
 from ..settings import SAVE_POLICIES
@@ -53,8 +53,8 @@ class _Block(torch.autograd.Function):
         else:
             grads = direct(schedule.run_block_backward, BlockBackwardArgs._make(inputs))
         dx, ddw, ddb, *rest, db2 = grads
-        ddb = None if ctx.dw_bias_dtype is None else ddb.to(ctx.dw_bias_dtype)
-        return dx, ddw, ddb, *rest, db2.to(ctx.b2_dtype), *(None for _ in range(3 + len(ctx.settings)))
+        ddb = None if ctx.dw_bias_dtype is None else cast(ddb, ctx.dw_bias_dtype)
+        return dx, ddw, ddb, *rest, cast(db2, ctx.b2_dtype), *(None for _ in range(3 + len(ctx.settings)))
 
 
 # For programs of torch.export, which hold the operator without the function around it.

@@ -1,4 +1,4 @@
-"""FCMAE pre-training: data, optimiser, checkpoints, the loop and the demo.
+"""FCMAE pre-training and fine-tuning: recipes, the loop and its tasks, optimiser, checkpoints, processes, the demo.
 
-Nothing is imported here, so that the command line starts without waiting for PyTorch.
+Nothing is imported here: the command line reads the recipes for its help, also without NumPy, Pillow and rich.
 """

@@ -1,16 +1,18 @@
-"""Checkpoints: written atomically, read back with a check, pruned to the last few.
+"""Checkpoints, written atomically, read back with a check, pruned to the last few; and weights exported for others.
 
 A checkpoint holds whole tensors under the model's own names, however the run was spread, so that any number of
-processes, sharded or not, can go on from it.
+processes, sharded or not, can resume it.
 """
 
 import random
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,10 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .._atomic_io import atomic_file
-from ..data.images import describe
-from .average import Average
+from ..errors import UserError, describe_error
 from .distributed import World
-from .errors import TrainingError
+from .optim import Average
 
 FORMAT = 2
 REQUIRED = {"format", "model", "optimizer", "step", "epoch", "position", "rng", "config"}
@@ -78,12 +79,12 @@ def restore_state(
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
 
-    Raises TrainingError where a weight is not finite (a run resumed from it could not go on) or the file cannot be
+    Raises UserError where a weight is not finite (nothing could resume from it) or the file cannot be
     written.
     """
     for name, tensor in state["model"].items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(
+            raise UserError(
                 f"step {step}: parameter {name} is no longer finite; no checkpoint was written. "
                 "The newest one before it is still good: try a lower --lr or a longer warm-up."
             )
@@ -92,56 +93,56 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
         with atomic_file(path) as file:
             torch.save({"format": FORMAT, "step": step, **state}, file)
     except (OSError, RuntimeError) as error:
-        raise TrainingError(f"cannot write {path}: {describe(error)}") from error
+        raise UserError(f"cannot write {path}: {describe_error(error)}") from error
     return path
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU; raise TrainingError where it is damaged or of another kind."""
+    """Read a checkpoint to the CPU; raise UserError where it is damaged or of another kind."""
     try:
         # torch.load trusts the bytes of a tensor; the archive's checksums catch flipped ones.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise TrainingError(f"{path}: the checksum of {damaged} is wrong")
+            raise UserError(f"{path}: the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except TrainingError:
+    except UserError:
         raise
     except Exception as error:  # A damaged archive makes zipfile and the unpickler raise anything.
-        raise TrainingError(f"{path}: not a readable checkpoint ({describe(error)})") from error
+        raise UserError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
     if not isinstance(state, dict) or not state.keys() >= REQUIRED or state["format"] != FORMAT:
-        raise TrainingError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
     return state
 
 
 def newest_valid(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
-    """Load the newest sound checkpoint of a folder.
+    """Load the newest valid checkpoint of a folder.
 
     Returns (state, path, warnings), one warning for each damaged checkpoint passed over, and
-    (None, None, []) where there is none at all. Raises TrainingError where all are damaged: to
+    (None, None, []) where there is none at all. Raises UserError where all are damaged: to
     start again from nothing is for the user to decide.
     """
     warnings = []
     for _, path in list_checkpoints(folder):
         try:
             return load_checkpoint(path), path, warnings
-        except TrainingError as error:
+        except UserError as error:
             warnings.append(f"{error}; it is passed over")
     if warnings:
-        raise TrainingError(
+        raise UserError(
             f"{folder}: every checkpoint is damaged; give a new --output, or delete them to start "
             "afresh. " + " ".join(f"{warning}." for warning in warnings)
         )
     return None, None, []
 
 
-def prune_checkpoints(folder: Path, newest: int, keep: int) -> None:
-    """Delete all but the last ``keep`` checkpoints up to step ``newest``.
+def prune_checkpoints(folder: Path, newest: int, max_checkpoints: int) -> None:
+    """Delete all but the last ``max_checkpoints`` checkpoints up to step ``newest``.
 
     One of a later step can only be a damaged one that was passed over; it is left for the user to
     see until the run writes that step again.
     """
-    for _, path in [c for c in list_checkpoints(folder) if c[0] <= newest][keep:]:
+    for _, path in [c for c in list_checkpoints(folder) if c[0] <= newest][max_checkpoints:]:
         path.unlink(missing_ok=True)
 
 
@@ -166,3 +167,29 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+ENCODER_PREFIX = "encoder."
+
+
+def export_encoder(path: Path, model: nn.Module, model_name: str, weights: Mapping[str, Tensor] | None = None) -> int:
+    """Write the encoder's weights as safetensors, without the ``encoder.`` prefix; return how many.
+
+    Decoder, projection and mask token are left out; they have no use after pre-training. ``weights`` stand in for the
+    model's own where given, as its moving average does. The file's metadata name the model and its GRN.
+    """
+    weights = model.state_dict() if weights is None else weights
+    tensors = {n.removeprefix(ENCODER_PREFIX): tensor for n, tensor in weights.items() if n.startswith(ENCODER_PREFIX)}
+    metadata = {"model": model_name, "grn": str(model.grn)}
+    scope = model.encoder.stages[0][0].grn.scope
+    if scope != "image":
+        metadata["grn_scope"] = scope
+    return export_weights(path, tensors, metadata)
+
+
+def export_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Write tensors as safetensors with metadata; return how many."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as file:
+        file.write(save(plain, metadata={"format": "pt", **metadata}))
+    return len(plain)

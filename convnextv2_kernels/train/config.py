@@ -1,14 +1,74 @@
-"""The resolved settings of a run, and the comparison that guards a resume."""
+"""What the command line asks for, the settings a run resolves it to, and the comparison that guards a resume."""
 
 import platform
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import TrainingError
+from ..errors import UserError
+from .recipes import Resolved
 
 PRECISIONS = ("float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What every kind of training asks for, defaults filled in; see ``pretrain --help``.
+
+    ``resolved`` are the values that recipes hold, by option name; the rest says where a run lives and on what it runs.
+    """
+
+    data: Path | None
+    model: str
+    img_size: tuple[int, int]
+    grn: str
+    resolved: Resolved
+    seed: int
+    backend: str
+    device: str
+    output: Path
+    workers: int
+    save_every: int
+    keep: int
+    max_steps: int | None
+    tensorboard: bool
+    parallel: str
+    accumulate: int
+    command: tuple[str, ...]
+
+    @property
+    def batch_size(self) -> int:
+        """Images of an optimiser step, over all processes."""
+        return self.resolved.values["batch_size"]
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: as given, or by the linear rule from the recipe's rate for 256 images."""
+        values = self.resolved.values
+        return values["lr"] if "lr" in values else values["blr"] * self.batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(TrainOptions):
+    """Of ``pretrain``."""
+
+    encoding: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainOptions):
+    """Of ``finetune``. ``val`` None: the folder's own validation part, or a share ``val_share`` of its images."""
+
+    data: Path
+    val: Path | None
+    val_share: float
+    init: Path | None
+    use_ema: bool
+    crop_pct: float | None
+    eval_only: bool
+    eval_every: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +177,7 @@ class FinetuneConfig(RunConfig):
 
 
 def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -> None:
-    """Raise TrainingError naming each setting in which a checkpoint differs from this run."""
+    """Raise UserError naming each setting in which a checkpoint differs from this run."""
     now = current.to_dict()
     differences = [
         f"{name}: {saved.get(name, 'not recorded')} in the checkpoint, {value} now"
@@ -127,8 +187,8 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
     if saved.get("images_sha256") != now["images_sha256"]:
         differences.append("images: the list of files is not that of the checkpoint")
     if differences:
-        raise TrainingError(
-            f"{where} was written with other settings, so this run cannot go on from it; "
+        raise UserError(
+            f"{where} was written with other settings, so this run cannot resume from it; "
             + "; ".join(differences)
             + ". Restore these settings, or give a new --output."
         )

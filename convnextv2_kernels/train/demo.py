@@ -9,18 +9,17 @@ from rich.console import Console
 from rich.table import Table
 
 from .._atomic_io import write_json
+from .._progress import format_seconds
 from ..backends import use_backend
 from ..data.images import RepeatedCrops, load_crop
 from ..data.sample_photos import load_photos
-from .checkpoint import list_checkpoints
-from .config import environment
-from .errors import TrainingError
-from .export import export_encoder
-from .options import PretrainOptions
-from .pretrain_task import PretrainTask, draw_mask
-from .progress import format_seconds
+from ..errors import UserError
+from .checkpoint import export_encoder, list_checkpoints
+from .config import PretrainOptions, environment
+from .distributed import resolve_device
+from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
-from .setup import build_fcmae, prepare_output, pretrain_config, resolve_device
+from .setup import build_fcmae, prepare_output, pretrain_config
 from .signals import folder_lock
 from .trainer import Spread, Storage, train
 
@@ -31,15 +30,15 @@ def run_demo(options: PretrainOptions) -> int:
     Deterministic given the options, keeps no checkpoints, and starts over when run again.
     """
     if find_spec("matplotlib") is None:
-        raise TrainingError("the demo draws a picture with matplotlib: pip install matplotlib.")
+        raise UserError("the demo draws a picture with matplotlib: pip install matplotlib.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError("the demo runs in one process: start it without torchrun.")
+        raise UserError("the demo runs in one process: start it without torchrun.")
     names, photos = load_photos()
     device = resolve_device(options.device)
     model = build_fcmae(options, device)
     prepare_output(options.output)
     if list_checkpoints(options.output):
-        raise TrainingError(
+        raise UserError(
             f"--output {options.output}: holds checkpoints of another run, whose log and config "
             "the demo would overwrite; give it a folder of its own."
         )

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..errors import UserError
 from ..nn import ConvNeXtV2Block
-from .errors import TrainingError
 
 PARALLEL = ("ddp", "fsdp")
 # The first process may check a folder of millions of images while the others wait.
@@ -56,23 +56,23 @@ class World:
         return parts
 
     def from_main(self, function: Callable[[], Result]) -> Result:
-        """Run ``function`` in the first process and return its result in all; a TrainingError is raised in all."""
+        """Run ``function`` in the first process and return its result in all; a UserError is raised in all."""
         if self.size == 1:
             return function()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome = [function(), None]
-            except TrainingError as error:
-                outcome = [None, str(error)]
+            except UserError as error:
+                outcome = [None, error]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
-            raise TrainingError(outcome[1])
+            raise outcome[1]
         return outcome[0]
 
     @contextmanager
     def guarded(self, context: AbstractContextManager) -> Iterator[None]:
-        """Enter a context in the first process; where that raises a TrainingError, raise it in all."""
+        """Enter a context in the first process; where that raises a UserError, raise it in all."""
         with ExitStack() as stack:
             self.from_main(lambda: stack.enter_context(context) and None)
             yield
@@ -82,14 +82,14 @@ class World:
 def processes(device: str) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, for the time of a block; without it, be the only one.
 
-    ``device`` is that of this process. Raises TrainingError where PyTorch cannot do it.
+    ``device`` is that of this process. Raises UserError where PyTorch cannot do it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
     if not dist.is_available():
-        raise TrainingError("this PyTorch is built without torch.distributed: start one process, without torchrun.")
+        raise UserError("this PyTorch is built without torch.distributed: start one process, without torchrun.")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(device)
@@ -106,7 +106,7 @@ def processes(device: str) -> Iterator[World]:
 def resolve_device(name: str) -> str:
     """Turn ``auto`` into a GPU where there is one, else ``cpu``; check any other name.
 
-    Under torchrun, ``cuda`` is the GPU of the process's local rank. Raises TrainingError where the device cannot be
+    Under torchrun, ``cuda`` is the GPU of the process's local rank. Raises UserError where the device cannot be
     used or a machine has more processes than GPUs.
     """
     if name == "auto":
@@ -115,7 +115,7 @@ def resolve_device(name: str) -> str:
         local, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         # All say so: the first process has a GPU of its own, and is the only one that is heard.
         if local > gpus > 0:
-            raise TrainingError(
+            raise UserError(
                 f"--device cuda: {local} processes were started on this machine, which has {gpus} GPU(s); start at "
                 f"most {gpus}."
             )
@@ -124,7 +124,7 @@ def resolve_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise TrainingError(f"--device {name}: cannot be used here ({reason}).") from error
+        raise UserError(f"--device {name}: cannot be used here ({reason}).") from error
     return name
 
 

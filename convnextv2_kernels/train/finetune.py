@@ -1,34 +1,171 @@
-"""``finetune``: a classifier on a folder of classes, from scan to evaluation."""
+"""Fine-tuning: classification as a :class:`~.trainer.Task`, and ``finetune``, from scan to evaluation."""
+
+from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
+from torch import Tensor, nn
 
 from .._atomic_io import write_json
+from .._progress import count
 from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights
 from ..checkpoints.storage import read_file
 from ..data.augment import eval_transform, train_transform
 from ..data.classes import ClassFolder, open_split
 from ..data.folder import SKIPPED_NAME, append_skipped
-from ..data.labelled import EvalDataset, LabelledDataset
+from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
+from ..data.mixing import Mixing, criterion
+from ..data.rng import DROP_PATH, torch_stream
+from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
-from ..nn import GRNVariant
-from .checkpoint import load_checkpoint
-from .config import FinetuneConfig
-from .distributed import World, processes
-from .errors import TrainingError
+from ..nn import ConvNeXtV2Block, GRNVariant
+from .checkpoint import export_weights, load_checkpoint, whole_model
+from .config import FinetuneConfig, FinetuneOptions
+from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
-from .export import export_weights
-from .finetune_task import FinetuneTask, metadata_of
-from .options import FinetuneOptions
+from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
-from .progress import count
-from .setup import make_config, parameters_of, prepare_output, resolve_device, split_of, storage_of, write_settings
+from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
-from .trainer import Outcome, train
+from .trainer import Outcome, Span, Trainer, train
+
+
+class FinetuneTask:
+    """Learn the labels of augmented images; evaluate every ``eval_every`` epochs and keep the best weights.
+
+    ``best`` is the best top-1 so far, in percent, its epoch, and whether the averaged weights had it. An
+    image's drop path is a function of (seed, step, image); Mixup and CutMix are drawn once for the images of a
+    micro-batch, as the official code does for those of a GPU.
+    """
+
+    def __init__(
+        self,
+        model: ConvNeXtV2,
+        dataset: LabelledDataset,
+        config: FinetuneConfig,
+        held_out: EvalDataset,
+        output: Path,
+        eval_every: int = 1,
+        note: Callable[[str], None] = print,
+    ):
+        self.model, self.dataset, self.config = model, dataset, config
+        self.collate = collate_labelled
+        self.held_out, self.output, self.eval_every, self.note = held_out, output, eval_every, note
+        self.mixing = Mixing(
+            config.mixup, config.cutmix, config.mix_prob, config.switch_prob, config.smoothing, config.num_classes
+        )
+        self.criterion = criterion(self.mixing)
+        self.best: dict[str, Any] = {}
+        self._blocks = [m for m in model.modules() if isinstance(m, ConvNeXtV2Block) and m.drop_path > 0]
+        self._drop_path_scale: tuple[int, Tensor] | None = None
+
+    def parameter_groups(self) -> list[dict]:
+        """With layer-wise decay of the learning rate."""
+        config = self.config
+        return layer_decay_groups(self.model, config.weight_decay, config.layer_decay, config.layer_decay_kind)
+
+    def placeholder(self, count: int) -> LabelledBatch:
+        """Grey images of the first class."""
+        return LabelledBatch(torch.zeros(count, 3, *self.config.img_size), torch.zeros(count, dtype=torch.int64), [])
+
+    def loss(self, network: nn.Module, batch: LabelledBatch, first: int, span: Span) -> Tensor:
+        """Cross entropy of ``span``."""
+        device = next(self.model.parameters()).device
+        part = slice(first, first + span.end - span.begin)
+        # A copy: mixing works in place, and a step may have to run again.
+        images = batch.images[part].to(device, self.config.dtype, non_blocking=True, copy=True)
+        labels = batch.labels[part].to(device, non_blocking=True)
+        images, targets = self.mixing.mix(images, labels, (self.config.seed, span.step, span.begin))
+        self._set_drop_path(span, device)
+        logits = network(images)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return self.criterion(logits, targets.to(logits.dtype) if targets.is_floating_point() else targets)
+
+    def _set_drop_path(self, span: Span, device: torch.device) -> None:
+        if not self._blocks:
+            return
+        if self._drop_path_scale is None or self._drop_path_scale[0] != span.step:
+            generator = torch_stream(self.config.seed, DROP_PATH, span.step)
+            draws = torch.rand(len(self._blocks), self.config.batch_size, generator=generator, dtype=torch.float64)
+            keep_prob = torch.tensor([[1 - block.drop_path] for block in self._blocks], dtype=torch.float64)
+            self._drop_path_scale = span.step, ((draws < keep_prob) / keep_prob).to(device, self.config.dtype)
+        for block, scale in zip(self._blocks, self._drop_path_scale[1], strict=True):
+            block.given_drop_path = scale[span.begin : span.end]
+
+    def epoch_done(self, trainer: Trainer, epoch: int) -> None:
+        """Evaluate, log, and keep the weights if they are the best so far."""
+        if (epoch + 1) % self.eval_every and epoch + 1 != self.config.epochs:
+            return
+        results = {"": self._evaluate(trainer)}
+        if trainer.average is not None:
+            with trainer.average.applied(self.model):
+                results["ema_"] = self._evaluate(trainer)
+        values = {prefix + name: value for prefix, result in results.items() for name, value in result.items()}
+        step = trainer.outcome.step
+        if trainer.world.is_main:
+            trainer.metrics.write({"step": step, "epoch": epoch, **values})
+            trainer.board.write(step, values)
+        trainer.note(f"epoch {epoch + 1}/{self.config.epochs}: " + "; ".join(map(_summary_line, results.items())))
+        # Averaged over few steps, the average is little more than the first weights: the better of the two leads.
+        averaged = values.get("ema_top1", -1.0) >= values["top1"]
+        leading = values["ema_top1" if averaged else "top1"]
+        if leading > self.best.get("top1", -1.0):
+            self.best = {"top1": leading, "epoch": epoch, "step": step, "averaged": averaged}
+            self._keep_best(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> dict[str, float]:
+        return evaluate(
+            self.model,
+            self.held_out,
+            batch_size=max(1, trainer.share // trainer.split.accumulate),
+            world=trainer.world,
+            workers=trainer.split.workers,
+            precision=self.config.precision,
+            note=trainer.note,
+        )
+
+    def _keep_best(self, trainer: Trainer) -> None:
+        if not self.best["averaged"]:
+            weights = whole_model(self.model)
+        else:
+            with trainer.average.applied(self.model):
+                weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
+        trainer.world.from_main(lambda: self._write_best(weights))
+
+    def _write_best(self, weights: dict[str, Tensor]) -> None:
+        path = self.output / "best.safetensors"
+        try:
+            export_weights(path, weights, metadata_of(self.config, self.best))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    def state(self) -> dict[str, Any]:
+        """The best result so far."""
+        return {"best": self.best}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take the best result so far."""
+        self.best = dict(state["best"])
+
+
+def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:
+    """What a file of weights says about itself."""
+    about = {"model": config.model, "grn": config.grn, "num_classes": str(config.num_classes)}
+    return {**about, **{f"best_{name}": str(value) for name, value in (best or {}).items()}}
+
+
+def _summary_line(item: tuple[str, dict[str, float]]) -> str:
+    prefix, result = item
+    name = "averaged weights" if prefix else "weights"
+    return f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}"
+
 
 VALUES = (
     "drop_path",
@@ -58,7 +195,7 @@ def run_finetune(options: FinetuneOptions) -> int:
             try:
                 return _run(options, device, world)
             except ValueError as error:  # what a layer, a transform or a loss says of an argument
-                raise TrainingError(str(error)) from error
+                raise UserError(str(error)) from error
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
@@ -85,12 +222,12 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         **{name: values[name] for name in VALUES},
     )
     if config.micro_batch is not None and config.micro_batch % 2:
-        raise TrainingError(
+        raise UserError(
             f"--batch-size {options.batch_size} over {parts} part(s) leaves {config.micro_batch} images to be mixed in "
             "pairs; take an even number, or --mixup 0 --cutmix 0."
         )
     if len(training.images) < config.batch_size:
-        raise TrainingError(
+        raise UserError(
             f"--data {options.data}: {len(training.images)} images to train on are too few for one batch of "
             f"{config.batch_size}; lower --batch-size to at most {len(training.images)} or add images."
         )
@@ -134,7 +271,7 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
         try:
             load_weights(model, options.init, skip_head=not options.eval_only, use_ema=options.use_ema)
         except (FileNotFoundError, ValueError) as error:
-            raise TrainingError(f"--init {options.init}: {error}") from error
+            raise UserError(f"--init {options.init}: {error}") from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
 
 
@@ -150,7 +287,7 @@ def _require_grn(options: FinetuneOptions) -> None:
             about = {}  # load_weights says what is wrong with the file
     stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
     if str(GRNVariant.of(stored)) != wanted:
-        raise TrainingError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
+        raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
 
 
 def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:

@@ -1,4 +1,4 @@
-"""``pretrain --data FOLDER``: FCMAE on a folder of the user's images, from scan to export."""
+"""FCMAE pre-training: the :class:`~.trainer.Task`, and ``pretrain --data FOLDER``, from scan to export."""
 
 import shlex
 import signal
@@ -6,33 +6,70 @@ import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from .._progress import Progress, count, format_seconds
 from ..backends import use_backend
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
-from ..data.images import CropDataset, load_crop
+from ..data.images import Batch, CropDataset, collate, load_crop, normalize
+from ..data.rng import MASK, torch_stream
+from ..layout import random_mask
 from ..models import FCMAE
-from .checkpoint import list_checkpoints, load_checkpoint
-from .config import PretrainConfig
-from .distributed import World, processes
-from .export import export_encoder
-from .options import Options, PretrainOptions
-from .pretrain_task import PretrainTask, draw_mask
-from .progress import Reporter, count, format_seconds
+from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
+from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
+from .distributed import World, processes, resolve_device
+from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
-from .setup import (
-    build_fcmae,
-    parameters_of,
-    prepare_output,
-    pretrain_config,
-    resolve_device,
-    split_of,
-    storage_of,
-    write_settings,
-)
+from .setup import build_fcmae, parameters_of, prepare_output, pretrain_config, split_of, storage_of, write_settings
 from .signals import folder_lock
-from .trainer import Outcome, train
+from .trainer import Outcome, Span, Trainer, train
+
+
+class PretrainTask:
+    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image)."""
+
+    def __init__(self, model: FCMAE, dataset: CropDataset, config: PretrainConfig):
+        self.model, self.dataset, self.config = model, dataset, config
+        self.collate = collate
+        self._mask: tuple[int, Tensor] | None = None
+
+    def parameter_groups(self) -> list[dict]:
+        """Decayed or not, as the config says."""
+        return parameter_groups(self.model, self.config.weight_decay, self.config.decay)
+
+    def placeholder(self, count: int) -> Batch:
+        """Black crops."""
+        return Batch(torch.zeros(count, *self.config.img_size, 3, dtype=torch.uint8), [])
+
+    def loss(self, network: nn.Module, batch: Batch, first: int, span: Span) -> Tensor:
+        """Reconstruction loss of ``span``."""
+        device = next(self.model.parameters()).device
+        pixels = batch.images[first : first + span.end - span.begin].to(device, non_blocking=True)
+        if self._mask is None or self._mask[0] != span.step:
+            self._mask = span.step, draw_mask(self.config, self.config.batch_size, span.step)
+        mask = self._mask[1][span.begin : span.end].to(device)
+        loss, _, _ = network(normalize(pixels).to(self.config.dtype), mask)
+        return loss
+
+    def epoch_done(self, trainer: Trainer, epoch: int) -> None:
+        """Nothing to do: the log has the losses."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing to remember: masks and crops are functions of the step."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing was remembered."""
+
+
+def draw_mask(config: PretrainConfig, num_images: int, step: int) -> Tensor:
+    """Return the mask [N, Gh, Gw] of a 0-based step, True = hidden: a function of (seed, step)."""
+    generator = torch_stream(config.seed, MASK, step)
+    return random_mask(num_images, config.grid, ratio=config.mask_ratio, generator=generator)
+
 
 NUM_PICTURES = 8
 
@@ -64,13 +101,13 @@ def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> 
         return config
 
     if not list_checkpoints(output):
-        with Reporter("checking images", 1) as reporter:
-            found = open_folder(folder, output, options.batch_size, reporter.advance)
+        with Progress("checking images", 1) as progress:
+            found = open_folder(folder, output, options.batch_size, progress.update)
         return found, settle(found.images)
     # The settings come first: where they differ, nothing of the run is touched.
     config = settle(saved_images(output))
-    with Reporter("checking images", config.num_images) as reporter:
-        found, notes = reopen_folder(folder, output, reporter.advance)
+    with Progress("checking images", config.num_images) as progress:
+        found, notes = reopen_folder(folder, output, progress.update)
     for note in notes:
         print(f"note: {note}")
     return found, config
@@ -95,7 +132,7 @@ def _describe(
     )
     checkpoints = list_checkpoints(options.output)
     if checkpoints:
-        print(f"going on in {options.output} (newest checkpoint: step {checkpoints[0][0]})")
+        print(f"resuming in {options.output} (newest checkpoint: step {checkpoints[0][0]})")
 
 
 def _relative(failures: dict[str, str], folder: Path) -> list[tuple[str, str]]:
@@ -121,7 +158,7 @@ def _conclude(
         print_paused(outcome)
 
 
-def print_summary(config: PretrainConfig, outcome: Outcome) -> None:
+def print_summary(config: RunConfig, outcome: Outcome) -> None:
     """Say how much was done and how fast."""
     if outcome.losses:
         last = outcome.losses[-min(100, len(outcome.losses)) :]
@@ -134,25 +171,25 @@ def print_summary(config: PretrainConfig, outcome: Outcome) -> None:
         print(f"This run is complete: all {outcome.total_steps} steps were already done.")
 
 
-def print_stopped(options: Options, outcome: Outcome) -> None:
-    """Say what a signal left, and how to go on."""
+def print_stopped(options: TrainOptions, outcome: Outcome) -> None:
+    """Say what a signal left, and how to resume."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)
     print(f"Stopped by {name} after step {outcome.step} of {outcome.total_steps}, which is saved.")
-    print(f"To go on from there, run the same command again:\n  {command}")
+    print(f"To resume from there, run the same command again:\n  {command}")
 
 
 def print_paused(outcome: Outcome) -> None:
     """Say that ``--max-steps`` ended the run."""
     print(f"Stopped at --max-steps {outcome.step} of {outcome.total_steps} steps.")
-    print("To go on, run the same command with more --max-steps, or without.")
+    print("To resume, run the same command with a larger --max-steps, or without it.")
 
 
 def _finish(
     options: PretrainOptions, config: PretrainConfig, outcome: Outcome, found: FolderImages, device: str
 ) -> None:
     state = load_checkpoint(outcome.checkpoint)
-    # Made anew: the model that was trained may lie in shards.
+    # Built again: the trained model may be in shards.
     model = build_fcmae(options, device)
     model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"

@@ -26,9 +26,9 @@ class Recipe:
 
     def but(self, source: str, note: str = "", assumed: tuple[str, ...] | None = None, **values: Any) -> "Recipe":
         """Another recipe of ``source``, which differs in ``values``."""
-        kept = tuple(name for name in self.assumed if name not in values) if assumed is None else assumed
+        still_assumed = tuple(name for name in self.assumed if name not in values) if assumed is None else assumed
         origins = {name: origin for name, origin in self.origins.items() if name not in values}
-        return Recipe(source, {**self.values, **values}, note, kept, origins)
+        return Recipe(source, {**self.values, **values}, note, still_assumed, origins)
 
 
 # ---- pre-training ----
@@ -178,8 +178,8 @@ class Resolved:
 def resolve(recipes: Mapping[str, Recipe], name: str, given: Mapping[str, Any]) -> Resolved:
     """Take a recipe's values, then what was given instead.
 
-    Where the number of epochs is given but not the warm-up, the warm-up keeps its share of them; a given ``lr`` stands
-    in for ``blr``.
+    Where the number of epochs is given but not the warm-up, the warm-up keeps its share of them; a given ``lr``
+    replaces ``blr``.
 
     Raises:
         ValueError: no recipe of that name; the message lists them.

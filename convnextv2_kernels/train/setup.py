@@ -2,20 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .._atomic_io import write_json
 from ..data.folder import fingerprint
+from ..errors import UserError
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
-from .config import PretrainConfig, RunConfig, environment, require_same_config
-from .distributed import resolve_device
-from .errors import TrainingError
-from .options import Options, PretrainOptions
+from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions, environment, require_same_config
+from .distributed import World
 from .trainer import Spread, Storage
 
 MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
@@ -31,16 +30,7 @@ SHARED_VALUES = (
     "precision",
 )
 
-__all__ = [
-    "build_fcmae",
-    "make_config",
-    "prepare_output",
-    "pretrain_config",
-    "resolve_device",
-    "split_of",
-    "storage_of",
-    "write_settings",
-]
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
@@ -56,17 +46,17 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
             **{name: values[name] for name in MODEL_VALUES},
         )
     except (ValueError, TypeError) as error:
-        raise TrainingError(str(error)) from error
+        raise UserError(str(error)) from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
 
 
 def make_config(
-    kind: type[RunConfig], options: Options, device: str, data: str, images: list[str], **more: Any
-) -> RunConfig:
+    kind: type[Config], options: TrainOptions, device: str, data: str, images: list[str], **more: Any
+) -> Config:
     """Return the settings of a run on ``images``; ``data`` says where they come from, ``more`` is the kind's own."""
     values = options.resolved.values
     if values["min_lr"] > options.lr:
-        raise TrainingError(
+        raise UserError(
             f"--min-lr {values['min_lr']:g} must be at most the peak learning rate, which is {options.lr:.3g} for "
             f"{options.batch_size} images a step."
         )
@@ -107,27 +97,27 @@ def pretrain_config(
     )
 
 
-def storage_of(options: Options) -> Storage:
+def storage_of(options: TrainOptions) -> Storage:
     """Where and how often the run is stored."""
     return Storage(options.output, options.save_every, options.keep, tensorboard=options.tensorboard)
 
 
-def split_of(options: Options, world: Any) -> Spread:
+def split_of(options: TrainOptions, world: World) -> Spread:
     """How the run's steps are split."""
     return Spread(world, options.parallel, options.accumulate, options.workers)
 
 
-def write_settings(options: Options, config: RunConfig) -> None:
+def write_settings(options: TrainOptions, config: RunConfig) -> None:
     """Write config.json: the settings that decide the losses, where each came from, and the rest.
 
-    Raises TrainingError, and leaves the file as it is, where the folder's checkpoints are of other settings.
+    Raises UserError, and leaves the file as it is, where the folder's checkpoints are of other settings.
     """
     path = options.output / "config.json"
     if list_checkpoints(options.output):
         try:
             saved = json.loads(path.read_text())["config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise TrainingError(
+            raise UserError(
                 f"{options.output} holds checkpoints, but config.json beside them cannot be read ({error}); give "
                 "another --output to start afresh."
             ) from error
@@ -143,11 +133,11 @@ def write_settings(options: Options, config: RunConfig) -> None:
 
 
 def prepare_output(path: Path) -> None:
-    """Create the output folder; raise TrainingError where that is impossible."""
+    """Create the output folder; raise UserError where that is impossible."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise TrainingError(f"--output {path}: cannot be made a folder ({error.strerror}).") from error
+        raise UserError(f"--output {path}: cannot be made a folder ({error.strerror}).") from error
 
 
 def parameters_of(model: nn.Module) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from .errors import TrainingError
+from ..errors import UserError
 
 try:
     import fcntl
@@ -55,7 +55,7 @@ def ignore_signals(worker_id: int) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process; raise TrainingError where another run holds it."""
+    """Hold a folder for this process; raise UserError where another run holds it."""
     if fcntl is None:
         yield
         return
@@ -66,7 +66,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
             # outlive a killed parent by some seconds.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise TrainingError(f"{folder}: another run is writing to this folder.") from None
+            raise UserError(f"{folder}: another run is writing to this folder.") from None
         except OSError:
             pass  # Some network file systems know no locks; the lock is a courtesy.
         yield

@@ -1,24 +1,28 @@
-"""The training loop: exact resume, atomic checkpoints, a clean stop on a signal, on any number of processes.
+"""The training loop and the tasks it trains: exact resume, atomic checkpoints, a clean stop on a signal, on any number
+of processes.
 
 Steps are counted by the number completed: after step k the weights have been updated k times, the
 log has k lines, and checkpoint-k.pt holds all that step k + 1 depends on.
 """
 
+from __future__ import annotations
+
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
+from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
-from .average import Average
-from .board import Board
+from ..errors import UserError
 from .checkpoint import (
     gather_state,
     newest_valid,
@@ -29,28 +33,78 @@ from .checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
-from .config import environment, environment_notes, require_same_config
+from .config import RunConfig, environment, environment_notes, require_same_config
 from .distributed import World, gradient_sync, spread
-from .errors import TrainingError
-from .loggers import StepLog
+from .loggers import Board, StepLog
 from .nonfinite import first_gradient, first_in_forward
-from .optim import lr_at_step, make_optimizer, set_lr
-from .progress import Reporter
+from .optim import Average, lr_at_step, make_optimizer, set_lr
 from .signals import StopRequest, ignore_signals
-from .task import Span, Task
+
+
+class Span(NamedTuple):
+    """Images ``begin`` to ``end`` of the batch of 0-based ``step``, as all processes together see it."""
+
+    step: int
+    begin: int
+    end: int
+
+
+class Task(Protocol):
+    """A model, its data and its loss. The loop knows nothing else of what is trained.
+
+    ``dataset`` is addressed by (epoch, index); ``collate`` makes of its samples a batch with ``images`` (None where
+    they could not be read) and ``failures``. Everything random is a function of the seed and a :class:`Span`, never of
+    how the batch is split.
+    """
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings of the run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, on its device."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """See above."""
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """See above."""
+
+    def parameter_groups(self) -> list[dict]:
+        """Groups for the optimiser, with their weight decay."""
+
+    def placeholder(self, count: int) -> Any:
+        """A batch of ``count`` blank images, in place of images that could not be read."""
+
+    def loss(self, network: nn.Module, batch: Any, first: int, span: Span) -> Tensor:
+        """Mean loss of the images ``span`` of a step, which are ``batch``'s from ``first`` on. ``network`` is the model
+        as it is spread over processes."""
+
+    def epoch_done(self, trainer: Trainer, epoch: int) -> None:
+        """Called in all processes after the last step of a 0-based epoch, before its checkpoint."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must remember of the task."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`state` returned."""
 
 
 @dataclass(frozen=True)
 class Storage:
     """Where and how often a run is stored; none of it changes a loss.
 
-    ``save_every`` 0 means at the end of an epoch only; ``checkpoints`` False, not at all. ``tensorboard`` writes
+    ``save_every`` 0 means at the end of an epoch only; ``checkpoints`` False, not at all. Only the last
+    ``max_checkpoints`` stay on disk. ``tensorboard`` writes
     scalars to a folder of that name.
     """
 
     output: Path
     save_every: int = 0
-    keep: int = 3
+    max_checkpoints: int = 3
     checkpoints: bool = True
     tensorboard: bool = False
 
@@ -66,6 +120,31 @@ class Spread:
     parallel: str = "ddp"
     accumulate: int = 1
     workers: int = 0
+
+
+class StepStatus(NamedTuple):
+    """What each process reports of a step, float64, in the order of ranks: the same in all processes.
+
+    ``signum [size]``: of a signal to stop, 0 without. ``unreadable [size]``: 1 where there were no images.
+    ``failures [size]``: files that could not be read. ``losses [size, accumulate]``: of each part of the images.
+    """
+
+    signum: Tensor
+    unreadable: Tensor
+    failures: Tensor
+    losses: Tensor
+
+    @classmethod
+    def gather(
+        cls, world: World, signum: int | None, unreadable: bool, failures: int, losses: Sequence[float]
+    ) -> StepStatus:
+        """Exchange the processes' reports in one message; all must call it."""
+        table = world.gather([signum or 0, unreadable, failures, *losses])
+        return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3:])
+
+    def mean_loss(self) -> float:
+        """The loss of the whole batch."""
+        return float(self.losses.flatten().sum()) / self.losses.numel()
 
 
 @dataclass
@@ -91,10 +170,10 @@ def train(
 ) -> Outcome:
     """Train ``task.model`` until ``task.config`` is fulfilled; say what happened.
 
-    Goes on from the newest sound checkpoint in ``storage.output``, if there is one, with losses
+    Resumes from the newest valid checkpoint in ``storage.output``, if there is one, with losses
     bitwise equal to those of a run that was never interrupted. ``max_steps`` ends the run early
     without changing the schedule. On SIGINT or SIGTERM the step at hand is finished and saved and
-    ``Outcome.stop_signal`` is set. Raises TrainingError where the settings differ from the
+    ``Outcome.stop_signal`` is set. Raises UserError where the settings differ from the
     checkpoint's, a loss or gradient is no finite number, or images or checkpoints cannot be read or written.
     """
     run = Trainer(task, storage, split or Spread(), note)
@@ -116,7 +195,7 @@ class Trainer:
         config, world = task.config, split.world
         parts = world.size * split.accumulate
         if config.batch_size % parts:
-            raise TrainingError(
+            raise UserError(
                 f"a batch of {config.batch_size} images cannot be split evenly over {world.size} process(es) times "
                 f"{split.accumulate} accumulated part(s); take a --batch-size that is a multiple of {parts}."
             )
@@ -131,7 +210,7 @@ class Trainer:
         self.share = config.batch_size // world.size
 
     def resume(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one."""
+        """Resume from the newest valid checkpoint, if there is one."""
         if not self.storage.checkpoints:
             return
         state: dict[str, Any] | None = None
@@ -176,8 +255,8 @@ class Trainer:
         outcome, config = self.outcome, self.task.config
         self.network.train()
         begun = time.monotonic()
-        with Reporter("step", stop, outcome.step, quiet=not self.world.is_main) as reporter:
-            self.reporter = reporter
+        with Progress("step", stop, outcome.step, quiet=not self.world.is_main) as progress:
+            self.progress = progress
             for batch in self._loader(stop):
                 lr = lr_at_step(outcome.step, config.total_steps, config.warmup_steps, config.lr, config.min_lr)
                 loss, norm = self._step(batch, lr, request)
@@ -209,7 +288,7 @@ class Trainer:
             extra = {"epoch": epoch, "position": position, "rng": rng_state(), "task": self.task.state()}
             extra.update(config=config.to_dict(), environment=self.environment)
             path = write_checkpoint(self.storage.output, outcome.step, {**state, **extra})
-            prune_checkpoints(self.storage.output, outcome.step, self.storage.keep)
+            prune_checkpoints(self.storage.output, outcome.step, self.storage.max_checkpoints)
             return path
 
         outcome.checkpoint = self.world.from_main(write)
@@ -239,14 +318,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         # One wait for the device: losses and norm are read back together.
         *losses, norm = torch.cat([self._gradients(batch), self._gradient_norm()[None]]).tolist()
-        told = self.world.gather([request.signum or 0, unreadable, len(failures), *losses])
-        if told[:, 2].any():
+        status = StepStatus.gather(self.world, request.signum, unreadable, len(failures), losses)
+        if status.failures.any():
             self._report_failures(failures)
-        if told[:, 1].any():
+        if status.unreadable.any():
             self._data_is_gone(failures)
-        if not told[:, 3:].isfinite().all() or not math.isfinite(norm):
-            self._not_finite(batch, told[:, 3:], lr)
-        if signum := int(told[:, 0].max()):
+        if not status.losses.isfinite().all() or not math.isfinite(norm):
+            self._not_finite(batch, status.losses, lr)
+        if signum := int(status.signum.max()):
             self.outcome.stop_signal = signum
         if config.clip_grad is not None:
             total = torch.tensor(norm, dtype=config.dtype)
@@ -254,7 +333,7 @@ class Trainer:
         self.optimizer.step()
         if self.average is not None:
             self.average.update(self.task.model)
-        return float(told[:, 3:].flatten().sum()) / told[:, 3:].numel(), norm
+        return status.mean_loss(), norm
 
     def _gradients(self, batch: Any) -> torch.Tensor:
         """Forward and backward of each part of this process's images; return the losses, float64."""
@@ -292,7 +371,7 @@ class Trainer:
             what = "the gradient is not finite"
             found = next(filter(None, self.world.gather_objects(first_gradient(self.task.model))), None)
         where = "no tensor is when the step is run again" if found is None else found
-        raise TrainingError(
+        raise UserError(
             f"step {step} (epoch {self.outcome.step // config.steps_per_epoch + 1}): {what} at learning rate {lr:.3g}; "
             f"stopped before the weights were touched. First tensor that is not finite: {where}. {self._saved_where()} "
             "Try a new --output with a lower --lr, a longer --warmup-epochs"
@@ -304,7 +383,7 @@ class Trainer:
             self.save()
         reasons = dict(f for part in self.world.gather_objects(failures) for f in part)
         name, reason = list(reasons.items())[-1]
-        raise TrainingError(
+        raise UserError(
             f"step {self.outcome.step + 1}: {len(reasons)} images in a row could not be read ({name}: {reason}); "
             f"is the data still there? {self._saved_where()}"
         )
@@ -313,16 +392,16 @@ class Trainer:
         for name, reason in (f for part in self.world.gather_objects(failures) for f in part):
             if name not in self.outcome.failures:
                 self.outcome.failures[name] = reason
-                self.reporter.note(f"warning: {name} cannot be read any more ({reason}); skipped")
+                self.progress.note(f"warning: {name} cannot be read any more ({reason}); skipped")
 
     def _write(self, loss: float, lr: float, norm: float) -> None:
         if not self.world.is_main:
             return
         outcome, config = self.outcome, self.task.config
         epoch = (outcome.step - 1) // config.steps_per_epoch
-        rate = self.reporter.rate() * config.batch_size
+        rate = self.progress.rate() * config.batch_size
         text = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {rate:.1f} images/s"
-        self.reporter.update(outcome.step, text)
+        self.progress.update(outcome.step, detail=text)
         record = {"step": outcome.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
         self.log.write({**record, "seconds": round(outcome.seconds, 3)})
         self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})

@@ -1,8 +1,8 @@
 // Depthwise convolution: forward (also the gradient with respect to x, with flipped taps), fused LayerNorm, and the
 // gradients of weight and bias.
-#include "conv_rows.h"
-#include "conv_small.h"
-#include "conv_taps.h"
+#include "conv_generic.h"
+#include "conv_small_patch.h"
+#include "conv_tile.h"
 #include "norm.inl"
 
 namespace cnx {
@@ -85,7 +85,7 @@ CNX_INLINE void convolve_block(const ConvForward& p, int64_t map, int64_t y, int
 
 // Row loops: a unit is a packed patch, or one line of a dense map.
 template <class T>
-void conv_forward_rows(const ConvForward& p, const Threads& threads) {
+void conv_forward_tile(const ConvForward& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   constexpr int lanes = kLanes<T>, taps = kTap * kTap;
@@ -117,7 +117,7 @@ void conv_forward_rows(const ConvForward& p, const Threads& threads) {
 
 // One patch of side 1 or 2 at a time, several vectors of channels together to hide the multiply-adds' latency.
 template <class T, int kSide>
-void conv_forward_small(const ConvForward& p, const Threads& threads) {
+void conv_forward_small_patch(const ConvForward& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   constexpr int lanes = kLanes<T>, taps = kTap * kTap, pixels = kSide * kSide, group = kSide == 1 ? 4 : 2;
@@ -134,7 +134,7 @@ void conv_forward_small(const ConvForward& p, const Threads& threads) {
           const Vec<T> start = p.bias ? Full::load(in<A>(p.bias) + c + v * lanes) : Vec<T>{};
           for (int o = 0; o < pixels; ++o) sums[o][v] = start;
         }
-        convolve_small<T, kSide, group>(g, in<T>(p.x) + c, patch, Full(lanes), w + c / lanes * taps, sums);
+        convolve_small_patch<T, kSide, group>(g, in<T>(p.x) + c, patch, Full(lanes), w + c / lanes * taps, sums);
         for (int o = 0; o < pixels; ++o)
           for (int v = 0; v < group; ++v) Full::store(value.get() + o * g.channels + c + v * lanes, sums[o][v]);
       }
@@ -142,7 +142,7 @@ void conv_forward_small(const ConvForward& p, const Threads& threads) {
         const Vec<T> start = p.bias ? rest.load(in<A>(p.bias) + at) : Vec<T>{};
         Vec<T> sums[pixels][1];
         for (int o = 0; o < pixels; ++o) sums[o][0] = start;
-        convolve_small<T, kSide, 1>(g, in<T>(p.x) + at, patch, rest, w + at / lanes * taps, sums);
+        convolve_small_patch<T, kSide, 1>(g, in<T>(p.x) + at, patch, rest, w + at / lanes * taps, sums);
         for (int o = 0; o < pixels; ++o) rest.store(value.get() + o * g.channels + at, sums[o][0]);
       });
       for (int o = 0; o < pixels; ++o) finish_pixel<T>(p, patch * pixels + o, value.get() + o * g.channels);
@@ -151,7 +151,7 @@ void conv_forward_small(const ConvForward& p, const Threads& threads) {
 }
 
 template <class T>
-void conv_forward_taps(const ConvForward& p, const Threads& threads) {
+void conv_forward_generic(const ConvForward& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   const int taps = g.kernel_size * g.kernel_size;
@@ -228,7 +228,7 @@ void reduce_weight_grad(const ConvWeightGrad& p, const A* partial, int64_t parts
 }
 
 template <class T>
-void conv_weight_grad_rows(const ConvWeightGrad& p, const Threads& threads) {
+void conv_weight_grad_tile(const ConvWeightGrad& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   constexpr int lanes = kLanes<T>, taps = kTap * kTap;
@@ -251,7 +251,7 @@ void conv_weight_grad_rows(const ConvWeightGrad& p, const Threads& threads) {
 }
 
 template <class T, int kSide>
-void conv_weight_grad_small(const ConvWeightGrad& p, const Threads& threads) {
+void conv_weight_grad_small_patch(const ConvWeightGrad& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   constexpr int lanes = kLanes<T>, taps = kTap * kTap, pixels = kSide * kSide;
@@ -266,7 +266,7 @@ void conv_weight_grad_small(const ConvWeightGrad& p, const Threads& threads) {
       each_vector<T>(c, smaller(c + lanes, g.channels), [&](auto some, int64_t) {
         Vec<T> dw[taps] = {};
         Vec<T> db{};
-        accumulate_small<T, kSide>(g, in<T>(p.x) + c, in<T>(p.grad) + c, first, last, some, dw);
+        accumulate_small_patch<T, kSide>(g, in<T>(p.x) + c, in<T>(p.grad) + c, first, last, some, dw);
         for (int64_t row = first * pixels; row < last * pixels; ++row)
           db += some.load(in<T>(p.grad) + row * g.channels + c);
         for (int t = 0; t < taps; ++t) some.store(target + t * g.channels, dw[t]);
@@ -278,7 +278,7 @@ void conv_weight_grad_small(const ConvWeightGrad& p, const Threads& threads) {
 }
 
 template <class T>
-void conv_weight_grad_taps(const ConvWeightGrad& p, const Threads& threads) {
+void conv_weight_grad_generic(const ConvWeightGrad& p, const Threads& threads) {
   using A = Acc<T>;
   const ConvGeometry& g = p.geometry;
   const int taps = g.kernel_size * g.kernel_size;
@@ -305,17 +305,35 @@ void conv_weight_grad_taps(const ConvWeightGrad& p, const Threads& threads) {
   reduce_weight_grad(p, partial.get(), parts, taps, threads);
 }
 
+enum class ConvKernel { tile, small_patch, generic };
+
+CNX_INLINE ConvKernel kernel_of(const ConvGeometry& g) {
+  if (g.kernel_size != kTap) return ConvKernel::generic;
+  return !g.neighbours || g.height >= kRadius ? ConvKernel::tile : ConvKernel::small_patch;
+}
+
 template <class T>
 void conv_forward_of(const ConvForward& p, const Threads& t) {
-  if (serves_rows(p.geometry)) return conv_forward_rows<T>(p, t);
-  if (!serves_small(p.geometry)) return conv_forward_taps<T>(p, t);
-  p.geometry.height == 1 ? conv_forward_small<T, 1>(p, t) : conv_forward_small<T, 2>(p, t);
+  switch (kernel_of(p.geometry)) {
+    case ConvKernel::tile:
+      return conv_forward_tile<T>(p, t);
+    case ConvKernel::small_patch:
+      return p.geometry.height == 1 ? conv_forward_small_patch<T, 1>(p, t) : conv_forward_small_patch<T, 2>(p, t);
+    case ConvKernel::generic:
+      return conv_forward_generic<T>(p, t);
+  }
 }
 template <class T>
 void conv_weight_grad_of(const ConvWeightGrad& p, const Threads& t) {
-  if (serves_rows(p.geometry)) return conv_weight_grad_rows<T>(p, t);
-  if (!serves_small(p.geometry)) return conv_weight_grad_taps<T>(p, t);
-  p.geometry.height == 1 ? conv_weight_grad_small<T, 1>(p, t) : conv_weight_grad_small<T, 2>(p, t);
+  switch (kernel_of(p.geometry)) {
+    case ConvKernel::tile:
+      return conv_weight_grad_tile<T>(p, t);
+    case ConvKernel::small_patch:
+      return p.geometry.height == 1 ? conv_weight_grad_small_patch<T, 1>(p, t)
+                                    : conv_weight_grad_small_patch<T, 2>(p, t);
+    case ConvKernel::generic:
+      return conv_weight_grad_generic<T>(p, t);
+  }
 }
 
 inline void conv_forward(const ConvForward& p, const Threads& t) {

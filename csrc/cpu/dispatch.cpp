@@ -3,7 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "kernels.h"
+#include "cnx/cpu.h"
 
 namespace cnx {
 

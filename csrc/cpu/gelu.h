@@ -1,8 +1,8 @@
 // GELU(a) = a * gate(a) and its derivative gate(a) + a * gate'(a).
 //
 // Exact: the gate is the normal distribution Phi, its slope the density. float: Phi(-|a|) = exp(-a^2/2) * t * P(t),
-// t = 1 / (1 + 0.33 |a|); the coefficients come from fit_gelu.py, maximum relative error 5.5e-8. The exponential is
-// shared with the density. double: the C library, lane by lane.
+// t = 1 / (1 + 0.33 |a|); the coefficients come from tools/fit_gelu.py, maximum relative error 5.5e-8. The exponential
+// is shared with the density. double: the C library, lane by lane.
 //
 // Tanh form: (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)), 2u = sqrt(8/pi) (a + 0.044715 a^3). From e = exp(-|2u|), which
 // cannot overflow: with r = 1 / (1 + e) the gate is r or e r, its slope e r^2 d(2u)/da; neither cancels.
@@ -11,8 +11,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../common/params.h"
-#include "vec.h"
+#include "cnx/params.h"
+#include "simd.h"
 
 namespace cnx {
 namespace CNX_ISA {
@@ -97,16 +97,24 @@ CNX_INLINE Gate<V> gate_of(V a) {
     return normal_gate(a);
 }
 
-template <Activation kAct = Activation::gelu, class V>
-CNX_INLINE V gelu(V a) {
-  return a * gate_of<kAct>(a).value;
+template <Activation kAct, class V>
+CNX_INLINE V activate(V a) {
+  if constexpr (kAct == Activation::identity)
+    return a;
+  else
+    return a * gate_of<kAct>(a).value;
 }
 
-template <Activation kAct = Activation::gelu, class V>
-CNX_INLINE void gelu_with_derivative(V a, V& value, V& derivative) {
-  const Gate<V> gate = gate_of<kAct>(a);
-  value = a * gate.value;
-  derivative = gate.value + a * gate.slope;
+template <Activation kAct, class V>
+CNX_INLINE void activate_with_slope(V a, V& value, V& slope) {
+  if constexpr (kAct == Activation::identity) {
+    value = a;
+    slope = V{} + 1;
+  } else {
+    const Gate<V> gate = gate_of<kAct>(a);
+    value = a * gate.value;
+    slope = gate.value + a * gate.slope;
+  }
 }
 
 }  // namespace CNX_ISA

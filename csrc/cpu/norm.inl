@@ -1,4 +1,6 @@
-// LayerNorm forward and backward, and its form that writes 2x2 blocks for the downsampling product.
+// LayerNorm forward and backward, and its form that writes 2x2 blocks for the downsampling GEMM.
+#pragma once
+
 #include <cmath>
 
 #include "parallel.h"

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "kernels.h"
-#include "vec.h"
+#include "cnx/cpu.h"
+#include "simd.h"
 
 namespace cnx {
 namespace CNX_ISA {

@@ -14,7 +14,7 @@
 // Limits: a block cannot wait for another one; no atomics on floats; a float expression may be contracted differently
 // from nvcc (-mfma -ffp-contract=fast comes closest); fast intrinsics are exact ones.
 //
-// Build: g++ -std=c++17 -x c++ -DCNX_EMULATION -Wno-unknown-pragmas, with the include path of the CUDA toolkit (headers
+// Build: g++ -std=c++20 -x c++ -DCNX_EMULATION -Wno-unknown-pragmas, with the include path of the CUDA toolkit (headers
 // only), and runtime.cpp linked into the same file as the kernels.
 //
 // Cost, roughly: 5 to 10 ns for a thread that does not wait, 70 to 100 ns for its first wait, 25 ns for each further

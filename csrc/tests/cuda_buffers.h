@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 namespace test {
@@ -87,9 +87,19 @@ void run(void (*kernel)(const P&, const Launch&), int64_t (*workspace)(const P&)
   const int64_t bytes = workspace(p);
   if (bytes > 0 && posix_memalign(&memory, 256, bytes) != 0) std::abort();
   if (memory) std::memset(memory, 0xff, bytes);
-  kernel(p, {nullptr, memory});
+  kernel(p, {.workspace = memory});
   std::free(memory);
 }
 #define RUN(name, p) run(name, name##_workspace, p)
+
+// f(a value of the type, its name) for every feature type; the exit code.
+template <class F>
+int on_every_type(const F& f) {
+  f(float{}, "float32");
+  f(double{}, "float64");
+  f(bf16{}, "bfloat16");
+  f(f16{}, "float16");
+  return exit_code();
+}
 
 }  // namespace test

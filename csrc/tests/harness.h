@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/kernels.h"
+#include "cnx/cpu.h"
 
 namespace test {
 
@@ -20,6 +20,21 @@ inline void check(bool ok, const char* what, double value = 0) {
   if (ok) return;
   ++failures();
   std::printf("FAILED %s (%g)\n", what, value);
+}
+
+// What main returns.
+inline int exit_code() {
+  return failures() ? 1 : 0;
+}
+
+// f(kernels) for every instruction set that this processor has; the exit code.
+template <class F>
+int on_every_isa(const F& f) {
+  for (const char* isa : {"avx512", "avx2", "baseline"}) {
+    if (const cnx::KernelTable* kernels = cnx::find_kernels(isa)) f(*kernels);
+    std::printf("%s: %s\n", isa, cnx::find_kernels(isa) ? "done" : "this processor lacks it, skipped");
+  }
+  return exit_code();
 }
 
 // Largest difference relative to the largest expected magnitude.

@@ -6,7 +6,7 @@
 #include <set>
 #include <string>
 
-#include "conv_geometry.cuh"
+#include "../cuda/conv/warp.cuh"
 #include "harness.h"
 
 using namespace cnx;
@@ -117,10 +117,15 @@ struct Map {
     return s < 0 ? -1 : (int64_t{s} * side + y % side) * side + x % side;
   }
   ConvGeometry geometry(int64_t channels, int kernel) const {
-    if (!side) return {images, rows, cols, channels, kernel, nullptr};
+    if (!side) return {.maps = images, .height = rows, .width = cols, .channels = channels, .kernel_size = kernel};
     // an empty table still says that the map is packed
     static const int32_t none = 0;
-    return {slots, side, side, channels, kernel, table.empty() ? &none : table.data()};
+    return {.maps = slots,
+            .height = side,
+            .width = side,
+            .channels = channels,
+            .kernel_size = kernel,
+            .neighbours = table.empty() ? &none : table.data()};
   }
 };
 
@@ -154,7 +159,7 @@ void test_case(const Map& map, int64_t channels, int kernel, int options, Random
   p.rstd = rstd.data();
   Buffer<unsigned char> workspace(conv_forward_workspace(p));
   used.insert(std::string(conv_forward_choice(p)) + (normalize && conv_forward_plan(p).fused ? " + LN" : ""));
-  conv_forward(p, {nullptr, workspace.data()});
+  conv_forward(p, {.workspace = workspace.data()});
 
   double error = 0, size = 1e-30, rstd_error = 0;
   std::vector<double> row(channels);
@@ -285,12 +290,12 @@ void test_choice() {
   const auto choice = [](int64_t maps, int64_t height, int64_t width, int64_t channels) {
     ConvForward p{};
     p.dtype = DType::bf16;
-    p.geometry = {maps, height, width, channels, 7, nullptr};
+    p.geometry = {.maps = maps, .height = height, .width = width, .channels = channels, .kernel_size = 7};
     return std::string(conv_forward_choice(p));
   };
-  check(choice(1 << 16, 56, 56, 4096) == "conv_window", "more than 2^32 elements");
-  check(choice(1 << 20, 56, 56, 2) == "conv_taps", "more than 2^31 pixels");
-  check(choice(1, 8, 1 << 20, 4096) == "conv_taps", "more than 2^31 bytes in a row");
+  check(choice(1 << 16, 56, 56, 4096) == "conv_tile", "more than 2^32 elements");
+  check(choice(1 << 20, 56, 56, 2) == "conv_generic", "more than 2^31 pixels");
+  check(choice(1, 8, 1 << 20, 4096) == "conv_generic", "more than 2^31 bytes in a row");
 }
 
 int main(int count, char** names) {
@@ -302,5 +307,5 @@ int main(int count, char** names) {
   if (wanted("f16")) test_type<f16>();
   if (wanted("f64")) test_type<double>();
   for (const auto& name : used) std::printf("ran %s\n", name.c_str());
-  return test::failures() ? 1 : 0;
+  return test::exit_code();
 }

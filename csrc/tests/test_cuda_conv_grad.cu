@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 using namespace cnx;
@@ -73,7 +73,7 @@ struct Buffer {
 template <class T>
 void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask, int64_t channels, int size,
                 bool misaligned = false, bool bias = true) {
-  using A = cuda::Acc<T>;
+  using A = Acc<T>;
   Random random(rows * 131 + cols * 17 + side * 7 + channels + size + static_cast<int>(mask));
   const Images map(images, rows, cols, packed ? side : 1, packed ? mask : Mask::all, random);
   const int64_t pixels = int64_t{map.slots} * map.side * map.side;
@@ -98,8 +98,14 @@ void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask
   std::vector<int32_t> empty(1);
   ConvWeightGrad p{};
   p.dtype = kType<T>;
-  p.geometry = packed ? ConvGeometry{map.slots, side, side, channels, size, table.empty() ? empty.data() : table.data()}
-                      : ConvGeometry{images, rows, cols, channels, size, nullptr};
+  p.geometry =
+      packed ? ConvGeometry{.maps = map.slots,
+                            .height = side,
+                            .width = side,
+                            .channels = channels,
+                            .kernel_size = size,
+                            .neighbours = table.empty() ? empty.data() : table.data()}
+             : ConvGeometry{.maps = images, .height = rows, .width = cols, .channels = channels, .kernel_size = size};
   const auto workspace = cuda::conv_weight_grad_workspace(p);  // from shapes alone
   p.x = x.data;
   p.grad = grad.data;
@@ -113,7 +119,7 @@ void test_shape(int images, int rows, int cols, int side, bool packed, Mask mask
     p.dbias = bias ? got_b[i].data() : nullptr;
     auto* aligned = scratch.data() + (scratch.size() - workspace) / 2 * 2;
     aligned -= reinterpret_cast<uintptr_t>(aligned) % 256;
-    cuda::conv_weight_grad(p, {nullptr, aligned});
+    cuda::conv_weight_grad(p, {.workspace = aligned});
   }
   const double bound = std::is_same<T, double>::value ? 1e-13 : 1e-5;
   char what[160];
@@ -163,5 +169,5 @@ int main() {
   // enough of everything that a warp takes several tiles and there are several splits
   test_shape<cuda::bf16>(12, 7, 7, 8, true, Mask::ragged, 112, 7);
   test_shape<cuda::bf16>(40, 7, 7, 1, true, Mask::ragged, 80, 7);
-  return failures() ? 1 : 0;
+  return exit_code();
 }

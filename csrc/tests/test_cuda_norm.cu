@@ -13,8 +13,14 @@ void test_large_mean(int64_t channels) {
   double expected_mean = 0, variance = 0;
   for (int64_t c = 0; c < channels; ++c) expected_mean += (x.data()[c] = float(1000 + random.uniform())) / channels;
   for (int64_t c = 0; c < channels; ++c) variance += std::pow(x[c] - expected_mean, 2) / channels;
-  RUN(layer_norm_forward, (LayerNormForward{DType::f32, 1, channels, x.data(), nullptr, nullptr, 1e-6, y.data(),
-                                            mean.data(), rstd.data()}));
+  RUN(layer_norm_forward, (LayerNormForward{.dtype = DType::f32,
+                                            .rows = 1,
+                                            .channels = channels,
+                                            .x = x.data(),
+                                            .eps = 1e-6,
+                                            .y = y.data(),
+                                            .mean = mean.data(),
+                                            .rstd = rstd.data()}));
   check(std::fabs(rstd[0] * std::sqrt(variance + 1e-6) - 1) < 1e-5, "rstd beside a large mean", rstd[0]);
 }
 
@@ -64,14 +70,31 @@ void test_layer_norm(int64_t rows, int64_t channels, bool misaligned, bool affin
   const void *w = affine ? weight.data() : nullptr, *b = affine ? bias.data() : nullptr;
   NormExpected e =
       norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, affine ? &bias : nullptr, eps, nullptr);
-  RUN(layer_norm_forward,
-      (LayerNormForward{kDType<T>, rows, channels, x.data(), w, b, eps, y.data(), mean.data(), rstd.data()}));
+  RUN(layer_norm_forward, (LayerNormForward{.dtype = kDType<T>,
+                                            .rows = rows,
+                                            .channels = channels,
+                                            .x = x.data(),
+                                            .weight = w,
+                                            .bias = b,
+                                            .eps = eps,
+                                            .y = y.data(),
+                                            .mean = mean.data(),
+                                            .rstd = rstd.data()}));
   compare(y, e.y, rounding, "layer norm");
   compare(mean, e.mean, summed, "mean");
   compare(rstd, e.rstd, summed, "rstd");
   Buffer<T> dx(rows * channels, misaligned), dx_alone(rows * channels, misaligned);
-  LayerNormBackward back{kDType<T>,   rows, channels,  grad.data(),    x.data(),    mean.data(),
-                         rstd.data(), w,    dx.data(), dweight.data(), dbias.data()};
+  LayerNormBackward back{.dtype = kDType<T>,
+                         .rows = rows,
+                         .channels = channels,
+                         .grad = grad.data(),
+                         .x = x.data(),
+                         .mean = mean.data(),
+                         .rstd = rstd.data(),
+                         .weight = w,
+                         .dx = dx.data(),
+                         .dweight = dweight.data(),
+                         .dbias = dbias.data()};
   RUN(layer_norm_backward, back);
   if (channels > 1) compare(dx, e.dx, rounding, "layer norm dx");  // at one channel: 0 up to eps
   if (channels > 1) compare(dweight, e.dweight, 4 * summed, "layer norm dweight");
@@ -179,9 +202,5 @@ void test_type(const char* name) {
 int main() {
   test_large_mean(96);
   test_large_mean(1032);
-  test_type<float>("float32");
-  test_type<double>("float64");
-  test_type<bf16>("bfloat16");
-  test_type<f16>("float16");
-  return failures() ? 1 : 0;
+  return on_every_type([](auto type, const char* name) { test_type<decltype(type)>(name); });
 }

@@ -1,6 +1,6 @@
 // The emulation of the CUDA execution model: that it computes what a GPU would, and that it finds what it is for.
-#include "../cuda/kernels.h"
-#include "../cuda/types.cuh"
+#include "../cuda/common/types.cuh"
+#include "cnx/cuda.h"
 #include "harness.h"
 
 #include <cstdlib>
@@ -564,5 +564,5 @@ int main() {
   test_threads();
   test_device();
   std::printf("%d failures\n", test::failures());
-  return test::failures() != 0;
+  return test::exit_code();
 }

@@ -20,20 +20,32 @@ void test_gelu(const KernelTable& k, Activation act, double bound) {
   for (A v : {A(INFINITY), A(-INFINITY), A(NAN)}) a.push_back(v);
   const std::vector<A> ones(a.size(), A(1));
   std::vector<A> h = a, hs = a, slope = ones, sums(1);
-  MlpRows p{};
-  p.dtype = dtype_of<A>();
-  p.segments = {nullptr, 1, 1, int64_t(a.size())};
-  p.channels = 1;
-  p.activation = act;
-  p.a = h.data();
-  p.sums = sums.data();
-  k.gelu_square_sum(p, one_thread());
+  const Segments segments{.rows_per_slot = 1, .count = 1, .rows = int64_t(a.size())};
   const A one = 1, zero = 0;  // with them ds becomes its product with the slope
-  p.a = hs.data();
-  p.ds = slope.data();
-  p.scale = &one;
-  p.kappa = p.beta = &zero;
-  k.mlp_backward_pointwise(p, one_thread());
+  A norm, scale;
+  k.gelu_statistics({.dtype = dtype_of<A>(),
+                     .segments = segments,
+                     .channels = 1,
+                     .activation = act,
+                     .a = h.data(),
+                     .h = h.data(),
+                     .gamma = &one,
+                     .norm = &norm,
+                     .scale = &scale},
+                    one_thread());
+  k.mlp_backward_pointwise({.dtype = dtype_of<A>(),
+                            .segments = segments,
+                            .channels = 1,
+                            .activation = act,
+                            .a = hs.data(),
+                            .ds = slope.data(),
+                            .scale = &one,
+                            .kappa = &zero,
+                            .beta = &zero,
+                            .hs = hs.data(),
+                            .da = slope.data(),
+                            .db = sums.data()},
+                           one_thread());
   double value_error = 0, slope_error = 0;
   for (size_t i = 0; i < inner; ++i) {
     value_error = std::fmax(value_error, std::fabs(h[i] - gelu(act, a[i])) / std::fmax(1.0, std::fabs(double(a[i]))));
@@ -49,51 +61,178 @@ void test_gelu(const KernelTable& k, Activation act, double bound) {
   check(last[0] == A(INFINITY) && std::isnan(last[1]) && std::isnan(last[2]), "gelu of infinities and NaN");
 }
 
+// The four passes, and GRN, which is made of them; every optional argument given and not.
 template <class A>
 void test_mlp(const KernelTable& k, int64_t channels, Activation act) {
   Random random(channels);
   const std::vector<int32_t> offsets = {3, 3, 8, 9};  // the first segment is empty; offsets need not start at 0
-  const int64_t per_slot = 21, rows = 6 * per_slot, count = 3;
-  auto a = random.vector<A>(rows * channels), ds = random.vector<A>(rows * channels);
-  const auto scale = random.vector<A>(count * channels), kappa = random.vector<A>(count * channels);
-  const auto beta = random.vector<A>(channels);
+  const int64_t per_slot = 21, rows = 6 * per_slot, count = 3, size = rows * channels;
+  const double eps = 1e-6;
+  auto a = random.vector<A>(size), ds = random.vector<A>(size);
+  const auto gamma = random.vector<A>(channels), beta = random.vector<A>(channels);
   for (auto& v : a) v *= 3;
-  std::vector<double> hs(a.size()), da(a.size()), db(channels), t(count * channels), square(count * channels);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t s = r / per_slot < 5 ? 1 : 2;
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = r * channels + c, j = s * channels + c;
-      const double h = gelu(act, a[i]);
-      t[j] += double(ds[i]) * h;
-      square[j] += h * h;
-      hs[i] = h * scale[j] + beta[c];
-      da[i] = (double(ds[i]) * scale[j] + h * kappa[j]) * gelu_slope(act, a[i]);
-      db[c] += da[i];
+  const auto value = [&](int64_t i) { return act == Activation::identity ? double(a[i]) : gelu(act, a[i]); };
+  const auto slope = [&](int64_t i) { return act == Activation::identity ? 1.0 : gelu_slope(act, a[i]); };
+  const auto stat = [&](int64_t i) { return (i / channels / per_slot < 5 ? 1 : 2) * channels + i % channels; };
+  std::vector<double> h(size), t(count * channels), dbeta(channels), norm(t), scale(t), kappa(t), dgamma(channels);
+  for (int64_t i = 0; i < size; ++i) {
+    h[i] = value(i);
+    norm[stat(i)] += h[i] * h[i];
+    t[stat(i)] += ds[i] * h[i];
+    dbeta[i % channels] += ds[i];
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    double sum = 0, dot = 0;
+    for (int64_t i = n * channels; i < (n + 1) * channels; ++i) {
+      norm[i] = std::sqrt(norm[i]);
+      sum += norm[i];
+      dot += gamma[i % channels] * t[i] * norm[i];
+    }
+    const double m = sum / channels + eps;
+    for (int64_t i = n * channels; i < (n + 1) * channels; ++i) {
+      const double g = gamma[i % channels];
+      scale[i] = 1 + g * norm[i] / m;
+      kappa[i] = norm[i] > 0 ? (g * t[i] / m - dot / (channels * m * m)) / norm[i] : 0;
+      dgamma[i % channels] += norm[i] / m * t[i];
     }
   }
-  const double bound = sizeof(A) == 4 ? 2e-6 : 1e-13;
-  std::vector<A> sums(count * channels, A(NAN)), h = a, db_got(channels, A(NAN));
-  MlpRows p{};
-  p.dtype = dtype_of<A>();
-  p.segments = {offsets.data(), per_slot, count, rows};
-  p.channels = channels;
-  p.activation = act;
-  p.a = h.data();
-  p.ds = ds.data();
-  p.sums = sums.data();
-  k.gelu_square_sum(p, two_threads());
-  check(relative_error(sums, square) < bound, "square sums", relative_error(sums, square));
-  p.a = a.data();
-  k.mlp_backward_reduce(p, two_threads());
-  check(relative_error(sums, t) < bound, "reduce", relative_error(sums, t));
-  p.scale = scale.data();
-  p.kappa = kappa.data();
-  p.beta = beta.data();
-  p.sums = db_got.data();
-  k.mlp_backward_pointwise(p, two_threads());
-  check(relative_error(a, hs) < bound, "h * scale + beta", relative_error(a, hs));
-  check(relative_error(ds, da) < bound, "da", relative_error(ds, da));
-  check(relative_error(db_got, db) < 4 * bound, "db1", relative_error(db_got, db));
+  std::vector<double> hs(size), grn(size), da(size), db(channels);
+  for (int64_t i = 0; i < size; ++i) {
+    hs[i] = h[i] * scale[stat(i)];
+    grn[i] = hs[i] + beta[i % channels];
+    da[i] = (ds[i] * scale[stat(i)] + h[i] * kappa[stat(i)]) * slope(i);
+    db[i % channels] += da[i];
+  }
+  const double bound = sizeof(A) == 4 ? 5e-6 : 1e-12;
+  const auto compare = [&](const std::vector<A>& got, const std::vector<double>& expected, const char* what) {
+    check(relative_error(got, expected) < bound, what, relative_error(got, expected));
+  };
+  const DType dtype = dtype_of<A>();
+  const Segments segments{.offsets = offsets.data(), .rows_per_slot = per_slot, .count = count, .rows = rows};
+  const std::vector<A> blank(size, A(NAN)), blank_stat(count * channels, A(NAN)), blank_row(channels, A(NAN));
+  std::vector<A> got = blank, got_norm = blank_stat, got_scale = blank_stat, got_kappa = blank_stat;
+  std::vector<A> got_dgamma = blank_row, got_db = blank_row, got_da = blank, h_stored = blank;
+  if (act != Activation::gelu_tanh) {
+    const bool with_gelu = act == Activation::gelu;
+    k.grn_forward({.dtype = dtype,
+                   .segments = segments,
+                   .channels = channels,
+                   .gelu = with_gelu,
+                   .x = a.data(),
+                   .gamma = gamma.data(),
+                   .beta = beta.data(),
+                   .eps = eps,
+                   .y = got.data(),
+                   .norm = got_norm.data()},
+                  two_threads());
+    compare(got, grn, "grn");
+    compare(got_norm, norm, "grn norm");
+    k.grn_backward({.dtype = dtype,
+                    .segments = segments,
+                    .channels = channels,
+                    .gelu = with_gelu,
+                    .grad = ds.data(),
+                    .x = a.data(),
+                    .gamma = gamma.data(),
+                    .norm = got_norm.data(),
+                    .eps = eps,
+                    .dx = got_da.data(),
+                    .dgamma = got_dgamma.data(),
+                    .dbeta = got_db.data()},
+                   two_threads());
+    compare(got_da, da, "grn dx");
+    compare(got_dgamma, dgamma, "grn dgamma");
+    compare(got_db, dbeta, "grn dbeta");
+  }
+
+  GeluStatistics statistics{.dtype = dtype,
+                            .segments = segments,
+                            .channels = channels,
+                            .activation = act,
+                            .a = a.data(),
+                            .h = h_stored.data(),
+                            .gamma = gamma.data(),
+                            .eps = eps,
+                            .norm = got_norm.data(),
+                            .scale = got_scale.data()};
+  k.gelu_statistics(statistics, two_threads());
+  compare(h_stored, h, "h");
+  compare(got_norm, norm, "norm");
+  compare(got_scale, scale, "scale");
+  std::vector<A> again = blank_stat;
+  statistics.h = nullptr;
+  statistics.norm = again.data();
+  k.gelu_statistics(statistics, two_threads());
+  check(again == got_norm, "norm does not depend on storing h");
+
+  GeluScale scaled{.dtype = dtype, .segments = segments, .channels = channels, .activation = act, .a = a.data()};
+  scaled.out = got.data();
+  k.gelu_scale(scaled, two_threads());
+  compare(got, h, "neither scale nor beta");
+  scaled.scale = got_scale.data();
+  k.gelu_scale(scaled, two_threads());
+  compare(got, hs, "h * scale");
+  scaled.activation = Activation::identity;
+  scaled.a = scaled.out = h_stored.data();
+  scaled.beta = beta.data();
+  k.gelu_scale(scaled, two_threads());
+  compare(h_stored, grn, "h * scale + beta in place");
+
+  MlpBackwardStatistics backward{.dtype = dtype,
+                                 .segments = segments,
+                                 .channels = channels,
+                                 .activation = act,
+                                 .a = a.data(),
+                                 .ds = ds.data(),
+                                 .norm = got_norm.data(),
+                                 .gamma = gamma.data(),
+                                 .eps = eps,
+                                 .scale = got_scale.data(),
+                                 .kappa = got_kappa.data(),
+                                 .dgamma = got_dgamma.data()};
+  got_scale = blank_stat;
+  k.mlp_backward_statistics(backward, two_threads());
+  compare(got_scale, scale, "backward scale");
+  compare(got_dgamma, dgamma, "dgamma");
+  if (channels > 1) compare(got_kappa, kappa, "kappa");  // at one channel it cancels to 0 up to eps
+  const std::vector<A> given(t.begin(), t.end());
+  again = blank_stat;
+  backward.a = backward.ds = nullptr;
+  backward.t = given.data();
+  backward.kappa = again.data();
+  k.mlp_backward_statistics(backward, two_threads());
+  if (channels > 1) compare(again, kappa, "kappa from t");
+
+  MlpBackwardPointwise pointwise{.dtype = dtype,
+                                 .segments = segments,
+                                 .channels = channels,
+                                 .activation = act,
+                                 .a = a.data(),
+                                 .ds = ds.data(),
+                                 .scale = got_scale.data(),
+                                 .kappa = got_kappa.data(),
+                                 .da = got_da.data(),
+                                 .db = got_db.data()};
+  k.mlp_backward_pointwise(pointwise, two_threads());
+  compare(got_da, da, "da");
+  compare(got_db, db, "db");
+  pointwise.hs = got.data();
+  k.mlp_backward_pointwise(pointwise, two_threads());
+  compare(got, hs, "hs");
+  std::vector<A> db_again = blank_row;
+  pointwise.hs = a.data();
+  pointwise.da = ds.data();
+  pointwise.beta = beta.data();
+  pointwise.db = db_again.data();
+  k.mlp_backward_pointwise(pointwise, two_threads());
+  compare(a, grn, "hs + beta in place");
+  compare(ds, da, "da in place");
+  check(db_again == got_db, "db does not depend on hs");
+  std::vector<double> total(channels);
+  for (int64_t i = 0; i < size; ++i) total[i % channels] += ds[i];
+  k.column_sum({.dtype = dtype, .rows = rows, .channels = channels, .x = ds.data(), .sums = got_db.data()},
+               two_threads());
+  compare(got_db, total, "column sum");
 }
 
 template <class A>
@@ -126,12 +265,29 @@ void test_layer_norm(const KernelTable& k, int64_t channels) {
   const double bound = sizeof(A) == 4 ? 5e-6 : 1e-12;
   std::vector<A> got(x.size(), A(NAN)), mean(rows), rstd(rows), got_dx(x.size(), A(NAN)), got_dw(channels),
       got_db(channels);
-  k.layer_norm_forward(
-      {dtype_of<A>(), rows, channels, x.data(), weight.data(), bias.data(), eps, got.data(), mean.data(), rstd.data()},
-      two_threads());
+  k.layer_norm_forward({.dtype = dtype_of<A>(),
+                        .rows = rows,
+                        .channels = channels,
+                        .x = x.data(),
+                        .weight = weight.data(),
+                        .bias = bias.data(),
+                        .eps = eps,
+                        .y = got.data(),
+                        .mean = mean.data(),
+                        .rstd = rstd.data()},
+                       two_threads());
   check(relative_error(got, y) < bound, "layer norm", relative_error(got, y));
-  k.layer_norm_backward({dtype_of<A>(), rows, channels, grad.data(), x.data(), mean.data(), rstd.data(), weight.data(),
-                         got_dx.data(), got_dw.data(), got_db.data()},
+  k.layer_norm_backward({.dtype = dtype_of<A>(),
+                         .rows = rows,
+                         .channels = channels,
+                         .grad = grad.data(),
+                         .x = x.data(),
+                         .mean = mean.data(),
+                         .rstd = rstd.data(),
+                         .weight = weight.data(),
+                         .dx = got_dx.data(),
+                         .dweight = got_dw.data(),
+                         .dbias = got_db.data()},
                         two_threads());
   if (channels > 1)  // at one channel the exact gradient is 0 up to eps
     check(relative_error(got_dx, dx) < 10 * bound, "layer norm dx", relative_error(got_dx, dx));
@@ -142,25 +298,20 @@ void test_layer_norm(const KernelTable& k, int64_t channels) {
 }  // namespace
 
 int main() {
-  for (const char* isa : {"avx512", "avx2", "baseline"}) {
-    const KernelTable* k = find_kernels(isa);
-    if (!k) {
-      std::printf("%s: this processor lacks it, skipped\n", isa);
-      continue;
-    }
+  return on_every_isa([](const KernelTable& k) {
     for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
-      test_gelu<float>(*k, act, 1.5e-7);
-      test_gelu<double>(*k, act, 4e-16);
+      test_gelu<float>(k, act, 1.5e-7);
+      test_gelu<double>(k, act, 4e-16);
+    }
+    for (Activation act : {Activation::identity, Activation::gelu, Activation::gelu_tanh}) {
       for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
-        test_mlp<float>(*k, channels, act);
-        test_mlp<double>(*k, channels, act);
+        test_mlp<float>(k, channels, act);
+        test_mlp<double>(k, channels, act);
       }
     }
     for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
-      test_layer_norm<float>(*k, channels);
-      test_layer_norm<double>(*k, channels);
+      test_layer_norm<float>(k, channels);
+      test_layer_norm<double>(k, channels);
     }
-    std::printf("%s: done\n", isa);
-  }
-  return failures() ? 1 : 0;
+  });
 }

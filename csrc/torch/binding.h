@@ -1,8 +1,10 @@
-// What the thin bindings share: checks, allocation, pointers. Only the stable ABI of libtorch (2.10) is used, so one
-// binary serves later versions.
+// Checks, allocation and pointers for the bindings. Only the stable ABI of libtorch (2.10) is used, so that one binary
+// runs with later versions.
 //
-// A binding is written once for a device D, a class with `accepts(tensor)`, `dtype_of(tensor)`, `kind` for messages,
-// and one function per kernel, `D::layer_norm_forward(params, like)`, that runs it where the tensor `like` lives.
+// A file a family: its schemas, one function an operator, and the devices that implement it. A function is written once
+// for a device D (device_cpu.h, device_cuda.h): a class with `accepts(tensor)`, `dtype_of(tensor)`, `kind` for
+// messages, and one function per kernel, `D::layer_norm_forward(params, like)`, that runs it on the device of the
+// tensor `like`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,13 +17,14 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/params.h"
+#include "cnx/params.h"
 
 namespace cnx {
 namespace binding {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Library = torch::stable::detail::StableLibrary;
 using OptionalTensor = std::optional<Tensor>;
 
 inline ScalarType stat_type(const Tensor& t) {
@@ -62,11 +65,19 @@ inline const int32_t* int32_pointer(const OptionalTensor& t, const Tensor& like,
 inline const void* pointer(const OptionalTensor& t) {
   return t ? t->const_data_ptr() : nullptr;
 }
+inline void* mutable_pointer(OptionalTensor& t) {
+  return t ? t->mutable_data_ptr() : nullptr;
+}
 
 inline std::vector<int64_t> sizes(const Tensor& t) {
   std::vector<int64_t> result(t.dim());
   for (int64_t i = 0; i < t.dim(); ++i) result[i] = t.size(i);
   return result;
+}
+inline std::vector<int64_t> leading_sizes(const Tensor& x) {
+  std::vector<int64_t> shape = sizes(x);
+  shape.pop_back();
+  return shape;
 }
 
 inline Tensor new_stat(const Tensor& like, const std::vector<int64_t>& shape) {
@@ -84,7 +95,10 @@ inline int64_t row_count(const Tensor& t) {
 }
 
 inline Segments segments_of(const OptionalTensor& offsets, const Tensor& rows, int64_t rows_per_slot, int64_t count) {
-  return {int32_pointer(offsets, rows, count + 1, "image_offsets"), rows_per_slot, count, row_count(rows)};
+  return {.offsets = int32_pointer(offsets, rows, count + 1, "image_offsets"),
+          .rows_per_slot = rows_per_slot,
+          .count = count,
+          .rows = row_count(rows)};
 }
 
 inline Activation gelu_form(bool tanh) {
@@ -109,21 +123,8 @@ inline DType feature_type(const Tensor& t, bool half) {
 #if !defined(CNX_LIBRARY)
 #define CNX_LIBRARY convnextv2_kernels
 #endif
-#define CNX_LIBRARY_DEF(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define CNX_LIBRARY_FRAGMENT(library, m) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
 #define CNX_LIBRARY_IMPL(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
-// The operators that every compiled backend implements, for STABLE_TORCH_LIBRARY_IMPL.
-#define CNX_IMPLEMENT_SHARED(m, D)                                                                             \
-  m.impl("depthwise_conv_forward", TORCH_BOX(&cnx::binding::depthwise_conv_forward<D>));                       \
-  m.impl("depthwise_conv_normalize", TORCH_BOX(&cnx::binding::depthwise_conv_normalize<D>));                   \
-  m.impl("depthwise_conv_backward_weight", TORCH_BOX(&cnx::binding::depthwise_conv_backward_weight<D>));       \
-  m.impl("layer_norm_forward", TORCH_BOX(&cnx::binding::layer_norm_forward<D>));                               \
-  m.impl("layer_norm_backward", TORCH_BOX(&cnx::binding::layer_norm_backward<D>));                             \
-  m.impl("normalized_backward", TORCH_BOX(&cnx::binding::normalized_backward<D>));                             \
-  m.impl("space_to_depth_normalize", TORCH_BOX(&cnx::binding::space_to_depth_normalize<D>));                   \
-  m.impl("space_to_depth_normalize_backward", TORCH_BOX(&cnx::binding::space_to_depth_normalize_backward<D>)); \
-  m.impl("grn_forward", TORCH_BOX(&cnx::binding::grn_forward<D>));                                             \
-  m.impl("grn_backward", TORCH_BOX(&cnx::binding::grn_backward<D>));                                           \
-  m.impl("gather_patches", TORCH_BOX(&cnx::binding::gather<D>));                                               \
-  m.impl("scatter_patches", TORCH_BOX(&cnx::binding::scatter<D>));                                             \
-  m.impl("patch_pixels", TORCH_BOX(&cnx::binding::pixel_rows<D>))
+// CNX_SCHEMAS(m) { m.def(...); }: the schemas of a family.
+#define CNX_SCHEMAS(m) CNX_LIBRARY_FRAGMENT(CNX_LIBRARY, m)

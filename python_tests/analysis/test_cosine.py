@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.networks import images, network
 
 from convnextv2_kernels import PatchLayout
 from convnextv2_kernels.analysis import CosineByLayer, Tapped, cosine_by_layer, feature_cosine_distance, tapped
-
-from .networks import images, network
 
 
 def brute_force(rows: torch.Tensor) -> float:

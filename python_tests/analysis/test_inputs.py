@@ -3,17 +3,17 @@
 import pytest
 import safetensors.torch
 import torch
+from helpers.networks import DEPTHS, DIMS, autoencoder, images, network
+from helpers.pictures import class_folder
 
-from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_arm, tapped, untrained_arm
-from convnextv2_kernels.analysis.images import Crops, spread_over_folders
+from convnextv2_kernels.analysis import draw_masks, errors_by_image, load_network, tapped, untrained_network
+from convnextv2_kernels.analysis.inputs import Crops, spread_over_folders
 from convnextv2_kernels.analysis.results import file_name, plain
 from convnextv2_kernels.data.images import load_crop
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import create_model
-from convnextv2_kernels.train.errors import TrainingError
-from convnextv2_kernels.train.export import export_encoder
+from convnextv2_kernels.train.checkpoint import export_encoder
 from convnextv2_kernels.train.reconstruction import reconstruct
-
-from .networks import DEPTHS, DIMS, autoencoder, class_folder, images, network
 
 
 def training_checkpoint(path, network, /, **config):
@@ -31,11 +31,12 @@ def test_training_checkpoint_tells_everything(tmp_path):
     model = autoencoder(grn="l1,no-skip", grn_scope="batch", decoder_depth=2, patch_size=64, norm_pix_loss=False)
     config = {"model": "x", "img_size": [64, 128], "patch_size": 64, "mask_ratio": 0.5, "norm_pix_loss": False}
     path = training_checkpoint(tmp_path / "a.pt", model, **config, grn="l1,no-skip", grn_scope="batch")
-    arm = load_arm(path, "a")
-    same_features(model, arm.model)
-    assert (arm.img_size, arm.mask_ratio, arm.about["step"], arm.about["depths"]) == ((64, 128), 0.5, 7, list(DEPTHS))
-    assert arm.about["checkpoint"] == "a.pt" and len(arm.about["sha256"]) == 64 and not arm.model.training
-    whole = load_arm(path, "a", decoder=True).model
+    found = load_network(path, "a")
+    same_features(model, found.model)
+    assert (found.img_size, found.mask_ratio) == ((64, 128), 0.5)
+    assert (found.about["step"], found.about["depths"]) == (7, list(DEPTHS))
+    assert found.about["checkpoint"] == "a.pt" and len(found.about["sha256"]) == 64 and not found.model.training
+    whole = load_network(path, "a", decoder=True).model
     assert not whole.norm_pix_loss and whole.patch_size == 64 and whole.img_size == (64, 128)
     x = images(2, 64, 128)
     mask = torch.tensor([[[True, False]], [[False, True]]])
@@ -43,9 +44,9 @@ def test_training_checkpoint_tells_everything(tmp_path):
 
 
 def test_older_checkpoint_has_the_papers_defaults(tmp_path):
-    arm = load_arm(training_checkpoint(tmp_path / "a.pt", autoencoder(), model="x"), "a", decoder=True)
-    assert arm.model.norm_pix_loss and arm.model.patch_size == 32 and arm.mask_ratio == 0.6
-    assert arm.img_size == (224, 224) and arm.about["grn"] == "default"
+    found = load_network(training_checkpoint(tmp_path / "a.pt", autoencoder(), model="x"), "a", decoder=True)
+    assert found.model.norm_pix_loss and found.model.patch_size == 32 and found.mask_ratio == 0.6
+    assert found.img_size == (224, 224) and found.about["grn"] == "default"
 
 
 def test_encoder_file_tells_its_grn(tmp_path):
@@ -53,29 +54,29 @@ def test_encoder_file_tells_its_grn(tmp_path):
     export_encoder(tmp_path / "told.safetensors", model, "x")
     tensors = safetensors.torch.load_file(tmp_path / "told.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "plain.safetensors", {"format": "pt", "model": "x"})
-    arm = load_arm(tmp_path / "told.safetensors", "a")
-    assert arm.about["grn"] == "none" and str(arm.model.grn) == "none"
-    same_features(model, arm.model)
-    assert load_arm(tmp_path / "plain.safetensors", "a").about["grn"] == "default"
+    found = load_network(tmp_path / "told.safetensors", "a")
+    assert found.about["grn"] == "none" and str(found.model.grn) == "none"
+    same_features(model, found.model)
+    assert load_network(tmp_path / "plain.safetensors", "a").about["grn"] == "default"
 
 
 def test_classifier_and_size(tmp_path):
     torch.manual_seed(0)
     model = create_model("convnextv2_atto", num_classes=3)
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
-    arm = load_arm(tmp_path / "a.pth", "a", model_name="convnextv2_atto")
-    assert arm.about["model"] == "convnextv2_atto" and arm.about["format"] == "official"
+    found = load_network(tmp_path / "a.pth", "a", model_name="convnextv2_atto")
+    assert found.about["model"] == "convnextv2_atto" and found.about["format"] == "official"
     with pytest.raises(ValueError, match="has depths .2, 2, 6, 2. .*not convnextv2_tiny"):
-        load_arm(tmp_path / "a.pth", "a", model_name="convnextv2_tiny")
+        load_network(tmp_path / "a.pth", "a", model_name="convnextv2_tiny")
     with pytest.raises(ValueError, match="has no decoder"):
-        load_arm(tmp_path / "a.pth", "a", decoder=True)
+        load_network(tmp_path / "a.pth", "a", decoder=True)
     with pytest.raises(ValueError, match="use_ema=True needs averaged weights"):
-        load_arm(tmp_path / "a.pth", "a", use_ema=True)
+        load_network(tmp_path / "a.pth", "a", use_ema=True)
 
 
 def test_untrained_network_depends_on_the_seed_alone():
     before = torch.get_rng_state()
-    one, same, other = (untrained_arm(DEPTHS, DIMS, seed=s) for s in (1, 1, 2))
+    one, same, other = (untrained_network(DEPTHS, DIMS, seed=s) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     same_features(one.model, same.model)
     assert not torch.equal(one.model.stages[0][0].pwconv1.weight, other.model.stages[0][0].pwconv1.weight)
@@ -84,7 +85,7 @@ def test_untrained_network_depends_on_the_seed_alone():
 def test_images_of_other_channels_are_refused(tmp_path):
     torch.save(network(in_chans=1).state_dict(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="images of 1 channels, expected 3"):
-        load_arm(tmp_path / "a.pt", "a")
+        load_network(tmp_path / "a.pt", "a")
 
 
 def test_folders_take_turns():
@@ -109,7 +110,7 @@ def test_crops_come_in_order_and_skip_what_is_broken(tmp_path):
     assert torch.equal(batches[1][0][0], load_crop(sources[4], (32, 64), None))
     rest = list(Crops(sources, (32, 32), batch_size=4))
     assert [len(indices) for _, indices in rest] == [4, 3]
-    with pytest.raises(TrainingError, match="none of the 1 images can be read .the first: .*2.png"):
+    with pytest.raises(UserError, match="none of the 1 images can be read .the first: .*2.png"):
         list(Crops(sources[2:3], (32, 32), batch_size=4))
 
 

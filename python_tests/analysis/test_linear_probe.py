@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from convnextv2_kernels.analysis.linear_probe import linear_probe
-from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.errors import UserError
 
 pytest.importorskip("sklearn")
 
@@ -78,7 +78,7 @@ def test_a_constant_feature_does_no_harm():
 def test_missing_scikit_learn_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     train, labels = blobs(20)
-    with pytest.raises(TrainingError, match="needs scikit-learn.*pip install scikit-learn"):
+    with pytest.raises(UserError, match="needs scikit-learn.*pip install scikit-learn"):
         linear_probe(train, labels, train, labels)
 
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers.networks import images, network
 
 from convnextv2_kernels import PatchLayout
 from convnextv2_kernels.analysis import (
@@ -13,8 +14,6 @@ from convnextv2_kernels.analysis import (
     selectivity_density,
     tapped,
 )
-
-from .networks import images, network
 
 LABELS = torch.tensor([0, 2, 0, 3, 3, 3, 2])  # no image of class 1
 

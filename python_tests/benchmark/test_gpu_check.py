@@ -175,7 +175,7 @@ def test_numbers_of_buffers(gpu):
 def test_busy_share_counts_overlaps_once(gpu):
     profiling = gpu("profiling")
     assert profiling.busy_share([(0, 2), (1, 3), (6, 10)]) == pytest.approx(0.7)
-    assert profiling.kind("void cnx::cuda::conv_patch<float>") == "own kernels"
+    assert profiling.kind("void cnx::cuda::conv_small_patch<float>") == "own kernels"
     assert profiling.kind("nvjet_tst_128x256_64x4") == "matrix products"
 
 

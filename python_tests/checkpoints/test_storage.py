@@ -10,9 +10,8 @@ import safetensors.torch
 import torch
 
 from convnextv2_kernels.checkpoints import load_checkpoint
-from convnextv2_kernels.train.average import Average
-from convnextv2_kernels.train.checkpoint import gather_state, write_checkpoint
-from convnextv2_kernels.train.export import export_encoder
+from convnextv2_kernels.train.checkpoint import export_encoder, gather_state, write_checkpoint
+from convnextv2_kernels.train.optim import Average
 
 from .samples import assert_same, autoencoder, classifier, encoder_of, snapshot, without
 

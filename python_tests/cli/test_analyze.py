@@ -6,12 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from analysis.networks import autoencoder, class_folder, network
+from helpers.networks import autoencoder, network
+from helpers.pictures import class_folder
 from PIL import Image
 
+from convnextv2_kernels import cli
 from convnextv2_kernels.analysis import cosine_by_layer, selectivity_by_layer
 from convnextv2_kernels.analysis.plots import COLORS
-from convnextv2_kernels.cli.analyze import build_parser, main
 from convnextv2_kernels.data.images import load_crop, normalize
 
 
@@ -55,7 +56,7 @@ def crops(data):
 
 
 def run(*words):
-    return main([str(word) for word in words])
+    return cli.main(["analyze", *map(str, words)])
 
 
 def test_cosine_compares_networks(tmp_path, data, checkpoints, capsys):
@@ -167,7 +168,7 @@ def test_errors_are_one_sentence(tmp_path, data, checkpoints, capsys, words, mes
     torch.save(network().state_dict(), tmp_path / "classifier.pt")
     places = {"DATA": str(data), "ONE": str(checkpoints[0]), "CLASSIFIER": str(tmp_path / "classifier.pt")}
     words = [places.get(word, word.replace("DATA/", f"{data}/")) for word in words]
-    assert main([*words, "--output", str(tmp_path / "out")]) == 1
+    assert cli.main(["analyze", *words, "--output", str(tmp_path / "out")]) == 1
     err = capsys.readouterr().err
     assert err.startswith("error: ") and message in err and err.count("\n") == 1
 
@@ -185,14 +186,14 @@ def test_errors_are_one_sentence(tmp_path, data, checkpoints, capsys, words, mes
 )
 def test_usage_errors(capsys, words, message):
     with pytest.raises(SystemExit) as end:
-        main(words)
+        run(*words)
     assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_every_command_has_help(capsys):
     for name in ("cosine", "selectivity", "activations", "reconstruct"):
         with pytest.raises(SystemExit) as end:
-            build_parser().parse_args([name, "--help"])
+            run(name, "--help")
         assert end.value.code == 0 and f"analyze {name} " in capsys.readouterr().out
 
 

@@ -7,15 +7,11 @@ import torch
 from checkpoints.samples import WRITABLE, assert_same, autoencoder, classifier
 
 from convnextv2_kernels import cli
-from convnextv2_kernels.checkpoints import convert_state_dict, formats, load_checkpoint
+from convnextv2_kernels.checkpoints import convert_state_dict, load_checkpoint
 
 
 def convert(*words):
     return cli.main(["convert", *map(str, words)])
-
-
-def test_formats_are_those_of_the_library():
-    assert cli.CHECKPOINT_FORMATS == formats.WRITABLE == WRITABLE
 
 
 @pytest.mark.parametrize("to", WRITABLE)

@@ -150,18 +150,6 @@ SAMPLES = {
         d.optional,
         EPS,
     ),
-    "gelu_square_sum_": lambda d: (d.features(d.rows, d.h), d.optional, *d.segments),
-    "scale_rows_": lambda d: (d.features(d.rows, d.h), d.stat(d.images, d.h), d.stat(d.h), *d.segments),
-    "mlp_backward_reduce": lambda d: (d.features(d.rows, d.h), d.features(d.rows, d.h), d.optional, *d.segments),
-    "mlp_backward_pointwise_": lambda d: (
-        *(d.features(d.rows, d.h) for _ in range(2)),
-        *(d.stat(d.images, d.h) for _ in range(2)),
-        d.stat(d.h),
-        d.optional,
-        *d.segments,
-    ),
-    "grn_scale": lambda d: (d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
-    "grn_gradient": lambda d: (d.stat(d.images, d.h), d.stat(d.images, d.h, positive=True), d.stat(d.h), EPS),
     "column_sum": lambda d: (d.features(d.rows, d.h),),
     "transpose_rows": lambda d: (d.features(d.rows, d.h),),
     "gather_patches": lambda d: (d.features(3, 3 * d.s, 3 * d.s, d.c), d.layout.patch_of_slot, 3, 3),
@@ -189,6 +177,8 @@ SAMPLES = {
         d.maybe(d.stat(d.images, d.h)),
         d.optional,
         *d.segments,
+        d.maybe(d.stat(d.h)),
+        not d.optional,
     ),
     "mlp_backward_statistics": lambda d: (
         *(d.maybe(d.features(d.rows, d.h)) for _ in range(2)),
@@ -206,6 +196,7 @@ SAMPLES = {
         d.features(d.rows, d.h),
         d.optional,
         *d.segments,
+        d.maybe(d.stat(d.h)),
     ),
     "mlp_parameters": lambda d: (
         d.stat(d.h, d.c) if d.optional else d.features(d.h, d.c),
@@ -241,20 +232,9 @@ SAMPLES = {
 }
 
 # operators that only one backend has, or more than one but not all
-CPU_ONLY = (
-    "gelu_square_sum_",
-    "scale_rows_",
-    "mlp_backward_reduce",
-    "mlp_backward_pointwise_",
-    "grn_scale",
-    "grn_gradient",
-    "transpose_rows",
-)
+CPU_ONLY = ("transpose_rows",)
+ROW_PASSES = ("gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise")  # not of Triton
 CUDA_ONLY = (
-    "gelu_statistics",
-    "gelu_scale",
-    "mlp_backward_statistics",
-    "mlp_backward_pointwise",
     "mlp_parameters",
     "unfold_layer_norm",
     "products_reduce",
@@ -267,7 +247,7 @@ CUDA_ONLY = (
 
 def names_on(backend: Backend) -> list[str]:
     """The operators a backend has."""
-    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY, "triton": (*CPU_ONLY, *CUDA_ONLY)}[backend.name]
+    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY, "triton": (*CPU_ONLY, *CUDA_ONLY, *ROW_PASSES)}[backend.name]
     return [name for name in SAMPLES if name not in absent]
 
 

@@ -6,14 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import picture
 from PIL import Image
-from train.conftest import picture
 
-from convnextv2_kernels.data import timm_library
-from convnextv2_kernels.data.augment import covering_size, eval_transform, seeded_globals, train_transform
+from convnextv2_kernels.data import augment
+from convnextv2_kernels.data.augment import covering_size, eval_transform, seeded_globals, timm, train_transform
 from convnextv2_kernels.data.images import denormalize
-from convnextv2_kernels.data.timm_library import timm
-from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.errors import UserError
 
 SIZES = [(80, 72), (61, 200), (333, 97), (500, 375), (224, 224), (40, 31), (257, 256)]  # width, height
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -187,7 +186,6 @@ def test_seeded_globals_put_everything_back():
         ("interpolation", "cubic"),
         ("reprob", -0.1),
         ("remode", "grey"),
-        ("recount", 0),
     ],
 )
 def test_bad_arguments_are_named(argument, value):
@@ -203,12 +201,12 @@ def test_bad_evaluation_arguments_are_named():
 
 
 def test_timm_missing_is_said_with_what_to_install(monkeypatch):
-    timm_library.timm.cache_clear()
+    augment.timm.cache_clear()
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(TrainingError, match=r'pip install "convnextv2_kernels\[train\]"'):
+    with pytest.raises(UserError, match=r'pip install "convnextv2_kernels\[train\]"'):
         train_transform((32, 32))
     monkeypatch.undo()
-    assert timm_library.timm() is sys.modules["timm"] and timm_library.timm() is timm_library.timm()
+    assert augment.timm() is sys.modules["timm"] and augment.timm() is augment.timm()
 
 
 def test_another_trouble_of_torchvision_is_not_hidden(tmp_path):
@@ -216,9 +214,9 @@ def test_another_trouble_of_torchvision_is_not_hidden(tmp_path):
     (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('another trouble')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from convnextv2_kernels.train import timm_library\n"
-        "try: timm_library.timm()\n"
-        "except RuntimeError as error: print(error, timm_library._declared)"
+        "from convnextv2_kernels.data import augment\n"
+        "try: augment.timm()\n"
+        "except RuntimeError as error: print(error, augment._declared)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.stdout.strip() == "another trouble None", ran.stderr

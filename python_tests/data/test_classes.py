@@ -2,10 +2,10 @@ import random
 from pathlib import Path
 
 import pytest
-from train.conftest import picture
+from helpers.pictures import picture
 
 from convnextv2_kernels.data.classes import ClassFolder, hold_out, open_classes, split_train_val
-from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.errors import UserError
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -52,28 +52,28 @@ def test_labels_follow_the_training_set(pets):
     (pets / "cat" / "c.png").write_bytes(b"")
     (pets / "cat" / "d.png").write_bytes(b"")  # a class without images is no error in a validation set
     assert len(opened(pets, classes=found.classes).skipped) == 2
-    with pytest.raises(TrainingError, match=r"--val .*pets.*'cat' is none of the 3 classes"):
+    with pytest.raises(UserError, match=r"--val .*pets.*'cat' is none of the 3 classes"):
         opened(pets, classes=["a", "a-cat", "dog"], flag="--val")
 
 
 def test_errors_name_the_flag_and_the_folder(tmp_path, pets):
     flat = make(tmp_path / "flat", "a.png", "b.png")
-    with pytest.raises(TrainingError, match=r"--train .*flat: the images lie directly in the folder"):
+    with pytest.raises(UserError, match=r"--train .*flat: the images lie directly in the folder"):
         opened(flat, flag="--train")
-    with pytest.raises(TrainingError, match=r"--data .*one: found one class, 'x'"):
+    with pytest.raises(UserError, match=r"--data .*one: found one class, 'x'"):
         opened(make(tmp_path / "one", "x/a.png"))
-    with pytest.raises(TrainingError, match=r"--val .*nowhere: there is no such folder"):
+    with pytest.raises(UserError, match=r"--val .*nowhere: there is no such folder"):
         opened(tmp_path / "nowhere", flag="--val")
-    with pytest.raises(TrainingError, match=r"--val .*a\.png: expected a folder of classes"):
+    with pytest.raises(UserError, match=r"--val .*a\.png: expected a folder of classes"):
         opened(flat / "a.png", flag="--val")
     (tmp_path / "void" / "x").mkdir(parents=True)
-    with pytest.raises(TrainingError, match=r"--val .*void: no image found"):
+    with pytest.raises(UserError, match=r"--val .*void: no image found"):
         opened(tmp_path / "void", flag="--val")
     (pets / "bird").mkdir()
-    with pytest.raises(TrainingError, match=r"pets: the class 'bird' has no readable image\."):
+    with pytest.raises(UserError, match=r"pets: the class 'bird' has no readable image\."):
         opened(pets)
     (pets / "bird" / "b.png").write_bytes(b"no picture")
-    with pytest.raises(TrainingError, match=r"'bird' has no readable image \(bird/b\.png: UnidentifiedImageError"):
+    with pytest.raises(UserError, match=r"'bird' has no readable image \(bird/b\.png: UnidentifiedImageError"):
         opened(pets)
 
 

@@ -1,10 +1,10 @@
 import shutil
 
 import pytest
-from train.conftest import picture
+from helpers.pictures import picture
 
 from convnextv2_kernels.data import folder as image_folder
-from convnextv2_kernels.train.errors import TrainingError
+from convnextv2_kernels.errors import UserError
 
 
 @pytest.fixture
@@ -94,17 +94,17 @@ def test_damaged_cache_only_costs_time(folder, output):
 def test_bad_folder_is_named(tmp_path, output, make, message):
     path = tmp_path / "given"
     make(path)
-    with pytest.raises(TrainingError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         image_folder.open_folder(path, output, 4)
     assert str(path) in str(error.value)
 
 
 def test_too_few_images_for_a_batch(folder, output):
-    with pytest.raises(TrainingError, match="9 readable images .* 64.*at most 9"):
+    with pytest.raises(UserError, match="9 readable images .* 64.*at most 9"):
         image_folder.open_folder(folder, output, batch_size=64)
     for path in list(folder.rglob("*.png")):
         path.write_text("broken")
-    with pytest.raises(TrainingError, match="0 readable images .12 could not be read"):
+    with pytest.raises(UserError, match="0 readable images .12 could not be read"):
         image_folder.open_folder(folder, output, batch_size=2)
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import picture
 from PIL import Image
-from train.conftest import picture
 
 from convnextv2_kernels.data.images import (
     CropDataset,

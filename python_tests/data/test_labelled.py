@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from helpers.pictures import picture
 from PIL import Image
 from torch.utils.data import DataLoader
-from train.conftest import picture
 
-from convnextv2_kernels.analysis.features import extract_features
+from convnextv2_kernels.analysis.features import extract_features, labelled_loader
 from convnextv2_kernels.data.augment import eval_transform, train_transform
 from convnextv2_kernels.data.labelled import EvalDataset, LabelledDataset, LabelledSample, collate_labelled
 from convnextv2_kernels.models import ConvNeXtV2
@@ -113,7 +113,9 @@ def test_features_are_those_of_the_model(tmp_path, pool):
     model = ConvNeXtV2(depths=(1, 1, 1, 1), dims=(8, 8, 8, 16), num_classes=3, drop_path_rate=0.5)
     model.norm.weight.data.normal_(), model.norm.bias.data.normal_()
     ticks, failures = [], []
-    features, labels = extract_features(model, dataset, "cpu", 2, 0, ticks.append, pool=pool, failures=failures)
+    features, labels = extract_features(
+        model, labelled_loader(dataset, 2), "cpu", ticks.append, pool=pool, failures=failures
+    )
     assert labels.tolist() == [3, 1, 4, 1, 9] and labels.dtype == torch.int64
     assert features.shape == (5, 16) and features.dtype == torch.float32 and not features.requires_grad
     assert ticks == [2, 4, 6] and len(failures) == 1 and model.training
@@ -132,6 +134,6 @@ def test_features_of_nothing(tmp_path):
     model = ConvNeXtV2(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=0)
     dataset = EvalDataset([tmp_path / "missing.png"], [0], eval_transform((32, 32)))
     with pytest.raises(ValueError, match="data must hold a readable image, got none in 1"):
-        extract_features(model, dataset)
+        extract_features(model, labelled_loader(dataset))
     with pytest.raises(ValueError, match="pool must be 'mean' or 'norm', got 'max'"):
-        extract_features(model, dataset, pool="max")
+        extract_features(model, labelled_loader(dataset), pool="max")

@@ -3,8 +3,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from convnextv2_kernels.data.augment import timm
 from convnextv2_kernels.data.mixing import Mixing, criterion
-from convnextv2_kernels.data.timm_library import timm
 
 
 def batch(count=6, side=32, classes=4):

@@ -2,14 +2,13 @@ import os
 
 import pytest
 import torch
+from helpers.training import CONFIG, tiny_model
 
 from convnextv2_kernels import _atomic_io
+from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import checkpoint
-from convnextv2_kernels.train.errors import TrainingError
 from convnextv2_kernels.train.loggers import StepLog
 from convnextv2_kernels.train.optim import make_optimizer, parameter_groups
-
-from .conftest import CONFIG, tiny_model
 
 
 def save(folder, step, model=None):
@@ -60,7 +59,7 @@ def test_damaged_newest_is_passed_over_by_name(tmp_path, damage):
 def test_nothing_but_damaged_checkpoints_is_an_error(tmp_path):
     assert checkpoint.newest_valid(tmp_path) == (None, None, [])
     (tmp_path / "checkpoint-4.pt").write_bytes(b"junk")
-    with pytest.raises(TrainingError, match="every checkpoint is damaged.*checkpoint-4.pt"):
+    with pytest.raises(UserError, match="every checkpoint is damaged.*checkpoint-4.pt"):
         checkpoint.newest_valid(tmp_path)
 
 
@@ -73,7 +72,7 @@ def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(TrainingError, match="No space left"):
+    with pytest.raises(UserError, match="No space left"):
         save(tmp_path, 2)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -94,7 +93,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.proj.bias[0] = float("nan")
-    with pytest.raises(TrainingError, match="step 9: parameter proj.bias"):
+    with pytest.raises(UserError, match="step 9: parameter proj.bias"):
         save(tmp_path, 9, model)
     assert list(tmp_path.iterdir()) == []
 
@@ -102,7 +101,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_pruning_keeps_the_last_and_spares_later_ones(tmp_path):
     for step in (2, 4, 10, 100):
         save(tmp_path, step)
-    checkpoint.prune_checkpoints(tmp_path, newest=10, keep=2)
+    checkpoint.prune_checkpoints(tmp_path, newest=10, max_checkpoints=2)
     assert [step for step, _ in checkpoint.list_checkpoints(tmp_path)] == [100, 10, 4]
 
 

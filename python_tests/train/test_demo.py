@@ -2,11 +2,10 @@ import sys
 import types
 
 import pytest
+from helpers.training import losses
 from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
-
-from .test_trainer import losses
 
 
 @pytest.fixture

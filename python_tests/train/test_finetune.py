@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.labelled import EvalDataset
 from convnextv2_kernels.models import create_fcmae, create_model
+from convnextv2_kernels.train.checkpoint import export_encoder
 from convnextv2_kernels.train.evaluate import evaluate
-from convnextv2_kernels.train.export import export_encoder
 
 # Everything that draws is on; two mixed parts a step, so that both seeds and parts matter.
 DRAWING = [

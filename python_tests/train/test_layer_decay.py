@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from convnextv2_kernels.models import FCMAE, ConvNeXtV2
-from convnextv2_kernels.train.layer_decay import layer_ids, parameter_groups
+from convnextv2_kernels.train.optim import layer_decay_groups, layer_ids
 
 ATTO, BASE = (2, 2, 6, 2), (3, 3, 27, 3)
 
@@ -61,7 +61,7 @@ def test_layer_ids_are_the_official_ones(depths, kind, expected):
 def scales(depths, layer_decay, kind) -> dict[str, float]:
     model = network(depths)
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, layer_decay, kind)
+    groups = layer_decay_groups(model, 0.05, layer_decay, kind)
     return {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
 
 
@@ -81,7 +81,7 @@ def test_every_trainable_parameter_is_in_one_group_in_ascending_order():
     model.downsample_layers[0].requires_grad_(False)
     model.stages[0][0].requires_grad_(False)
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = parameter_groups(model, 0.3, 0.9, "single")
+    groups = layer_decay_groups(model, 0.3, 0.9, "single")
     members = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(members) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
     assert not any(n.startswith(("downsample_layers.0", "stages.0.0")) for n in members)
@@ -99,7 +99,7 @@ def test_every_trainable_parameter_is_in_one_group_in_ascending_order():
 
 def test_without_layer_decay_there_are_two_groups():
     model = network()
-    decayed, spared = parameter_groups(model, 0.05)
+    decayed, spared = layer_decay_groups(model, 0.05)
     assert (decayed["name"], spared["name"]) == ("decay", "no_decay")
     assert decayed["lr_scale"] == spared["lr_scale"] == 1
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
@@ -107,7 +107,7 @@ def test_without_layer_decay_there_are_two_groups():
 
 def test_torch_accepts_the_groups():
     model = ConvNeXtV2(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=2)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, 0.5, "group"), lr=1e-3)
+    optimizer = torch.optim.AdamW(layer_decay_groups(model, 0.05, 0.5, "group"), lr=1e-3)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert {group["lr_scale"] for group in optimizer.param_groups} == {0.5**i for i in range(6)}
 
@@ -115,7 +115,7 @@ def test_torch_accepts_the_groups():
 @pytest.mark.parametrize("layer_decay", [0, -1, 1.01, float("nan")])
 def test_layer_decay_out_of_range(layer_decay):
     with pytest.raises(ValueError, match="layer_decay must be greater than 0 and at most 1, got"):
-        parameter_groups(network(), 0.05, layer_decay)
+        layer_decay_groups(network(), 0.05, layer_decay)
 
 
 def test_other_models_and_kinds_are_refused():
@@ -125,4 +125,4 @@ def test_other_models_and_kinds_are_refused():
         layer_ids(torch.nn.Linear(2, 2))
     fcmae = FCMAE(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), img_size=64, decoder_embed_dim=8)
     with pytest.raises(ValueError, match="model must"):
-        parameter_groups(fcmae, 0.05, 0.9)
+        layer_decay_groups(fcmae, 0.05, 0.9)

@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
+from helpers.training import losses
 from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.models import create_model
 from convnextv2_kernels.train import checkpoint
 from convnextv2_kernels.train.signals import folder_lock
-
-from .test_trainer import losses
 
 
 def command(folder, output, *more):
@@ -138,10 +137,25 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
 
 
 def try_lock(path):
-    from convnextv2_kernels.train.errors import TrainingError
+    from convnextv2_kernels.errors import UserError
 
     try:
         with folder_lock(path):
             return "locked"
-    except TrainingError as error:
+    except UserError as error:
         return str(error)
+
+
+@pytest.mark.parametrize("words", ["--grn l1", "--grn none --decoder-depth 2 --decoder-width 32"])
+def test_ablations_reach_the_model(photos, tmp_path, words):
+    common = ["--data", str(photos), "--img-size", "64", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
+    for name, encoding in (("sparse", "sparse"), ("dense", "masked_dense")):
+        more = ["--precision", "float64", "--encoding", encoding, "--lr", "1e-3", *words.split()]
+        assert main(["pretrain", *common, "--output", str(tmp_path / name), *more]) == 0
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())["config"]
+    assert config["encoding"] == "masked_dense" and config["grn"] == words.split()[1]
+    state = torch.load(tmp_path / "dense" / "checkpoint-2.pt")["model"]
+    assert ("decoder.1.dwconv.weight" in state) == ("--decoder-depth" in words)
+    ours, theirs = ([loss for _, loss, _ in losses(tmp_path / name)] for name in ("sparse", "dense"))
+    # float64 through sixteen blocks; the second step follows an AdamW step, whose quotient of roundings is coarser
+    assert ours == pytest.approx(theirs, rel=1e-7) and ours[0] == pytest.approx(theirs[0], rel=1e-12)

@@ -6,7 +6,7 @@ from convnextv2_kernels import cli
 from convnextv2_kernels.cli import finetune as finetune_cli
 from convnextv2_kernels.cli import pretrain as pretrain_cli
 from convnextv2_kernels.train import recipes
-from convnextv2_kernels.train.options import FinetuneOptions, PretrainOptions
+from convnextv2_kernels.train.config import FinetuneOptions, PretrainOptions
 
 COLUMNS = (
     "blr",
@@ -142,6 +142,6 @@ def test_unknown_recipe_lists_the_known(capsys):
         with pytest.raises(SystemExit, match="2"):
             parser = cli.build_parser()
             args = parser.parse_args([*words, "--recipe", "best"])
-            (pretrain if words[0] == "pretrain" else finetune).resolve(parser, args)
+            (pretrain_cli if words[0] == "pretrain" else finetune_cli).resolve(parser, args)
         error = capsys.readouterr().err
         assert "--recipe must be one of default," in error and "got 'best'" in error

@@ -1,13 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from helpers.training import tiny_model
 from PIL import Image
 
 from convnextv2_kernels.data.images import denormalize, normalize
 from convnextv2_kernels.data.sample_photos import PHOTOS, load_photos, photo_paths
 from convnextv2_kernels.train.reconstruction import describe_errors, reconstruct, save_picture
-
-from .conftest import tiny_model
 
 
 def pixels(n=3):

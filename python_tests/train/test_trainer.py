@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.pictures import picture
+from helpers.training import losses, run_tiny, tiny_model
 
+from convnextv2_kernels.errors import UserError
+from convnextv2_kernels.models import FCMAE
 from convnextv2_kernels.train.checkpoint import list_checkpoints
-from convnextv2_kernels.train.errors import TrainingError
-
-from .conftest import picture, run_tiny, tiny_model
+from convnextv2_kernels.train.trainer import Spread
 
 ROOT = Path(__file__).parents[2]
 # What the child processes run: slow steps, so that a signal finds them in mid-epoch.
@@ -20,24 +22,18 @@ CHILD = """
 import sys, time, torch
 from pathlib import Path
 torch.set_num_threads(1)
-from python_tests.train import conftest
-from convnextv2_kernels.train import data
-load = data.load_crop
+from helpers.training import run_tiny
+from convnextv2_kernels.data import images
+from convnextv2_kernels.train.trainer import Spread
+load = images.load_crop
 def slow(*args):
     time.sleep(0.05)
     return load(*args)
-data.load_crop = slow
-outcome = conftest.run_tiny(
-    Path(sys.argv[1]), sorted(Path(sys.argv[2]).rglob("*.png")), save_every=3,
-    workers=int(sys.argv[3]))
+images.load_crop = slow
+outcome = run_tiny(
+    Path(sys.argv[1]), sorted(Path(sys.argv[2]).rglob("*.png")), split=Spread(workers=int(sys.argv[3])), save_every=3)
 sys.exit(0 if outcome.stop_signal is None else 128 + outcome.stop_signal)
 """
-
-
-def losses(output):
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(1, len(records) + 1))
-    return [(r["epoch"], r["loss"], r["lr"]) for r in records]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +48,7 @@ def whole(tmp_path_factory, sources):
 
 
 def start_child(output, photos, workers):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python_tests'}"}
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(output), str(photos), str(workers)],
         env=environment,
@@ -81,7 +77,7 @@ def test_losses_fall_and_are_logged(whole):
 def test_resume_in_mid_epoch_is_bitwise_whatever_the_workers(whole, tmp_path, sources):
     for stop, workers in ((3, 0), (6, 2), (None, 1)):
         torch.rand(stop or 1)  # A global stream in another state must not matter.
-        outcome = run_tiny(tmp_path, sources, max_steps=stop, workers=workers)
+        outcome = run_tiny(tmp_path, sources, max_steps=stop, split=Spread(workers=workers))
     assert outcome.resumed_from == tmp_path / "checkpoint-6.pt"
     assert losses(tmp_path) == losses(whole)
     ours, theirs = (torch.load(f / "checkpoint-12.pt") for f in (tmp_path, whole))
@@ -115,7 +111,7 @@ def test_sigterm_to_the_group_saves_the_step_and_stops(whole, tmp_path, photos, 
 
 
 def test_sigint_in_this_process(tmp_path, sources):
-    class Interrupting(type(tiny_model())):
+    class Interrupting(FCMAE):
         calls = 0
 
         def forward(self, *args):
@@ -124,8 +120,7 @@ def test_sigint_in_this_process(tmp_path, sources):
                 signal.raise_signal(signal.SIGINT)
             return super().forward(*args)
 
-    model = tiny_model()
-    model.__class__ = Interrupting
+    model = tiny_model(kind=Interrupting)
     handler = signal.getsignal(signal.SIGINT)
     outcome = run_tiny(tmp_path, sources, model=model)
     assert outcome.stop_signal == signal.SIGINT and outcome.step == 2
@@ -145,7 +140,7 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(whole, tmp_path, sources
 
 def test_changed_settings_are_named(tmp_path, sources):
     run_tiny(tmp_path, sources, max_steps=1)
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(UserError) as error:
         run_tiny(tmp_path, sources, batch_size=3, model=None, lr=0.5)
     text = str(error.value)
     assert "batch_size: 2 in the checkpoint, 3 now" in text and "lr: 0.001" in text
@@ -162,7 +157,7 @@ def test_finished_run_is_left_alone(tmp_path, sources):
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, sources):
-    class Exploding(type(tiny_model())):
+    class Exploding(FCMAE):
         calls = 0
 
         def forward(self, *args):
@@ -170,9 +165,8 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, sources):
             loss, pred, mask = super().forward(*args)
             return (loss * float("nan") if self.calls == 6 else loss), pred, mask
 
-    model = tiny_model()
-    model.__class__ = Exploding
-    with pytest.raises(TrainingError, match=r"step 6 \(epoch 2\): the loss is nan.*checkpoint-4"):
+    model = tiny_model(kind=Exploding)
+    with pytest.raises(UserError, match=r"step 6 \(epoch 2\): the loss is nan.*checkpoint-4"):
         run_tiny(tmp_path, sources, model=model)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert [step for step, _ in list_checkpoints(tmp_path)] == [4]
@@ -198,7 +192,7 @@ def test_data_that_is_gone_ends_the_run_with_its_state_saved(tmp_path):
     run_tiny(output, paths, max_steps=1)
     for path in paths:
         path.unlink()
-    with pytest.raises(TrainingError, match="step 2: .*could not be read.*checkpoint-1"):
+    with pytest.raises(UserError, match="step 2: .*could not be read.*checkpoint-1"):
         run_tiny(output, paths)
 
 
@@ -211,3 +205,12 @@ def test_bfloat16_run_resumes_bitwise(tmp_path, sources):
             run_tiny(output, sources, max_steps=stop, epochs=1, precision="bfloat16")
         ends.append(losses(output))
     assert ends[0] == ends[1]
+
+
+def test_clipping_bounds_the_step(tmp_path, sources):
+    """Adam's first moments after one step are 0.1 times the gradient, so their norm is 0.1 times the bound."""
+    run_tiny(tmp_path, sources, max_steps=1, clip_grad=1e-3, precision="float64")
+    state = torch.load(tmp_path / "checkpoint-1.pt")["optimizer"]["state"]
+    norm = torch.stack([entry["exp_avg"].norm() for entry in state.values()]).norm()
+    assert float(norm) == pytest.approx(0.1 * 1e-3, rel=1e-2)  # PyTorch adds 1e-6 to the norm it divides by
+    assert json.loads((tmp_path / "log.jsonl").read_text())["grad_norm"] > 1e-2

@@ -1,4 +1,4 @@
-"""How rows fall into segments (images), on the device: the same rule as ``csrc/common/params.h``."""
+"""How rows fall into segments (images), on the device: the same rule as ``csrc/include/cnx/params.h``."""
 
 import triton
 import triton.language as tl

@@ -45,8 +45,8 @@ has = torch._C._dispatch_has_kernel_for_dispatch_key
 reason = lambda x: backends.unsupported_reason("cuda", "cuda", x.dtype, 0)
 serves = torch.compile(lambda x: x + (reason(x) is None), fullgraph=True, backend="eager")
 print("traceable", serves(torch.zeros(1)).item())
-print("window", native.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
-assert "conv_window, with LayerNorm" in ck.info(), ck.info()
+print("kernel", native.module.cuda_conv_kernel("bfloat16", 8, 96, normalize=True)["kernel"])
+assert "conv_tile, with LayerNorm" in ck.info(), ck.info()
 print("registered", has("convnextv2_kernels::depthwise_conv_forward", "CUDA"))
 loss = ck.models.FCMAE((1, 1, 1, 1), (8, 8, 8, 8), img_size=64, decoder_embed_dim=16)(torch.randn(2, 3, 64, 64))[0]
 loss.backward()
@@ -61,7 +61,7 @@ print("cpu kernels still work", bool(torch.isfinite(loss)))
         "error None",
         "serves cpu: its kernels serve tensors on cuda, and the input lies on cpu",
         "traceable 1.0",
-        "window conv_window",
+        "kernel conv_tile",
         "registered True",
         "cpu kernels still work True",
     ]

@@ -24,13 +24,13 @@ thorough = pytest.mark.thorough
 # Registers of a thread. 255 is the hardware's limit, 168 leaves 12 warps on a multiprocessor, 128 leaves 16, 80 leaves
 # 25, 64 leaves 32. sm_100 holds pairs of accumulators for its packed multiply-add and pays for it in registers.
 BUDGETS = {
-    "conv_window": {"sm_80": 168, "sm_90": 168, "sm_100": 224},
-    "conv_patch": {"sm_80": 208, "sm_90": 168, "sm_100": 208},
-    "conv_tensor_tiles": 208,  # a fragment of eight tiles and its sums
-    "conv_weight_grad_patches": 255,  # weight gradient, sides 4 and 2: 49 sums of two channels each
-    "conv_weight_grad_tiles": 255,  # weight gradient, tiles of 8 x 8
+    "conv_tile": {"sm_80": 168, "sm_90": 168, "sm_100": 224},
+    "conv_small_patch": {"sm_80": 208, "sm_90": 168, "sm_100": 208},
+    "conv_mma": 208,  # a fragment of eight tiles and its sums
+    "conv_weight_grad_small_patch": 255,  # weight gradient, sides 4 and 2: 49 sums of two channels each
+    "conv_weight_grad_tile": 255,  # weight gradient, tiles of 8 x 8
     "norm_backward_kernel": 168,  # keeps its columns' sums from row to row
-    "conv_weight_grad_any": 128,
+    "conv_weight_grad_generic": 128,
     "gradient_rows_kernel": 104,
     "grn_gradient_kernel": 104,
 }
@@ -50,8 +50,8 @@ def rows():
 @needs_nvcc
 @thorough
 def test_every_source_has_kernels_for_every_architecture(rows):
-    without = {"conv_forward.cu", "conv_tensor.cu", "mlp_rows.cu"}  # launch the kernels of other files
-    for source in {path.name for path in resources.sources()} - without:
+    without = {"conv/forward.cu", "conv/mma.cu", "mlp/rows.cu"}  # launch the kernels of other files
+    for source in {resources.source_name(path) for path in resources.sources()} - without:
         archs = {row["arch"] for row in rows if row["source"] == source}
         assert archs == set(resources.ARCHITECTURES), f"{source} has kernels for {sorted(archs)}"
 

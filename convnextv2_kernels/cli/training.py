@@ -1,0 +1,209 @@
+"""Options that ``pretrain`` and ``finetune`` share, and the values they resolve to."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import settings
+from ..train.recipes import Resolved
+from .types import BACKENDS, decay, image_size, nonnegative_float, nonnegative_int, positive_float, positive_int, share
+
+BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
+# Options that say where a run lives and on what it runs; those a recipe holds are not among them.
+PLACES: dict[str, Any] = {
+    "data": None,
+    "model": "convnextv2_atto",
+    "img_size": (224, 224),
+    "grn": "default",
+    "seed": 0,
+    "workers": min(4, os.cpu_count() or 1),
+    "save_every": 0,
+    "keep": 3,
+    "max_steps": None,
+    "tensorboard": False,
+    "parallel": "ddp",
+    "accumulate": 1,
+}
+
+
+def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options of the network; return their group."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge (default: {PLACES['model']})",
+    )
+    group.add_argument(
+        "--img-size",
+        type=image_size,
+        metavar="S|HxW",
+        help="side, or height x width, of the crops in pixels; multiples of 32 (default: 224)",
+    )
+    group.add_argument(
+        "--grn",
+        metavar="WORDS",
+        help="the block's GRN, for ablations (paper Table 2): default; none, as in ConvNeXt V1; or words of l2, l1, "
+        "mean (aggregation), divisive, standardize, inverse (normalisation), no-skip, separated by commas; all but "
+        "the first two run as plain PyTorch (default: default)",
+    )
+    return group
+
+
+def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> None:
+    """Add the options of optimiser and schedule. ``recipe`` holds the default one's values."""
+    group.add_argument(
+        "--epochs",
+        type=positive_int,
+        metavar="N",
+        help=f"passes over the images, which the learning rate schedule spans (default: {recipe['epochs']})",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="B",
+        help=f"images per step, over all processes (default: {recipe['batch_size']})",
+    )
+    rate = group.add_mutually_exclusive_group()
+    rate.add_argument(
+        "--blr",
+        type=positive_float,
+        metavar="X",
+        help=f"peak learning rate at 256 images a step; the actual one is X * B / 256 (default: {recipe['blr']})",
+    )
+    rate.add_argument("--lr", type=positive_float, metavar="X", help="peak learning rate itself, instead of --blr")
+    group.add_argument(
+        "--min-lr", type=nonnegative_float, metavar="X", help=f"learning rate at the end (default: {recipe['min_lr']})"
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=nonnegative_float,
+        metavar="X",
+        help="AdamW weight decay; biases, norms, GRN and the mask token have none "
+        f"unless --decay official (default: {recipe['weight_decay']})",
+    )
+    group.add_argument(
+        "--betas", type=share, nargs=2, metavar="B", help="of AdamW (default: {:g} {:g})".format(*recipe["betas"])
+    )
+    group.add_argument(
+        "--warmup-epochs",
+        type=nonnegative_float,
+        metavar="N",
+        help="epochs of linear warm-up, fractions allowed (default: the recipe's share of --epochs)",
+    )
+    group.add_argument(
+        "--clip-grad", type=positive_float, metavar="X", help="largest norm of the gradient (default: off)"
+    )
+    group.add_argument(
+        "--ema-decay",
+        type=decay,
+        metavar="X",
+        help="keep a moving average of the weights with this factor, such as 0.9999, or 'off' (default: "
+        f"{recipe['ema_decay'] or 'off'})",
+    )
+    precision = group.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float64"),
+        help="bfloat16: matrix products in bfloat16, the rest in float32 (default: float32)",
+    )
+    precision.add_argument(
+        "--amp", action="store_const", dest="precision", const="bfloat16", help="the same as --precision bfloat16"
+    )
+    group.add_argument(
+        "--max-steps",
+        type=positive_int,
+        metavar="N",
+        help="stop after N steps; the schedule still spans --epochs, and a later run resumes (default: none)",
+    )
+    group.add_argument(
+        "--seed",
+        type=nonnegative_int,
+        metavar="N",
+        help=f"seed of weights, crops and all other draws (default: {PLACES['seed']})",
+    )
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options of devices, processes and kernels."""
+    group = parser.add_argument_group(
+        "machine (changes results by rounding alone, unless images are mixed or share one GRN norm)"
+    )
+    group.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        help="kernels to use; auto takes the fastest that can run (default: the variable "
+        f"{BACKEND_VARIABLE}, else auto)",
+    )
+    group.add_argument(
+        "--device",
+        help="cpu, cuda or cuda:N; auto takes a GPU where there is one, under torchrun the one of each process "
+        "(default: auto)",
+    )
+    group.add_argument(
+        "--workers",
+        type=nonnegative_int,
+        metavar="N",
+        help="processes that load images, for each process that trains (default: one per core, 4 at most)",
+    )
+    group.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="with torchrun: copies of the model (ddp), or shards of it, for models that do not fit (fsdp) "
+        f"(default: {PLACES['parallel']})",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=positive_int,
+        metavar="N",
+        help="compute a step's images in N parts, one after the other, to save memory (default: 1)",
+    )
+
+
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add the options of checkpoints and logs."""
+    group = parser.add_argument_group("checkpoints and logs")
+    group.add_argument(
+        "--save-every",
+        type=positive_int,
+        metavar="N",
+        help="write a checkpoint every N steps besides the one at the end of each epoch (default: off)",
+    )
+    group.add_argument(
+        "--keep",
+        type=positive_int,
+        metavar="N",
+        help=f"how many checkpoints to keep, the latest (default: {PLACES['keep']})",
+    )
+    group.add_argument(
+        "--tensorboard",
+        action="store_const",
+        const=True,
+        help="write scalars for TensorBoard to OUTPUT/tensorboard, beside log.jsonl",
+    )
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options on the command line, by name, without the choice of command, demo and recipe."""
+    others = ("command", "words", "run", "demo", "recipe")
+    return {name: value for name, value in vars(args).items() if name not in others and value is not None}
+
+
+def require_warmup(parser: argparse.ArgumentParser, resolved: Resolved) -> None:
+    """End with a usage error where the warm-up is as long as the run."""
+    values = resolved.values
+    if values["warmup_epochs"] >= values["epochs"]:
+        parser.error(f"--warmup-epochs {values['warmup_epochs']:g} must be less than --epochs {values['epochs']}")
+
+
+def places(given: dict[str, Any]) -> dict[str, Any]:
+    """The values of :data:`PLACES`, backend and device, as given or by default."""
+    defaults = {**PLACES, "backend": settings.current.backend, "device": "auto"}
+    return {name: given.get(name) if given.get(name) is not None else value for name, value in defaults.items()}
+
+
+def output_of(given: dict[str, Any], default: str) -> Path:
+    """The output folder as given or by default."""
+    return given.get("output") or Path(default)

@@ -1,0 +1,9 @@
+#include "../launch.cuh"
+
+namespace cnx {
+namespace cuda {
+
+template void conv_forward_of<float>(const ConvForward&, const ConvPlan&, const Launch&);
+
+}  // namespace cuda
+}  // namespace cnx

@@ -1,0 +1,9 @@
+#include "../mma_launch.cuh"
+
+namespace cnx {
+namespace cuda {
+
+template void conv_mma_of<bf16>(const ConvForward&, const Launch&);
+
+}  // namespace cuda
+}  // namespace cnx

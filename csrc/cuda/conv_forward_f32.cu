@@ -1,9 +1,0 @@
-#include "conv_launch.cuh"
-
-namespace cnx {
-namespace cuda {
-
-template void conv_forward_of<float>(const ConvForward&, const ConvPlan&, const Launch&);
-
-}  // namespace cuda
-}  // namespace cnx

@@ -1,9 +1,0 @@
-#include "conv_tensor_launch.cuh"
-
-namespace cnx {
-namespace cuda {
-
-template void conv_tensor_of<bf16>(const ConvForward&, const Launch&);
-
-}  // namespace cuda
-}  // namespace cnx

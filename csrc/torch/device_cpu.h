@@ -1,0 +1,49 @@
+// The CPU as a device of the bindings: the kernel table of this processor, run by PyTorch's thread pool. Not part of
+// the emulation build, whose CUDA kernels take its place for CPU tensors.
+#pragma once
+
+#include "binding.h"
+#include "cnx/cpu.h"
+
+// CNX_IMPLEMENT_CPU(f): f<Cpu>(library) registers implementations for CPU tensors.
+#if defined(CNX_EMULATION)
+#define CNX_IMPLEMENT_CPU(f)
+#else
+#define CNX_IMPLEMENT_CPU(f)              \
+  CNX_LIBRARY_IMPL(CNX_LIBRARY, CPU, m) { \
+    f<cnx::binding::Cpu>(m);              \
+  }
+
+namespace cnx {
+namespace binding {
+
+// at::parallel_for: the number of threads is what torch.set_num_threads says.
+inline Threads torch_threads() {
+  return {[](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+    torch_parallel_for(begin, end, grain, body, context);
+  }};
+}
+
+struct Cpu {
+  static constexpr const char* kind = "CPU";
+  static bool accepts(const Tensor& t) { return t.is_cpu(); }
+  static DType dtype_of(const Tensor& t) { return feature_type(t, false); }
+
+#define CNX_CPU_KERNEL(name, Params)                 \
+  static void name(const Params& p, const Tensor&) { \
+    kernels().name(p, torch_threads());              \
+  }
+  CNX_CPU_KERNELS(CNX_CPU_KERNEL)
+#undef CNX_CPU_KERNEL
+  static void transpose_rows(const float* x, int64_t rows, int64_t cols, float* y) {
+    transpose_f32(x, rows, cols, y, torch_threads());
+  }
+  static void gather_patches(const PatchCopy& p, const Tensor&) { cnx::gather_patches(p, torch_threads()); }
+  static void scatter_patches(const PatchCopy& p, const Tensor&) { cnx::scatter_patches(p, torch_threads()); }
+  static void patch_pixels(const PatchPixels& p, const Tensor&) { cnx::patch_pixels(p, torch_threads()); }
+};
+
+}  // namespace binding
+}  // namespace cnx
+
+#endif
