@@ -58,7 +58,7 @@ endif
 
 # Bytes saved, calls and instructions against the committed baseline; no times. GATE=--require-instructions: with valgrind.
 gate: venv
-	$(BIN)/python bench/regression_gate.py $(GATE)
+	$(BIN)/python -m bench gate $(GATE)
 
 # The CUDA kernels, compiled for the CPU, through the conformance suite; also beside Triton's, and what measures them.
 test-emulated: $(EMULATED)
@@ -80,7 +80,7 @@ mutations: build
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:
-	$(PYTHON) bench/gpu_check.py --out build/gpu_check
+	$(PYTHON) -m bench gpu --out build/gpu_check
 
 $(EMULATED): $(VENV)/.installed setup.py $(CUDA)
 	CUDA_HOME=$(CUDA_HOME) $(BIN)/python setup.py -q build_emulation --output $@

@@ -1,15 +1,39 @@
-"""Tables of the benchmark's results: Figure 6, ops beside their limits, scaling. Written by ``readme_tables.py``."""
+"""Tables of the benchmark's results: Figure 6, ops beside their limits, scaling. Written by :mod:`bench.tables`."""
 
 from __future__ import annotations
 
-from convnextv2_kernels.benchmark.report import machine_line
-from convnextv2_kernels.benchmark.scaling_report import largest_chunk
+from collections.abc import Iterable
 
-SPARSE = "sparse"
+from convnextv2_kernels.benchmark import allocator
+from convnextv2_kernels.benchmark.report import machine_line
+from convnextv2_kernels.benchmark.report import short as _short
+from convnextv2_kernels.benchmark.step import peak_of
+from convnextv2_kernels.benchmark.timing import control_sentence
+from convnextv2_kernels.benchmark.variants import SPARSE
+
+from .scaling.report import largest_chunk
+
 TARGETS = {"atto": 5, "tiny": 4, "base": 4}
 
 
-def _mib(count: float) -> str:
+def caveats(report: dict, timed: Iterable[dict]) -> list[str]:
+    """What a reader of the times must know: an allocator that was not held constant, and controls missing or off.
+
+    ``timed`` are the parts of the report with a control of their own: steps, sizes, rows, series."""
+    found = []
+    if report["machine"].get("device", "cpu") == "cpu":
+        found.append(allocator.sentence(report["allocator"]))
+    found += [control_sentence(part.get("control")) for part in timed]
+    return list(dict.fromkeys(text for text in found if text))
+
+
+def footnote(report: dict, timed: Iterable[dict]) -> str:
+    """The same as the end of a sentence, empty where there is nothing to know."""
+    return "".join(f"; {text}" for text in caveats(report, timed))
+
+
+def mib(count: float) -> str:
+    """Bytes for a table."""
     mebibytes = count / 2**20
     return f"{mebibytes:.0f}" if mebibytes >= 100 else f"{mebibytes:.1f}"
 
@@ -18,72 +42,72 @@ def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _short(model: str) -> str:
-    return model.removeprefix("convnextv2_")
-
-
-def _arm(name: str) -> str:
+def _variant(name: str) -> str:
     return name.removeprefix("dense ").removesuffix(" eager")
 
 
 def _common(size: dict) -> dict | None:
-    """The arm of the usual spelling, None where memory did not suffice for it."""
-    eager = (arm for arm in size["arms"].values() if arm["variant"] and not arm["variant"]["compiled"])
-    return next((arm for arm in eager if arm["variant"]["pointwise"] == "plain"), None)
+    """The variant of the usual spelling, None where memory did not suffice for it."""
+    eager = (row for row in size["variants"].values() if row["baseline"] and row["execution"] == "eager")
+    return next((row for row in eager if row["baseline"]["pointwise"] == "plain"), None)
 
 
 def figure6_summary(report: dict) -> str:
-    """The README's table: for each size the usual and the best masked dense arm against ours."""
+    """The README's table: for each size the usual and the best masked dense variant against ours."""
     lines = [
         "| size | masked dense, as commonly written | masked dense, best of all variants | this library | "
         "faster than best / common | peak memory, least dense / ours | saved for backward, least dense / ours |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in report["sizes"]:
-        arms, found, usual = size["arms"], size["ratios"], _common(size)
-        ours, best = arms[size["ours"]], arms[found["fastest_dense"]]
+        rows, found, usual = size["variants"], size["ratios"], _common(size)
+        ours, best = rows[size["ours"]], rows[found["fastest_dense"]]
         common = f"{_rate(usual['images_per_s'])} images/s" if usual else "out of memory"
         times = f" / {usual['median_ms'] / ours['median_ms']:.1f}x" if usual else ""
-        frugal = arms[found["frugal_dense"]]
+        frugal = rows[found["frugal_dense"]]
         lines.append(
             f"| {_short(size['model'])} | {common} | {_rate(best['images_per_s'])} "
-            f"({_arm(found['fastest_dense'])}) | **{_rate(ours['images_per_s'])}** | "
+            f"({_variant(found['fastest_dense'])}) | **{_rate(ours['images_per_s'])}** | "
             f"**{found['throughput']:.1f}x**{times} | {_peaks(size)} | "
-            f"{_mib(frugal['saved_bytes'])} / {_mib(ours['saved_bytes'])} MiB (**{found['saved']:.1f}x**) |"
+            f"{mib(frugal['saved_bytes'])} / {mib(ours['saved_bytes'])} MiB (**{found['saved']:.1f}x**) |"
         )
     left_out = [f"{_short(model)}: {reason}" for model, reason in report["left_out"].items()]
     end = f"; left out: {'; '.join(left_out)}" if left_out else ""
-    compiled = {name for size in report["sizes"] for name, arm in size["arms"].items() if name.endswith(" compile")}
-    eager = [_short(size["model"]) for size in report["sizes"] if not compiled & size["arms"].keys()]
+    compiled = {n for size in report["sizes"] for n, row in size["variants"].items() if row["execution"] == "compile"}
+    eager = [_short(size["model"]) for size in report["sizes"] if not compiled & size["variants"].keys()]
     end += f"; no compiled variants: {', '.join(eager)}" if eager else ""
-    lines += ["", f"{machine_line(report)}; forward and backward, medians of interleaved rounds{end}."]
+    lines += [
+        "",
+        f"{machine_line(report)}; forward and backward, medians of interleaved rounds{end}"
+        f"{footnote(report, report['sizes'])}.",
+    ]
     return "\n".join(lines)
 
 
 def _peaks(size: dict) -> str:
     if "peak" not in size["ratios"]:
         return "not measured"
-    arms, found = size["arms"], size["ratios"]
-    least, ours = arms[found["least_peak_dense"]]["peak"]["bytes"], arms[size["ours"]]["peak"]["bytes"]
-    return f"{_mib(least)} / {_mib(ours)} MiB (**{found['peak']:.1f}x**)"
+    rows, found = size["variants"], size["ratios"]
+    least, ours = rows[found["least_peak_dense"]]["peak"]["bytes"], rows[size["ours"]]["peak"]["bytes"]
+    return f"{mib(least)} / {mib(ours)} MiB (**{found['peak']:.1f}x**)"
 
 
 def figure6_details(report: dict) -> str:
-    """Every arm of every size, and how far each is from its target."""
+    """Every variant of every size, and how far each is from its target."""
     lines = [
         f"{machine_line(report)}.",
         "",
-        "| size | arm | images/s | median ms | quartiles ms | saved MiB | peak MiB |",
+        "| size | variant | images/s | median ms | quartiles ms | saved MiB | peak MiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for size in report["sizes"]:
-        for place, (name, arm) in enumerate(size["arms"].items()):
+        for place, (name, row) in enumerate(size["variants"].items()):
             bold = "**" if name == size["ours"] else ""
-            peak = arm["peak"]["bytes"]
+            peak = peak_of(row)
             lines.append(
-                f"| {'' if place else _short(size['model'])} | {bold}{name}{bold} | {_rate(arm['images_per_s'])} | "
-                f"{arm['median_ms']:.0f} | {arm['q1_ms']:.0f} - {arm['q3_ms']:.0f} | {_mib(arm['saved_bytes'])} | "
-                f"{_mib(peak) if peak else ''} |"
+                f"| {'' if place else _short(size['model'])} | {bold}{name}{bold} | {_rate(row['images_per_s'])} | "
+                f"{row['median_ms']:.0f} | {row['q1_ms']:.0f} - {row['q3_ms']:.0f} | {mib(row['saved_bytes'])} | "
+                f"{mib(peak) if peak else ''} |"
             )
         lines += [f"| | {name} | {why} | | | | |" for name, why in size["skipped"].items()]
     lines += [
@@ -93,8 +117,8 @@ def figure6_details(report: dict) -> str:
         "|---|---|---|---|---|---|",
     ]
     for size in report["sizes"]:
-        arms, found, flops = size["arms"], size["ratios"], size["flops"]
-        ours, best = arms[size["ours"]]["median_ms"], arms[found["fastest_dense"]]["median_ms"]
+        rows, found, flops = size["variants"], size["ratios"], size["flops"]
+        ours, best = rows[size["ours"]]["median_ms"], rows[found["fastest_dense"]]["median_ms"]
         target = TARGETS.get(_short(size["model"]))
         verdict = "" if target is None else f"{target}x: {'met' if found['throughput'] >= target else 'missed'}"
         lines.append(
@@ -108,19 +132,20 @@ def figure6_details(report: dict) -> str:
 def _compiling(size: dict) -> str:
     """What compiling the dense network gains."""
     times: dict[bool, list[float]] = {False: [], True: []}
-    for arm in size["arms"].values():
-        if arm["variant"]:
-            times[arm["variant"]["compiled"]].append(arm["median_ms"])
+    for row in size["variants"].values():
+        if row["baseline"] and row["execution"] != "graph":
+            times[row["execution"] == "compile"].append(row["median_ms"])
     return f"{min(times[False]) / min(times[True]):.2f}x" if times[True] else ""
 
 
 def ops(report: dict) -> str:
     """Each op and stage: ours against the fastest dense variant, and the share of its limit."""
-    blocks = [f"{machine_line(report)}."]
+    timed = [row for table in report["ops"].values() for row in table["rows"]]
+    blocks = [f"{machine_line(report)}{footnote(report, timed)}."]
     for model, table in report["ops"].items():
         limits = table["ceilings"]
         copies = ", ".join(f"{c['gbytes']:.0f} ({c['traffic_bytes'] / 2**20:g} MiB)" for c in limits["copies"])
-        rows = [
+        lines = [
             f"**Ops of {model}**, forward and backward. This machine at most: {limits['gflops']:.0f} GFLOP/s "
             f"({limits['product']}); GB/s by bytes moved: {copies}.",
             "",
@@ -128,38 +153,40 @@ def ops(report: dict) -> str:
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in table["rows"]:
-            ours, name = row["arms"][SPARSE], row["fastest_dense"]
-            rows.append(
+            ours, name = row["variants"][SPARSE], row["fastest_dense"]
+            lines.append(
                 f"| {row['op']} | C={row['width']} s={row['side']} | {ours['median_ms']:.3f} | "
-                f"{100 * ours['share']:.0f} % {ours['bound']} | {row['arms'][name]['median_ms']:.3f} ({name}) | "
+                f"{100 * ours['share']:.0f} % {ours['bound']} | {row['variants'][name]['median_ms']:.3f} ({name}) | "
                 f"{row['time_ratio']:.1f} | {ours['rates']['gflops']:.0f} | {ours['rates']['gbytes']:.1f} |"
             )
-        blocks.append("\n".join(rows))
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def engines(report: dict) -> str:
     """The depthwise convolution by other sparse engines, where they were installed."""
-    names = [name for row in _engine_rows(report) for name, arm in row["arms"].items() if "comparable" in arm]
+    names = [
+        name for row in _engine_rows(report) for name, variant in row["variants"].items() if "comparable" in variant
+    ]
     names = list(dict.fromkeys(names))
     lines = [
         "| depthwise 7x7, forward and backward | ours | dense, faster layout | " + " | ".join(names) + " |",
         "|---" * (3 + len(names)) + "|",
     ]
     for row in _engine_rows(report):
-        ours, dense = row["arms"][SPARSE]["median_ms"], row["arms"][row["fastest_dense"]]["median_ms"]
+        ours, dense = row["variants"][SPARSE]["median_ms"], row["variants"][row["fastest_dense"]]["median_ms"]
         cells = [f"C={row['width']} s={row['side']}", f"**{ours:.2f} ms**", f"{dense:.2f} ({dense / ours:.1f}x)"]
         for name in names:
-            arm = row["arms"].get(name)
-            times = f" ({arm['median_ms'] / ours:.0f}x)" if arm and arm["comparable"] else ""
-            cells.append(f"{arm['median_ms']:.1f}{times}" if arm else "")
+            variant = row["variants"].get(name)
+            times = f" ({variant['median_ms'] / ours:.0f}x)" if variant and variant["comparable"] else ""
+            cells.append(f"{variant['median_ms']:.1f}{times}" if variant else "")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{machine_line(report)}."])
+    return "\n".join([*lines, "", f"{machine_line(report)}{footnote(report, _engine_rows(report))}."])
 
 
 def _engine_rows(report: dict) -> list[dict]:
     rows = [row for table in report["ops"].values() for row in table["rows"]]
-    return [row for row in rows if any("comparable" in arm for arm in row["arms"].values())]
+    return [row for row in rows if any("comparable" in variant for variant in row["variants"].values())]
 
 
 _AXES = {
@@ -174,7 +201,8 @@ def scaling(report: dict) -> str:
     """The line through the points of each axis, every point, and the chunk of hidden activations."""
     p = report["parameters"]
     lines = [
-        f"{_short(p['model'])}, {machine_line(report)}; of these one varies at a time.",
+        f"{_short(p['model'])}, {machine_line(report)}; of these one varies at a time"
+        f"{footnote(report, report['series'])}.",
         "",
         "| by | quantity | fixed + per million visible pixels | exponent (ideal) | R2 | most over the ideal | linear |",
         "|---|---|---|---|---|---|---|",
@@ -207,12 +235,12 @@ def _points(series: dict) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for point in series["points"]:
-        ours, dense = point["arms"][SPARSE], point["arms"].get("dense")
+        ours, dense = point["variants"][SPARSE], point["variants"].get("dense")
         chunk = largest_chunk(ours) or 0
         lines.append(
             f"| {form.format(point[series['axis']])} | {point['visible_pixels']:,} | {ours['median_ms']:.0f} "
             f"({point['ideal']['median_ms']:.0f}) | {'' if dense is None else format(dense['median_ms'], '.0f')} | "
-            f"{_mib(ours['saved_bytes'])} ({'' if dense is None else _mib(dense['saved_bytes'])}) | "
-            f"{_mib(ours['working_bytes'])} | {_mib(chunk)} |"
+            f"{mib(ours['saved_bytes'])} ({'' if dense is None else mib(dense['saved_bytes'])}) | "
+            f"{mib(ours['working_bytes'])} | {mib(chunk)} |"
         )
     return lines

@@ -1,28 +1,27 @@
 """Registers, shared memory and spills of every CUDA kernel, as nvcc reports them; needs no GPU.
 
-    python bench/kernel_resources.py            # a table
-    python bench/kernel_resources.py --write    # and bench/results/cuda_resources.json, for docs/kernels/gpu.md
+    python -m bench resources cuda            # a table
+    python -m bench resources cuda --write    # and bench/results/cuda_resources.json, for docs/kernels/gpu.md
 
 A source is compiled again only when it or a header changed (``build/resources``).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import RESULTS, ROOT
+
 ARCHITECTURES = tuple(gpu["name"] for gpu in json.loads((ROOT / "csrc" / "architectures.json").read_text())["cuda"])
-RESULT = ROOT / "bench" / "results" / "cuda_resources.json"
+RESULT = RESULTS / "cuda_resources.json"
 _CACHE = ROOT / "build" / "resources"
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -134,16 +133,11 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
-    options = parser.parse_args()
-    report = summary(measure_all())
-    print(table(report))
-    if options.write:
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(row["spills"] for row in report["kernels"].values()))
+def spills(report: dict) -> bool:
+    """Whether any kernel spills registers."""
+    return any(row["spills"] for row in report["kernels"].values())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def write(report: dict) -> None:
+    """Write the committed result."""
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")

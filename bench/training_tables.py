@@ -24,7 +24,7 @@ def training(report: dict) -> str:
         )
     lines += [
         "",
-        "Frozen features see all training digits with their labels. `bench/training_evidence.py` makes the data, runs "
+        "Frozen features see all training digits with their labels. `python -m bench training` makes the data, runs "
         "the commands and writes `bench/results/training_evidence.json`.",
         "",
         "| feature cosine distance, mean over a stage | " + " | ".join(f"stage {s + 1}" for s in range(4)) + " |",

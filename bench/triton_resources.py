@@ -1,7 +1,7 @@
 """Compiles every Triton kernel ahead of time for GPUs that need not be there; registers, shared memory and spills.
 
-    python bench/triton_resources.py            # a table
-    python bench/triton_resources.py --write    # and bench/results/triton_resources.json, for docs/kernels/gpu.md
+    python -m bench resources triton            # a table
+    python -m bench resources triton --write    # and bench/results/triton_resources.json, for docs/kernels/gpu.md
 
 The launches are those the library makes itself, recorded with tensors that have shapes but no data: the same constants,
 alignments and tiles as on a GPU of the family (``backends/triton/plans.json``). Triton keeps what it has compiled.
@@ -9,13 +9,11 @@ alignments and tiles as on a GPU of the family (``backends/triton/plans.json``).
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -29,11 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from convnextv2_kernels import schedule
-from convnextv2_kernels.backends.triton import gemm_backward, gemm_tiles, operators, plans, primitives, tune
-from convnextv2_kernels.backends.triton.launch import Launch, recorded_launches
+from convnextv2_kernels.backends.triton import TritonBackend, gemm_backward, gemm_tiles, plans, tune
+from convnextv2_kernels.backends.triton.launch import FUNCTIONS, Launch, recorded_launches
+from convnextv2_kernels.params import MLPGradRows, MLPOptions, MLPParams, MLPRows, NormParams, Segments
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "bench" / "results" / "triton_resources.json"
+from . import RESULTS, ROOT
+
+RESULT = RESULTS / "triton_resources.json"
 _GPUS = json.loads((ROOT / "csrc" / "architectures.json").read_text())
 TARGETS = {gpu["name"]: GPUTarget("cuda", int(gpu["name"].removeprefix("sm_")), 32) for gpu in _GPUS["cuda"]}
 TARGETS |= {gpu["name"]: GPUTarget("hip", gpu["name"], 64) for gpu in _GPUS["hip"]}
@@ -53,8 +53,17 @@ _POINTERS = {
     torch.bool: "*i1",
 }
 
-# the primitives, with the functions behind the operators: on "meta" those would be answered by their fakes
-k = SimpleNamespace(**{name: getattr(primitives, name) for name in dir(primitives)} | operators.FUNCTIONS)
+
+class MetaBackend(TritonBackend):
+    """With the functions behind its operators: on the device "meta" those would be answered by their fakes."""
+
+    @property
+    def operators(self):
+        assert super().operators  # which registers the functions
+        return SimpleNamespace(**{name: SimpleNamespace(default=function) for name, function in FUNCTIONS.items()})
+
+
+k = MetaBackend()
 
 
 def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -75,16 +84,14 @@ def mlp(
     hidden, total = 4 * width, images * rows
     stat = F64 if dtype == F64 else F32
     offsets = meta(images + 1, dtype=torch.int32) if ragged else None
-    layout = schedule.Rows(total, images, 1, offsets, batch)
+    segments = Segments(offsets, 1, images)
     z, rstd = meta(total, width, dtype=dtype), meta(total, dtype=stat)
-    w1, b1, w2, b2 = meta(hidden, width), meta(hidden), meta(width, hidden), meta(width)
-    gamma, beta = meta(hidden), meta(hidden)
-    norm = schedule.LayerNormParams(meta(width), meta(width))
-    rest = (layout, act, 1e-6)
-    out, norms, kept = schedule.mlp_forward(
-        k, z, w1, b1, gamma, beta, w2, b2, z, meta(images), *rest, dtype, keep, norm
-    )
-    schedule.mlp_backward(k, out, z, w1, b1, gamma, beta, w2, None, norms, kept, *rest, norm, rstd)
+    params = MLPParams(meta(hidden, width), meta(hidden), meta(hidden), meta(hidden), meta(width, hidden), meta(width))
+    norm = NormParams(meta(width), meta(width))
+    options = MLPOptions(act, 1e-6, batch, "hidden" if keep else "normalized", dtype)
+    out, norms, kept = schedule.mlp_forward(k, MLPRows(z, z, meta(images), segments, dtype), params, norm, options)
+    saved = schedule.Saved(norms, kept, norm, rstd)
+    schedule.mlp_backward(k, out, MLPRows(z, None, None, segments, dtype), params, saved, options)
 
 
 def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
@@ -92,14 +99,16 @@ def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
     total, hidden = images * rows, 4 * width
     a, d, z = meta(total, hidden, dtype=dtype), meta(total, width, dtype=dtype), meta(total, width, dtype=dtype)
     w1, w2 = meta(hidden, width, dtype=dtype), meta(width, hidden, dtype=dtype)
-    scale, segments = meta(images, hidden), gemm_tiles.Images(None, 1, images)
+    scale, segments = meta(images, hidden), Segments(None, 1, images)
     small = {name: candidates[-1] for name, candidates in tune.CANDIDATES.items()}
-    gemm_backward.image_products(a, "gelu", d, w2, *segments, 1, small["products"])
-    gemm_backward.weight_product(a, "gelu", d, scale, *segments, 32, small["weight"])
+    gemm_backward.image_products(a, "gelu", d, w2, segments, 1, small["products"])
+    gemm_backward.weight_product(a, "gelu", d, scale, segments, 32, small["weight"])
     tile = small["hidden"]
-    cut = gemm_tiles.cut(total, segments, tile.rows, allow_flat=False)
-    gemm_backward.hidden_backward(a, "gelu", d, w1, w2, scale, scale, z, meta(total), cut, images, tile)
-    k.Passes.products_reduce(meta(images, width, hidden), w2)
+    tiles = gemm_tiles.partition(total, segments, tile.rows, allow_flat=False)
+    chunk = MLPGradRows(a, d, meta(width), scale, z, meta(total), None, segments, True)
+    weights = MLPParams(w1, meta(hidden), meta(hidden), meta(hidden), w2, None)
+    gemm_backward.hidden_backward(chunk, weights, "gelu", (scale, scale), tiles, tile)
+    k.gemms_reduce(meta(images, width, hidden), w2)
 
 
 def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True, kernel: int = 7) -> None:
@@ -110,7 +119,7 @@ def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True, kern
     table = meta(maps, (2 * radius + 1) ** 2, dtype=torch.int32) if packed else None
     x = meta(maps, side, side, width, dtype=dtype)
     weight, bias = meta(width, 1, kernel, kernel, dtype=stat), meta(width, dtype=stat)
-    k.depthwise_conv_normalize(x, weight, bias, table, None, None, 1e-6)
+    k.depthwise_conv_normalize(x, weight, bias, table, (None, None), 1e-6)
     k.depthwise_conv_forward(x, weight, None, x, table, True)
     k.depthwise_conv_backward_weight(x, x, table, kernel)
 
@@ -124,13 +133,14 @@ def rows(width: int, dtype: torch.dtype) -> None:
     k.normalized_backward(y, x, rstd, gain)
     z, rstd = k.space_to_depth_normalize(x, gain, gain, 1e-6)
     k.space_to_depth_normalize_backward(z, z, rstd, gain)
-    _, norm = k.grn_forward(x, gain, gain, None, 1, 64, True, 1e-6)
-    k.grn_backward(x, x, gain, norm, None, 1, 64, True, 1e-6)
+    images = Segments(None, 1, 64)
+    _, norm = k.grn_forward(x, gain, gain, images, True, 1e-6)
+    k.grn_backward(x, x, gain, norm, images, True, 1e-6)
     k.column_sum(x.view(-1, width))
     slots = meta(19 * 64, dtype=torch.int32)
-    packed = k.gather_patches(meta(64, 56, 56, width, dtype=dtype), slots, 7, 7)
-    k.scatter_patches(packed, meta(64, 49, dtype=torch.int32), 7, 7, meta(width, dtype=dtype))
-    k.patch_pixels(meta(64, 3, 224, 224, dtype=dtype), slots, 7, 7)
+    packed = k.gather_patches(meta(64, 56, 56, width, dtype=dtype), slots, (7, 7))
+    k.scatter_patches(packed, meta(64, 49, dtype=torch.int32), (7, 7), meta(width, dtype=dtype))
+    k.patch_pixels(meta(64, 3, 224, 224, dtype=dtype), slots, (7, 7))
 
 
 def everything() -> None:
@@ -276,16 +286,11 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {RESULT.relative_to(ROOT)}")
-    options = parser.parse_args()
-    report = summary(measure_all())
-    print(table(report))
-    if options.write:
-        RESULT.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(sum(row["spills"].values()) for row in report["kernels"].values()))
+def spills(report: dict) -> bool:
+    """Whether any kernel spills registers."""
+    return any(sum(row["spills"].values()) for row in report["kernels"].values())
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def write(report: dict) -> None:
+    """Write the committed result."""
+    RESULT.write_text(json.dumps(report, indent=1) + "\n")

@@ -11,7 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from .. import ROOT
+
 FUNCTION = "cnx_counted_call"
 # First word of the driver's lines: the section of the result.
 SECTIONS = {"call": "instructions", "call-c-library": "instructions_c_library"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-SECTIONS = ("step", "op", "instructions", "instructions_c_library")
+SECTIONS = ("step", "op", "host", "instructions", "instructions_c_library")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ RULES = {
     "allocated_bytes": Rule(0.0, _EXACT, ("torch",)),
     "aten_calls": Rule(0.0, _EXACT, ("torch",)),
     "other_calls": Rule(0.0, _EXACT, ("torch",)),
+    "python_calls": Rule(0.0, _EXACT, ("torch", "python")),
+    "dispatches": Rule(0.0, _EXACT, ("torch",)),
     "instructions": Rule(0.01, "minor versions of a compiler allot registers differently", ("compiler", "isa")),
 }
 
@@ -73,9 +75,9 @@ def differing(needs: tuple[str, ...], before: dict[str, str], now: dict[str, str
 
 
 def _relevant(name: str, version: str) -> str:
-    """Minor version of PyTorch, major one of the compiler, all of the rest."""
+    """Minor version of PyTorch and Python, major one of the compiler, all of the rest."""
     parts = version.split(".")
-    return ".".join(parts[: {"torch": 2, "compiler": 1}.get(name, len(parts))])
+    return ".".join(parts[: {"torch": 2, "python": 2, "compiler": 1}.get(name, len(parts))])
 
 
 def judge(baseline: dict, found: dict, left_out: dict[str, str]) -> Verdict:

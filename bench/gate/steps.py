@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convnextv2_kernels as ck
-from convnextv2_kernels.benchmark.arms import make_batch, make_sparse
+from convnextv2_kernels.benchmark.variants import make_batch, make_sparse
+from convnextv2_kernels.settings import override
 
-from .settings import environment
 from .trace import kept, measured
 
 BATCH = 2
@@ -33,16 +31,16 @@ def measure_fcmae(size: str) -> dict[str, dict[str, int]]:
     Of the reference only the bytes saved for backward: it convolves by oneDNN, see ``BY_PROCESSOR``.
     """
     model = f"convnextv2_{size}"
-    batch, arm = make_batch(BATCH, IMG_SIZE, seed=0), make_sparse(model, seed=0)
-    alive = [*arm.model.parameters(), *arm.model.buffers(), batch.images, batch.mask]
+    batch, variant = make_batch(BATCH, IMG_SIZE, seed=0), make_sparse(model, seed=0)
+    alive = [*variant.model.parameters(), *variant.model.buffers(), batch.images, batch.mask]
 
     def forward() -> Tensor:
-        return arm.forward(batch)[0]
+        return variant.forward(batch)[0]
 
     results = {}
     with ck.use_backend("cpu"):
         for policy in POLICIES:
-            with environment(CONVNEXTV2_KERNELS_SAVE=policy):
+            with override(save=policy):
                 results[f"{model} cpu save={policy}"] = measured(forward, alive)
     with ck.use_backend("reference"):
         results[f"{model} reference"] = kept(forward, alive)
@@ -71,9 +69,6 @@ def measure_dense(size: str) -> dict[str, dict[str, int]]:
 
 
 def _official(name: str) -> nn.Module:
-    path = str(Path(__file__).resolve().parents[2] / "python_tests")
-    if path not in sys.path:
-        sys.path.insert(0, path)
     from helpers.official import OfficialConvNeXtV2
 
     config = ck.models.get_config(name)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from convnextv2_kernels.benchmark.memory import saved_bytes
-from convnextv2_kernels.benchmark.profiled import events_of, peak_bytes, requests
+
+from ..profiler import events_of, peak_bytes, requests
 
 OWN = "convnextv2_kernels"
 _CALL = re.compile(r"([A-Za-z_]\w*)::[A-Za-z_]\w*")
@@ -56,6 +57,11 @@ def _calls(events) -> dict[str, int]:
         if found and found[1] != _ENGINE:
             counts[{"aten": "aten_calls", OWN: "own_calls"}.get(found[1], "other_calls")] += 1
     return counts
+
+
+def dispatches(events) -> int:
+    """Dispatched operators, with those that operators call."""
+    return sum(_calls(events).values())
 
 
 def _drop_gradients(tensors: Sequence[Tensor]) -> None:

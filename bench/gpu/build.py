@@ -6,16 +6,17 @@ import subprocess
 import sys
 import time
 
+from .. import ROOT
 from .results import Recorder
 from .runner import run_logged
-from .setting import ROOT, Setting
+from .setting import Setting
 
 _PROBE = """
-from convnextv2_kernels.backends import cuda
-from convnextv2_kernels.info import info
-import torch, sys
-print(info(), file=sys.stderr)
-print(cuda.load_error() or cuda.why_not(cuda.DEVICE, torch.bfloat16) or "yes")
+import convnextv2_kernels, torch, sys
+from convnextv2_kernels import backends
+print(convnextv2_kernels.info(), file=sys.stderr)
+cuda = backends.REGISTRY["cuda"]
+print(cuda.load_error() or cuda.unsupported_reason(cuda.device_type, torch.bfloat16) or "yes")
 """
 
 
@@ -52,4 +53,4 @@ def run(setting: Setting, recorder: Recorder) -> None:
     answer = (done.stdout.strip().splitlines() or [f"the library does not load: {done.stderr.strip()[-200:]}"])[-1]
     recorder.put(backend_available=answer)
     if answer != "yes" and setting.backend == "cuda":
-        raise RuntimeError(f"the backend cuda cannot serve: {answer}")
+        raise RuntimeError(f"the backend cuda cannot run: {answer}")

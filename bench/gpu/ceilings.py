@@ -6,8 +6,9 @@ import time
 
 import torch
 
-from convnextv2_kernels.benchmark.device import free_memory
+from convnextv2_kernels.benchmark.machine import free_memory
 
+from ..ceilings import copy_rate, matmul_rate
 from .results import Recorder
 from .setting import Setting
 from .timing import Timer, median
@@ -15,18 +16,14 @@ from .timing import Timer, median
 GIB = 1 << 30
 
 
-def copy_rate(timer: Timer, size: int, calls: int) -> float:
+def copy_tbps(timer: Timer, size: int, calls: int) -> float:
     """TB/s, bytes read plus bytes written, of a device-to-device copy of ``size`` bytes."""
-    source = torch.randn(size // 4, device=timer.device)
-    target = torch.empty_like(source)
-    seconds = median(timer.calls([lambda: target.copy_(source)] * calls))
-    return 2e-12 * size / seconds
+    return 1e-12 * copy_rate(2 * size, torch.float32, timer.device, lambda call: median(timer.calls([call] * calls)))
 
 
-def matmul_rate(timer: Timer, n: int, dtype: torch.dtype) -> float:
+def matmul_tflops(timer: Timer, n: int, dtype: torch.dtype) -> float:
     """TFLOP/s of an n x n x n product of random matrices."""
-    a, b = (torch.randn(n, n, device=timer.device).to(dtype) for _ in range(2))
-    return 2e-12 * n**3 / median(timer.calls([lambda: a @ b] * 3))
+    return 1e-12 * matmul_rate(n, dtype, timer.device, lambda call: median(timer.calls([call] * 3)))
 
 
 def kernel_floor(timer: Timer, calls: int) -> float:
@@ -58,10 +55,10 @@ def run(setting: Setting, recorder: Recorder) -> None:
         recorder.case("rates", key, measure, needs=2, limit=40)
         free_memory(device)
 
-    case("copy_large_TBps", lambda: copy_rate(timer, large, 4))
-    case("copy_8MiB_in_cache_TBps", lambda: copy_rate(timer, small, 100 if not dry else 2))
-    case("matmul_bf16_TFLOPs", lambda: matmul_rate(timer, n, torch.bfloat16))
-    case("matmul_fp32_TFLOPs", lambda: matmul_rate(timer, n // 2, torch.float32))
+    case("copy_large_TBps", lambda: copy_tbps(timer, large, 4))
+    case("copy_8MiB_in_cache_TBps", lambda: copy_tbps(timer, small, 100 if not dry else 2))
+    case("matmul_bf16_TFLOPs", lambda: matmul_tflops(timer, n, torch.bfloat16))
+    case("matmul_fp32_TFLOPs", lambda: matmul_tflops(timer, n // 2, torch.float32))
     case("kernel_floor_in_graph_us", lambda: kernel_floor(timer, calls))
     x = torch.zeros(32, device=device)
     case("eager_launch_torch_us", lambda: launch_cost(timer, lambda: x.add_(1.0), calls))

@@ -3,84 +3,62 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 
-from convnextv2_kernels.benchmark.device import free_memory
-from convnextv2_kernels.benchmark.masked_dense import Variant
+from convnextv2_kernels.benchmark.baseline import Baseline
+from convnextv2_kernels.benchmark.machine import free_memory
+from convnextv2_kernels.benchmark.step import compare
+from convnextv2_kernels.benchmark.variants import Variant, make_dense
 
-from .results import Recorder, context_lost
-from .setting import Setting, Skip, first_line
-from .step_arms import Contest, DeviceArm, Step
-from .step_timing import ratios, time_steps
+from .results import Recorder
+from .setting import Setting, Skip
+from .step import Contest, effort, reported
 
-ROUNDS = 7
 # (size, images, seconds one compilation takes about), in order of value
 PLAN = (("tiny", 256, 75), ("atto", 256, 60), ("base", 256, 120), ("tiny", 64, 75), ("atto", 64, 60), ("base", 64, 120))
-VARIANTS = (
-    Variant("channels_last", "linear", True),
-    Variant("nchw", "linear", True),
-    Variant("channels_last", "plain", True),
-)
+BASELINES = (Baseline("channels_last", "linear"), Baseline("nchw", "linear"), Baseline("channels_last", "plain"))
 
 
 def run(setting: Setting, recorder: Recorder) -> None:
     if setting.dry_run:
         raise Skip("no GPU: torch.compile of the baseline")
     recorder.put(
-        about="as the stage step; compile_s: seconds of the first step; graph: the compiled step in a CUDA graph"
+        about="as the stage step; compile_s: seconds of the first step; graph: the compiled step in a CUDA graph; "
+        "reduce-overhead: the compiler's own graphs"
     )
     for size, images, seconds in PLAN:
         contest = None
-        for variant in VARIANTS:
-            key = f"{size} n{images} {variant.name}"
+        for baseline in BASELINES:
+            key = f"{size} n{images} {baseline.name} compile"
             if recorder.done("compile", key):
                 continue
             if setting.remaining() < seconds:
                 recorder.skip(key, f"time: {setting.remaining():.0f} s left, about {seconds} s needed")
                 continue
-            contest = contest or Contest(size, images, setting)
+            contest = contest or Contest.make(size, images, setting)
             limit = setting.remaining()
-            recorder.case("compile", key, lambda c=contest, v=variant: _measure(c, v, setting), limit=limit)
+            recorder.case("compile", key, lambda c=contest, b=baseline: _measure(c, b, setting), limit=limit)
             free_memory(setting.device)
 
 
-def _measure(contest: Contest, variant: Variant, setting: Setting) -> dict:
+def _measure(contest: Contest, baseline: Baseline, setting: Setting) -> dict:
     torch._dynamo.reset()  # variants are instances of one class, each a recompilation
-    arm = contest.dense(variant)
+    (compiled,) = make_dense(contest.base, [baseline], "compile")
     start = time.monotonic()
-    compiled = contest.eager(arm)
-    compiled.run()
+    compiled.step(contest.batch)
     torch.cuda.synchronize()
     seconds = time.monotonic() - start
-    steps, notes = [contest.eager(), contest.graphed(), compiled], {}
-    for name, make in (("graph", contest.graphed), ("reduce-overhead", _reduced_overhead(contest))):
-        try:
-            steps.append(make(arm))
-        except Exception as error:
-            if context_lost(error):
-                raise
-            notes[name] = first_line(error)
-            free_memory(setting.device)
-    rows = time_steps(contest, steps, setting, ROUNDS, memory=False)
-    return {"compile_s": seconds, "not_run": notes, "steps": rows, **ratios(rows, "ours graph")}
+    # the baseline as it is too: its copy is the control
+    (plain,) = make_dense(contest.base, [baseline])
+    variants = [contest.ours, contest.ours.graphed(), plain, compiled, compiled.graphed(), _own_graphs(compiled)]
+    found = compare(variants, contest.batch, effort(setting))
+    return {"compile_s": seconds, **reported(found, contest.ours.graphed().name)}
 
 
-def _reduced_overhead(contest: Contest):
-    """Compiles again with the mode's own CUDA graphs; the generated kernels are in the cache by then."""
-
-    def make(arm: DeviceArm) -> Step:
-        model = torch.compile(arm.model, fullgraph=True, dynamic=False, mode="reduce-overhead")
-        other = DeviceArm(f"{arm.name} reduce-overhead", arm.model, model, arm.variant)
-        step = contest.eager(other)
-
-        def run():
-            torch.compiler.cudagraph_mark_step_begin()
-            # a copy: the loss lives in memory that the next step writes
-            return step.run().clone()
-
-        for _ in range(3):  # compilation, warm-up and recording
-            run()
-        return Step(other.name, run, arm.model)
-
-    return make
+def _own_graphs(compiled: Variant) -> Variant:
+    """Compiled again with the mode's own CUDA graphs; the generated kernels are in the cache by then."""
+    mode = "reduce-overhead"
+    run = torch.compile(compiled.model, fullgraph=True, dynamic=False, mode=mode)
+    return replace(compiled, name=f"{compiled.name} {mode}", run=run, compile_mode=mode)

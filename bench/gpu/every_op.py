@@ -1,6 +1,6 @@
 """Calls every CUDA operator and every public op, forward and backward, on small shapes: for compute-sanitizer.
 
-python -m gpu.every_op SETTING_JSON      # with bench/ and python_tests/ on PYTHONPATH
+python -m bench.gpu.every_op SETTING_JSON
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from convnextv2_kernels.benchmark.device import free_memory
+from convnextv2_kernels.benchmark.machine import free_memory
 
 from .cases import DRY_STAGES, SHARE_FROM_US, Case, stage_shapes
-from .ceilings import GIB, copy_rate
+from .ceilings import GIB, copy_tbps
 from .conv_cases import dense_cases, packed_cases
 from .operators import Draw, namespace
 from .parameter_cases import parameter_cases
@@ -61,7 +61,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
     torch.backends.cudnn.benchmark = True  # the peers at their best
     timer = Timer(setting.device, 1 if setting.dry_run else 9)
     # measured in this process: the share is of what this GPU copies now
-    copy = recorder.case("bandwidth", "copy_TBps", lambda: copy_rate(timer, 1 << 16 if setting.dry_run else GIB, 4))
+    copy = recorder.case("bandwidth", "copy_TBps", lambda: copy_tbps(timer, 1 << 16 if setting.dry_run else GIB, 4))
     if copy is None:
         raise RuntimeError("the copy bandwidth could not be measured")
     free_memory(setting.device)

@@ -9,8 +9,11 @@ import platform
 import shutil
 import subprocess
 
+from convnextv2_kernels.benchmark.machine import git_commit
+
+from .. import ROOT
 from .results import Recorder
-from .setting import ROOT, Setting
+from .setting import Setting
 
 _QUERY = (
     "driver_version",
@@ -27,7 +30,7 @@ def source_digest() -> str:
     """Of everything that decides what is measured: kernels, library, this program."""
     digest = hashlib.sha256()
     library = (("csrc", "*/*"), ("convnextv2_kernels", "**/*.py"), ("convnextv2_kernels", "**/*.json"))
-    for folder, pattern in (*library, ("bench", "gpu/*.py")):
+    for folder, pattern in (*library, ("bench", "**/*.py")):
         for path in sorted((ROOT / folder).glob(pattern)):
             if path.is_file():
                 digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -44,15 +47,6 @@ def nvidia_smi() -> dict[str, str]:
         return {"error": done.stderr.strip()[:200] or done.stdout.strip()[:200]}
     values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
     return dict(zip(_QUERY, values, strict=True))
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree; None where there is none."""
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        return None
-    command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    return done.stdout.strip() or None
 
 
 def gpu() -> dict:
@@ -80,9 +74,10 @@ def _version(module: str) -> str | None:
 def run(setting: Setting, recorder: Recorder) -> None:
     import torch
 
+    commit = git_commit()
     recorder.put(
         date_utc=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        commit=git_commit(),
+        commit=commit and commit["commit"],
         cores=os.cpu_count(),
         os=platform.platform(),
         python=platform.python_version(),

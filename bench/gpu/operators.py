@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 import convnextv2_kernels as ck
+from convnextv2_kernels import backends
 
 from .setting import Setting
 
 
 def namespace(setting: Setting):
-    """``torch.ops.<namespace>`` of the CUDA kernels, or of the emulated ones."""
-    from convnextv2_kernels.backends import cuda
-
-    return getattr(torch.ops, cuda.NAMESPACE if setting.backend == "cuda" else "convnextv2_kernels")
+    """``torch.ops.<namespace>`` of the CUDA kernels, of the emulated ones, or for work on this program of the CPU's."""
+    return backends.get(setting.backend if setting.backend == "cuda" else "cpu").operators
 
 
 class Draw:

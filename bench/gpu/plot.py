@@ -26,7 +26,8 @@ def step_bars(stages: dict[str, Any]) -> list[tuple[str, float]]:
     bars = []
     for stage, group in (("step", "eager"), ("step", "graph"), ("compile", "compile")):
         for name, row in stages.get(stage, {}).get("result", {}).get(group, {}).items():
-            bars += [(name, value) for key, value in row.items() if key.startswith("time_dense_over")]
+            mark = "" if row["control"]["valid"] else " (INVALID control)"
+            bars += [(f"{name}{mark}", value) for key, value in row["ratios"].items() if key == "throughput"]
     direct = stages.get("step", {}).get("result", {}).get("dense_eager_over_ours_graph", {})
     return bars + [(f"{name} dense eager / our graph", value) for name, value in direct.items()]
 

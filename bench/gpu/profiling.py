@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
+from convnextv2_kernels.benchmark.variants import Variant
+
 from .results import Recorder
 from .setting import Setting, Skip
-from .step_arms import Contest, Step
+from .step import Contest
 
 STEPS, TOP = 3, 25
 # kernels of this library live in its C++ namespace
@@ -25,16 +28,16 @@ def kind(name: str) -> str:
     return next((label for label, pattern in KINDS if re.search(pattern, name)), "other PyTorch kernels")
 
 
-def record(step: Step, device: str, steps: int = STEPS) -> list[tuple[str, float, float]]:
+def record(step: Callable[[], object], device: str, steps: int = STEPS) -> list[tuple[str, float, float]]:
     """``(name, start, end)`` in microseconds of every kernel of a few steps."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device == "cuda"
-    step.run()
+    step()
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         for _ in range(steps):
-            step.run()
+            step()
         if on_gpu:
             torch.cuda.synchronize()
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
@@ -79,13 +82,15 @@ def summarize(kernels: list[tuple[str, float, float]], steps: int = STEPS) -> tu
 def run(setting: Setting, recorder: Recorder) -> None:
     size, images = ("atto", 1) if setting.dry_run else ("tiny", 256)
     steps = 1 if setting.dry_run else STEPS
-    contest = Contest(size, images, setting)
+    contest = Contest.make(size, images, setting)
     path = setting.folder / f"profile_{size}_{images}.txt"
     tables = []
 
-    def case(name: str, make) -> None:
+    def case(name: str, variant: Variant) -> None:
         def measure() -> dict:
-            numbers, table = summarize(record(make(), setting.device, steps), steps)
+            if setting.dry_run and variant.execution == "graph":
+                raise Skip("no GPU: CUDA graphs")
+            numbers, table = summarize(record(variant.prepare(contest.batch), setting.device, steps), steps)
             tables.append(f"{name}, FCMAE {size}, batch {images}, {steps} steps: {numbers}\n{table}\n")
             path.write_text("\n".join(tables))
             return numbers
@@ -94,5 +99,5 @@ def run(setting: Setting, recorder: Recorder) -> None:
 
     if setting.remaining() < 5:
         raise Skip("time: the model was not made in time")
-    case("ours eager", contest.eager)
-    case("ours graph", contest.graphed)
+    case("ours eager", contest.ours)
+    case("ours graph", contest.ours.graphed())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from convnextv2_kernels.benchmark.report import lines_of
+
 MOST_LINES = 12
 
 
@@ -104,27 +106,23 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 def step_lines(data: dict[str, Any]) -> list[str]:
     lines = []
-    for stage, group in (("step", "eager"), ("step", "graph"), ("compile", "compile")):
+    for stage, group in (("step", "eager"), ("step", "graph"), ("compile", "compile"), ("step", "backends")):
         for name, row in _result(data, stage).get(group, {}).items():
-            times = {step: value["ms_median"] for step, value in row["steps"].items() if "ms_median" in value}
-            best = row.get("fastest_dense")
-            ours = ", ".join(f"{step} {ms:.2f} ms" for step, ms in times.items() if step.startswith("ours"))
-            lines.append(f"step {name}: {ours}; fastest {best} {times.get(best, float('nan')):.2f} ms")
-            keys = [key for key in row if "_over_" in key]
-            lines.append("     " + ", ".join(f"{key} {row[key]:.2f}" for key in keys))
-    for name, row in _result(data, "step").get("backends", {}).items():
-        times = [(step, value) for step, value in row["steps"].items() if "ms_median" in value]
-        lines.append(
-            f"step {name}: " + ", ".join(f"{step} ({v['backend']}) {v['ms_median']:.2f} ms" for step, v in times)
-        )
+            times = ", ".join(
+                f"{step}{' (' + v['run_by'] + ')' if 'run_by' in v else ''} {v['median_ms']:.2f} ms"
+                for step, v in row["variants"].items()
+                if v["baseline"] is None
+            )
+            lines.append(f"step {name}: {times}")
+            lines += [f"     {text}" for text in lines_of({**row, "model": name})]
     direct = _result(data, "step").get("dense_eager_over_ours_graph", {})
     return lines + [f"step {name}: fastest dense eager / our graph {value:.2f}" for name, value in direct.items()]
 
 
-def gate_lines(data: dict[str, Any]) -> list[str]:
+def check_lines(data: dict[str, Any]) -> list[str]:
     step = _result(data, "step")
-    failed = [key for key in step.get("errors", {}) if key.endswith(" gate")]
-    return [f"GATE FAILED for {key}: its times mean nothing until that is understood" for key in failed]
+    failed = [key for key in step.get("errors", {}) if key.endswith(" check")]
+    return [f"WRONG RESULTS in {key}: its times mean nothing until that is understood" for key in failed]
 
 
 def other_lines(data: dict[str, Any]) -> list[str]:
@@ -146,7 +144,7 @@ def print_report(data: dict[str, Any]) -> None:
         f"{_result(data, 'machine').get('gpu', {}).get('name')}"
         + (" DRY RUN: TIMES MEAN NOTHING" if data["dry_run"] else "")
     )
-    parts = (kernel_lines, product_lines, rate_line, step_lines, other_lines, test_line, gate_lines, error_lines)
+    parts = (kernel_lines, product_lines, rate_line, step_lines, other_lines, test_line, check_lines, error_lines)
     for part in (*parts, stage_lines):
         for line in part(data):
             print(line)

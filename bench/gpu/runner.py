@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .. import ROOT
 from .results import CONTEXT_LOST, ERRORS, Results
-from .setting import ROOT, Setting
+from .setting import Setting
 
-SCRIPT = ROOT / "bench" / "gpu_check.py"
 RESTARTS = 8  # processes of one stage after the first
 GRACE = 8.0  # seconds a stage has beyond its time to end by itself
 
@@ -87,7 +87,7 @@ def _close(record: dict, code: int | None, restarts: int) -> None:
 
 def _run_process(stage: Stage, setting: Setting) -> int | None:
     """Exit code of the stage's process; None where it had to be ended."""
-    command = [sys.executable, str(SCRIPT), "--child", stage.module, "--stage", stage.name]
+    command = [sys.executable, "-m", "bench", "gpu", "--child", stage.module, "--stage", stage.name]
     command += ["--setting", setting.to_json()]
     process = subprocess.Popen(command, env=setting.environment(), cwd=ROOT, start_new_session=True)
     try:

@@ -41,7 +41,7 @@ def run(setting: Setting, recorder: Recorder) -> None:
     path = binary()
     if path is None and not setting.dry_run:
         raise Skip("compute-sanitizer is not on this machine")
-    script = [sys.executable, "-m", "gpu.every_op", setting.to_json()]
+    script = [sys.executable, "-m", "bench.gpu.every_op", setting.to_json()]
     only = [] if setting.dry_run else own_kernels_only(path)
     recorder.put(restricted_to_own_kernels=bool(only))
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from .. import ROOT
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Setting:
 
     def environment(self, **more: str) -> dict[str, str]:
         """Environment of a subprocess that finds this package, the library and the tests' helpers."""
-        paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "python_tests"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(ROOT / "python_tests"), os.environ.get("PYTHONPATH", "")]
         fixed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         if self.dry_run:
             fixed["OMP_NUM_THREADS"] = "1"  # emulated kernels run on one thread; others would only wait for it

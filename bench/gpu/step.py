@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from convnextv2_kernels import backends
-from convnextv2_kernels.benchmark.device import free_memory
-from convnextv2_kernels.benchmark.gate import results_of
-from convnextv2_kernels.benchmark.masked_dense import MEMORY_FORMATS, eager_variants
+import torch
 
-from .results import Recorder, context_lost
-from .setting import Setting, Skip, first_line
-from .step_arms import AMP, GATE_IMAGES, Contest, Step
-from .step_timing import fastest, ratios, time_steps
+from convnextv2_kernels.benchmark.baseline import MEMORY_FORMATS, baselines
+from convnextv2_kernels.benchmark.correctness import check_variants, results_of
+from convnextv2_kernels.benchmark.machine import automatic_backend, free_memory, unsupported_reason
+from convnextv2_kernels.benchmark.step import Effort, StepComparison, compare, compare_graphs, ratios
+from convnextv2_kernels.benchmark.timing import Budget
+from convnextv2_kernels.benchmark.variants import Batch, Variant, make_batch, make_dense, make_sparse, run_by
+
+from .results import Recorder
+from .setting import Setting, Skip
 from .triton_setup import compile_ahead
 
+AMP = torch.bfloat16
+CHECKED_IMAGES = 2
 # (size, images, seconds it takes about), in order of value
 PLAN = (
     ("tiny", 256, 20),
@@ -28,40 +33,73 @@ PLAN = (
 )
 DRY_PLAN = (("atto", 1, 1),)
 ROUNDS = 7
+SAMPLE_SECONDS = 0.03  # a sample is as many steps in a row as fill this, so that the wait at its end costs nothing
 # where ours is also timed by other backends, and the seconds that takes about, most of them Triton's compilations
 BY_BACKEND = {("tiny", 256): 35}
 BACKENDS = ("triton", "auto")
 
 
+@dataclass
+class Contest:
+    """One size on one batch: ours by the setting's backend, and the baselines, all with the same weights."""
+
+    batch: Batch
+    ours: Variant
+    base: Variant
+
+    @classmethod
+    def make(cls, size: str, images: int, setting: Setting) -> Contest:
+        torch.backends.cudnn.benchmark = True  # the dense network at its best
+        batch = make_batch(images, 64 if setting.dry_run else 224, 0, AMP, setting.device)
+        base = make_sparse(f"convnextv2_{size}", 0, setting.device)
+        return cls(batch, run_by(base, setting.backend), base)
+
+    def dense(self) -> list[Variant]:
+        """Every baseline, those with the usual pointwise layers also with PyTorch's own convolutions."""
+        found = make_dense(self.base, baselines())
+        return found + [variant.native() for variant in found if variant.baseline.pointwise == "linear"]
+
+
+def effort(setting: Setting, **more) -> Effort:
+    """What a stage may spend on one comparison."""
+    if setting.dry_run:
+        return Effort(1, warmup=1, keep_going=True, saved=False, **more)
+    budget = Budget(max(0.0, setting.remaining() - 5), time.perf_counter)
+    return Effort(ROUNDS, budget, 2, SAMPLE_SECONDS, saved=False, keep_going=True, **more)
+
+
 def run(setting: Setting, recorder: Recorder) -> None:
     recorder.put(
         about="forward and backward, no optimizer, 224 px, mask ratio 0.6, bf16 autocast; ms per step, interleaved "
-        "rounds; peak_step: beyond what lives before the step; dense: every hidden site computed, then masked; ratios "
-        "are of ours with float32 maps, the residual stream that autocast keeps on the dense side too"
+        "rounds, with a baseline against its own copy as the control; peak: bytes beyond what lives before the step; "
+        "dense: every hidden site computed, then masked; ratios are of ours with float32 maps, the residual stream "
+        "that autocast keeps on the dense side too"
     )
     for size, images, seconds in DRY_PLAN if setting.dry_run else PLAN:
-        _contest(size, images, seconds, setting, recorder)
+        _compare(size, images, seconds, setting, recorder)
         free_memory(setting.device)
 
 
-def _contest(size: str, images: int, seconds: float, setting: Setting, recorder: Recorder) -> None:
+def _compare(size: str, images: int, seconds: float, setting: Setting, recorder: Recorder) -> None:
     key = f"{size} n{images}"
-    groups = ("gate", "eager", "graph", *(["backends"] if (size, images) in BY_BACKEND else []))
+    groups = ("check", "eager", "graph", *(["backends"] if (size, images) in BY_BACKEND else []))
     if all(recorder.done(group, f"{key} {group}") for group in groups):
         return
     if setting.remaining() < seconds:
         recorder.skip(key, f"time: {setting.remaining():.0f} s left, about {seconds:.0f} s needed")
         return
-    contest = Contest(size, images, setting)
-    arms = [contest.dense(variant) for variant in eager_variants()]
-    arms += [arm.native() for arm in arms if arm.variant.pointwise == "linear"]
+    contest = Contest.make(size, images, setting)
+    ours, dense = contest.ours, contest.dense()
     limit = setting.remaining()
-    recorder.case("gate", f"{key} gate", lambda: contest.check(arms[1:2]), limit=limit)
+
+    def check() -> dict:
+        return check_variants([ours], dense[1:2], contest.batch, CHECKED_IMAGES)[ours.name]
+
+    recorder.case("check", f"{key} check", check, limit=limit)
 
     def eager() -> dict:
-        ours = [contest.eager(), contest.eager(maps=AMP)]
-        rows = time_steps(contest, [*ours, *map(contest.eager, arms)], setting, ROUNDS, memory=True)
-        return {"steps": rows, **ratios(rows, "ours eager")}
+        variants = [ours, ours.with_maps(AMP), *dense]
+        return reported(compare(variants, contest.batch, effort(setting, peak=True)), ours.name)
 
     rows = recorder.case("eager", f"{key} eager", eager, limit=limit)
     free_memory(setting.device)
@@ -69,104 +107,98 @@ def _contest(size: str, images: int, seconds: float, setting: Setting, recorder:
     def graph() -> dict:
         if setting.dry_run:
             raise Skip("no GPU: CUDA graphs")
-        steps = (rows or {}).get("steps", {})
-        chosen = [fastest(steps, f"dense {layout}") or f"dense {layout} linear eager" for layout in MEMORY_FORMATS]
-        return against_graphs(contest, [arm for arm in arms if arm.name in chosen], setting)
+        found = compare_graphs([ours, ours.with_maps(AMP)], _fastest(dense, rows), contest.batch, effort(setting))
+        return reported(found, ours.graphed().name)
 
     recorder.case("graph", f"{key} graph", graph, limit=limit)
     _compare_targets(recorder, key)
     if (size, images) in BY_BACKEND and not setting.dry_run:
         free_memory(setting.device)
-        _by_backend(contest, key, arms[1:2], recorder)
+        _by_backend(contest, key, dense[1:2], setting, recorder)
 
 
-def _by_backend(contest: Contest, key: str, dense: list, recorder: Recorder) -> None:
-    """Ours by the setting's backend, by Triton alone and by what ``auto`` takes: gates against ``dense``, and times."""
-    setting = contest.setting
-    seconds, limit = BY_BACKEND[contest.size, contest.images], setting.remaining()
+def reported(comparison: StepComparison, ours: str) -> dict:
+    """What the JSON keeps: no samples, and the ratios."""
+    rows = comparison.rows()
+    found = {**comparison.to_json(), "ours": ours, "ratios": ratios(rows, ours)}
+    for row in found["variants"].values():
+        del row["samples_ms"]
+    return found
+
+
+def _fastest(dense: Sequence[Variant], rows: dict | None) -> list[Variant]:
+    """Of each memory format the fastest that was timed, or the one with the usual pointwise layers."""
+    times = {name: row["median_ms"] for name, row in (rows or {"variants": {}})["variants"].items()}
+    found = []
+    for layout in MEMORY_FORMATS:
+        of_layout = [variant for variant in dense if variant.baseline.layout == layout]
+        usual = next(variant for variant in of_layout if variant.baseline.pointwise == "linear")
+        timed = [variant for variant in of_layout if variant.name in times]
+        found.append(min(timed, key=lambda variant: times[variant.name], default=usual))
+    return found
+
+
+def _by_backend(contest: Contest, key: str, dense: list[Variant], setting: Setting, recorder: Recorder) -> None:
+    """Ours by the setting's backend, by Triton and by what ``auto`` takes: checked against ``dense``, and timed."""
+    seconds, limit = BY_BACKEND[key_of(key)], setting.remaining()
     if limit < seconds:
         recorder.skip(f"{key} backends", f"time: {limit:.0f} s left, about {seconds} s needed")
         return
-    others = {}
+    others = []
     for name in BACKENDS:
-        reason = None if name == "auto" else backends.why_not(name, setting.device, AMP)
+        reason = None if name == "auto" else unsupported_reason(name, setting.device, AMP)
         if reason is None:
-            others[name] = served_by(contest, name)
+            others.append(run_by(contest.base, name))
         else:
             recorder.skip(f"{key} by {name}", reason)
-    few = contest.batch.head(GATE_IMAGES)
-    runs = [lambda c=c: results_of(c.sparse, few) for c in others.values()]
-    runs += [lambda c=c: c.eager().run() for c in others.values()]
+    few = contest.batch.head(CHECKED_IMAGES)
+    runs = [lambda v=v: results_of(v, few) for v in others]
+    runs += [lambda v=v: v.step(contest.batch) for v in others]
     recorder.case("compiled", f"{key} by other backends", lambda: compile_ahead(runs), limit=limit)
     free_memory(setting.device)
-    for name, other in others.items():
-        recorder.case("gate", f"{key} by {name} gate", lambda c=other: c.check(dense), limit=limit)
-    recorder.case("backends", f"{key} backends", lambda: against_backends(contest, others), needs=10, limit=limit)
+    for other in others:
+
+        def check(other: Variant = other) -> dict:
+            return check_variants([other], dense, contest.batch, CHECKED_IMAGES)[other.name]
+
+        recorder.case("check", f"{key} by {other.backend} check", check, limit=limit)
+
+    def times() -> dict:
+        return against_backends(contest, others, setting)
+
+    recorder.case("backends", f"{key} backends", times, needs=10, limit=limit)
 
 
-def against_backends(contest: Contest, others: dict[str, Contest]) -> dict:
-    """Our step by each backend in interleaved rounds, eager and then in graphs; each row says what served."""
-    rows: dict[str, dict] = {}
-    for how in ("eager", "graphed"):
-        if how == "graphed" and contest.setting.dry_run:
-            continue
-        steps = [getattr(contest, how)(), *(named(getattr(c, how)(), name) for name, c in others.items())]
-        rows |= time_steps(contest, steps, contest.setting, ROUNDS, memory=how == "eager")
-        free_memory(contest.setting.device)
-    for name, row in rows.items():
-        row["backend"] = serving(name.partition(" by ")[2] or contest.setting.backend, contest.setting.device)
-    return {"steps": rows}
+def key_of(key: str) -> tuple[str, int]:
+    """Size and images of a case's name."""
+    size, images = key.split()
+    return size, int(images[1:])
 
 
-def served_by(contest: Contest, backend: str) -> Contest:
-    """The same model and batch, ours by another backend."""
-    other = copy.copy(contest)
-    other.setting = replace(contest.setting, backend=backend)
-    other.sparse = replace(contest.sparse, run=other._run_sparse)
-    return other
-
-
-def named(step: Step, backend: str) -> Step:
-    return replace(step, name=f"{step.name} by {backend}")
-
-
-def serving(backend: str, device: str) -> str:
-    """What serves a block: the backend asked for, or what ``auto`` takes."""
-    return backend if backend != "auto" else backends.automatic("convnextv2_block", device, (AMP,))
-
-
-def against_graphs(contest: Contest, arms: list, setting: Setting) -> dict:
-    """Our step in a graph against each dense one in a graph, one after the other: their memory lives side by side.
-
-    Of the times of our step, one beside each dense step, the longest counts."""
-    ours = [contest.graphed(), contest.graphed(maps=AMP)]
-    rows: dict[str, dict] = {}
-    for arm in arms:
-        pair = time_steps(contest, [*ours, *_graphed(contest, arm, rows)], setting, ROUNDS, memory=False)
-        for name, row in pair.items():
-            slower = row.get("ms_median", 0) > rows.get(name, {}).get("ms_median", 0)
-            if name not in rows or slower:
-                rows[name] = row
+def against_backends(contest: Contest, others: Sequence[Variant], setting: Setting) -> dict:
+    """Our step by each backend in interleaved rounds, eager and then in graphs; each row says what ran it."""
+    variants = [contest.ours, *others]
+    found = compare(variants, contest.batch, effort(setting, peak=True))
+    if not setting.dry_run:
         free_memory(setting.device)
-    return {"steps": rows, **ratios(rows, "ours graph")}
+        graphs = compare([v.graphed() for v in variants], contest.batch, effort(setting))
+        found = found.joined(graphs)
+    rows = reported(found, contest.ours.name)
+    for row in rows["variants"].values():
+        row["run_by"] = running(row["backend"], setting.device)
+    return rows
 
 
-def _graphed(contest: Contest, arm, rows: dict[str, dict]) -> list:
-    try:
-        return [contest.graphed(arm)]
-    except Exception as error:  # out of memory, or not to be captured: the other layout may do
-        if context_lost(error):
-            raise
-        rows[f"{arm.name} graph"] = {"error": first_line(error)}
-        free_memory(contest.setting.device)
-        return []
+def running(backend: str, device: str) -> str:
+    """What runs a block: the backend asked for, or what ``auto`` takes."""
+    return backend if backend != "auto" else automatic_backend(device, AMP)
 
 
 def _compare_targets(recorder: Recorder, key: str) -> None:
     """Our graph against the fastest dense eager step as well, which is the comparison users see."""
-    eager = recorder.result.get("eager", {}).get(f"{key} eager", {}).get("steps", {})
-    graph = recorder.result.get("graph", {}).get(f"{key} graph", {}).get("steps", {})
-    best = fastest(eager, "dense")
-    if best and "ms_median" in graph.get("ours graph", {}):
-        ratio = eager[best]["ms_median"] / graph["ours graph"]["ms_median"]
+    eager = recorder.result.get("eager", {}).get(f"{key} eager")
+    graph = recorder.result.get("graph", {}).get(f"{key} graph")
+    if eager and graph and eager["ratios"] and graph["ours"] in graph["variants"]:
+        best = eager["variants"][eager["ratios"]["fastest_dense"]]["median_ms"]
+        ratio = best / graph["variants"][graph["ours"]]["median_ms"]
         recorder.put(dense_eager_over_ours_graph={**recorder.result.get("dense_eager_over_ours_graph", {}), key: ratio})

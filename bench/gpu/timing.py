@@ -18,13 +18,6 @@ def median(samples: Sequence[float]) -> float:
     return statistics.median(samples)
 
 
-def spread(samples: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """Median and quartiles, times ``scale``."""
-    ordered = sorted(samples)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
-    return {"median": scale * median(ordered), "q1": scale * quartiles[0], "q3": scale * quartiles[2]}
-
-
 class Timer:
     """Times functions on ``device``; ``repetitions`` samples each."""
 

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import torch
 
-from convnextv2_kernels.benchmark.device import free_memory
+from convnextv2_kernels.benchmark.machine import automatic_backend, free_memory
 
 from .cases import DRY_STAGES, Case, StageShape, stage_shapes
-from .ceilings import GIB, copy_rate, matmul_rate
+from .ceilings import GIB, copy_tbps, matmul_tflops
 from .conv_cases import dense_cases, packed_cases
 from .kernels import measure
 from .operators import Draw
@@ -40,41 +40,46 @@ NOT_TRITON = ("layout_from_kept", "neighbour_slots", "products_reduce", "torch")
 
 
 class Operators:
-    """What the cases call, by Triton: its operators, and plain functions under the CUDA operators' arguments."""
+    """What the cases call, by Triton: its operators, and methods of its backend under the CUDA operators' arguments."""
 
     def __init__(self):
-        from convnextv2_kernels.backends.triton import operators, primitives
+        from convnextv2_kernels import backends
+        from convnextv2_kernels.backends.triton import norm_grad
+        from convnextv2_kernels.params import MLPOptions, MLPParams, NormParams, Segments
 
-        self._operators = getattr(torch.ops, operators.NAMESPACE)
-        passes = primitives.Passes
+        k = self._backend = backends.get("triton")
 
-        def with_act(function, before: int):
-            """The function with GELU's form as a name, given as a flag after ``before`` arguments."""
+        def options(eps: float, tanh: bool) -> MLPOptions:
+            return MLPOptions("gelu_tanh" if tanh else "gelu", eps, False, "hidden", torch.bfloat16)
 
-            def call(*args):
-                act = "gelu_tanh" if args[before] else "gelu"
-                return function(*args[:before], act, *args[before + 1 :])
+        def parameters(w1, b1, w2, b2, beta, ln_weight, ln_bias, like):
+            return k.prepare_mlp(MLPParams(w1, b1, beta, beta, w2, b2), NormParams(ln_weight, ln_bias), like)
 
-            return call
+        def act(tanh: bool) -> str:
+            return "gelu_tanh" if tanh else "gelu"
 
         self._functions = {
-            "gelu_statistics": with_act(passes.gelu_statistics, 4),
-            "gelu_scale": with_act(passes.gelu_scale, 3),
-            "mlp_backward_statistics": with_act(passes.mlp_backward_statistics, 6),
-            "mlp_backward_pointwise": with_act(passes.mlp_backward_pointwise, 6),
-            "products_weight": passes.products_weight,
-            "normalized_backward_input": lambda dy, z, rstd: primitives.normalized_backward(dy, z, rstd, None)[0],
-            "mlp_parameters": lambda w1, b1, w2, b2, beta, gain, shift, like: primitives.prepare_parameters(
-                w1, b1, w2, b2, beta, (gain, shift), like
+            "gelu_statistics": lambda a, h, gamma, eps, tanh, *s: k.gelu_statistics(
+                a, h, gamma, Segments(*s), options(eps, tanh)
             ),
-            "unfold_layer_norm": lambda w1, gain, shift, db1, dw1: primitives.unfold_layer_norm(
-                w1, (gain, shift), dw1, db1
+            "gelu_scale": lambda a, out, scale, tanh, *s: k.gelu_scale(a, out, scale, Segments(*s), act(tanh)),
+            "mlp_backward_statistics": lambda a, ds, t, norm, gamma, eps, tanh, *s: k.mlp_backward_statistics(
+                a, ds, t, norm, gamma, Segments(*s), options(eps, tanh)
+            ),
+            "mlp_backward_pointwise": lambda a, ds, scale, kappa, hs, da, tanh, *s: k.mlp_backward_pointwise(
+                a, ds, (scale, kappa), hs, da, Segments(*s), act(tanh)
+            ),
+            "products_weight": k.gemms_weight,
+            "normalized_backward_input": norm_grad.normalized_backward_input,
+            "mlp_parameters": parameters,
+            "unfold_layer_norm": lambda w1, weight, bias, db1, dw1: k.unfold_layer_norm(
+                w1, NormParams(weight, bias), dw1, db1
             ),
         }
 
     def __getattr__(self, name: str) -> SimpleNamespace:
         function = self._functions.get(name)
-        return getattr(self._operators, name) if function is None else SimpleNamespace(default=function)
+        return getattr(self._backend.operators, name) if function is None else SimpleNamespace(default=function)
 
 
 def row_and_conv_cases(ops, stages: tuple[StageShape, ...], itemsize: int) -> list[Case]:
@@ -101,8 +106,8 @@ class _Stage:
         self.dtype = feature_dtype(setting)
         self.timer = Timer(setting.device, 1 if setting.dry_run else 9)
         size, n = (1 << 16, 32) if setting.dry_run else (GIB, 8192)
-        self.copy = self._rate("copy_TBps", lambda: copy_rate(self.timer, size, 4))
-        self.matmul = self._rate("matmul_TFLOPs", lambda: matmul_rate(self.timer, n, self.dtype))
+        self.copy = self._rate("copy_TBps", lambda: copy_tbps(self.timer, size, 4))
+        self.matmul = self._rate("matmul_TFLOPs", lambda: matmul_tflops(self.timer, n, self.dtype))
 
     def _rate(self, key: str, call) -> float:
         value = self.recorder.case("rates", key, call, needs=2, limit=40)
@@ -133,14 +138,14 @@ class _Stage:
         torch.manual_seed(0)
         shape, device = shape_of(stage, self.dtype), self.setting.device
         case, tiles = tune.Case(shape, stage.images, device), Tiles.of(shape)
-        served = "triton" if INTERPRETED else backends.automatic("convnextv2_block", device, (self.dtype,))
-        k = backends.primitives(served)
+        name_of = "triton" if INTERPRETED else automatic_backend(device, self.dtype)
+        backend = backends.get(name_of)
 
         def everything():
             calls = [case.kernel(name, tiles.all[name]) for name in plans.KERNELS]
             yield from filter(None, calls)
             for direction in ("forward", "backward"):
-                yield from case.ways(direction, k, tiles.all).values()
+                yield from case.variants(direction, backend, tiles.all).values()
 
         self._compile(f"{stage.label} products", everything)
         arguments = (self.timer, self.copy, self.matmul)
@@ -149,7 +154,7 @@ class _Stage:
             self.recorder.case("products", f"{name} {stage.label}", run, needs=2, limit=45)
             trim_memory(device)
         for way in ("forward", "backward"):
-            run = lambda w=way: {**measure_whole(case, w, tiles, k, self.timer), "passes": served}  # noqa: E731
+            run = lambda w=way: {**measure_whole(case, w, tiles, backend, self.timer), "passes": name_of}  # noqa: E731
             self.recorder.case("products", f"{way} {stage.label}", run, needs=2, limit=45)
 
     def _compile(self, key: str, runs) -> None:

@@ -75,24 +75,24 @@ def flops(name: str, s: Size) -> int:
 
 def size_of(case, name: str, tile) -> Size:
     """Size of a kernel of a case of ``backends.triton.tune`` in a tile, with the parts the library cuts it into."""
-    from convnextv2_kernels.backends.triton import fused
-    from convnextv2_kernels.backends.triton.gemm_tiles import cut
+    from convnextv2_kernels.backends.triton import mlp
+    from convnextv2_kernels.backends.triton.gemm_tiles import partition
 
     shape, rows, images = case.shape, case.y.shape[0], case.images.count
     parts = images
     if name in ("first", "hidden"):
-        tiles = cut(rows, case.images, tile.rows, allow_flat=name == "first")
+        tiles = partition(rows, case.images, tile.rows, allow_flat=name == "first")
         parts = tiles.count * tiles.span
     elif name == "products":
-        parts = images * fused.image_splits(rows, case.images, False, -(-shape.hidden // tile.columns))
+        parts = images * mlp.image_splits(rows, case.images, False, -(-shape.hidden // tile.columns))
     elif name == "weight":
-        parts = fused.splits(rows, -(-shape.out // tile.rows) * -(-shape.hidden // tile.columns))
+        parts = mlp.splits(rows, -(-shape.out // tile.rows) * -(-shape.hidden // tile.columns))
     return Size(rows, shape.width, shape.hidden, shape.out, images, shape.dtype.itemsize, parts)
 
 
 def vendor(case, name: str) -> Callable[[], object]:
     """The matrix products of a kernel alone, by the vendor's library."""
-    from convnextv2_kernels.backends.base import product
+    from convnextv2_kernels.backends.base import statistics_gemm
 
     a, d = case.a, case.d
     n, w1, w2 = case.images.count, case.w1, case.w2
@@ -105,10 +105,10 @@ def vendor(case, name: str) -> Callable[[], object]:
     if name == "second":
         return lambda: torch.mm(a, w2.t())
     if name == "products":
-        return lambda: product(by_image(d).transpose(1, 2), by_image(a))
+        return lambda: statistics_gemm(by_image(d).transpose(1, 2), by_image(a))
     if name == "hidden":
         return lambda: torch.mm(torch.mm(d, w2), w1)
-    return lambda: product(d.t(), a)
+    return lambda: statistics_gemm(d.t(), a)
 
 
 class Tiles(NamedTuple):
@@ -174,12 +174,12 @@ def taken(direction: str, plan) -> str:
     return "fused" if plan.backward_fused else "weight" if plan.weight else "library"
 
 
-def measure_whole(case, direction: str, tiles: Tiles, k, timer: Timer) -> dict:
+def measure_whole(case, direction: str, tiles: Tiles, backend, timer: Timer) -> dict:
     """Forward or backward by every way, in turn; whether the committed plan takes the fastest."""
     from triton.runtime.errors import OutOfResources
 
     times = {}
-    for way, call in case.ways(direction, k, tiles.all).items():
+    for way, call in case.variants(direction, backend, tiles.all).items():
         try:
             call()
         except OutOfResources:

@@ -19,9 +19,9 @@ def require(setting: Setting) -> None:
 
     if setting.dry_run and not triton.INTERPRETED:
         raise Skip("a dry run of Triton's kernels needs TRITON_INTERPRET=1 in the environment")
-    reason = triton.why_not(setting.device, torch.float32)
+    reason = triton.unsupported_reason(setting.device, torch.float32)
     if reason is not None:
-        raise Skip(f"triton cannot serve: {reason}")
+        raise Skip(f"triton cannot run: {reason}")
 
 
 def feature_dtype(setting: Setting) -> torch.dtype:

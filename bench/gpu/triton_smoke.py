@@ -9,11 +9,16 @@ from typing import NamedTuple
 
 import torch
 
+from convnextv2_kernels.benchmark.machine import unsupported_reason
+
 from .results import Recorder
 from .setting import Setting, Skip
 from .smoke import cases
 from .triton_setup import compile_ahead, require
 
+# ops whose GEMMs Triton fuses, and the backend of CUDA kernels that takes them
+FUSED_OPS = ("pointwise_mlp", "gathered_pointwise_mlp", "convnextv2_block")
+MIXED = "cuda+triton"
 # of images of many rows, whole tiles of them or not: where and how wide the committed plans fuse in 16 bits
 FUSED_PLACES = ((("uniform", 16), 40), (("uniform", 8), 96), (("uniform", 8), 192), (("ragged", 8), 96))
 DRY_PLACES = ((("uniform", 4), 8),)
@@ -38,8 +43,6 @@ class Check(NamedTuple):
 
 def checks(dtype: torch.dtype, dry_run: bool) -> list[Check]:
     """All checks of a dtype, those of fused products first."""
-    from convnextv2_kernels.backends import FUSED_OPS, MIXED
-
     narrow = torch.finfo(dtype).bits == 16
     samples = []
     for at, c in DRY_PLACES if dry_run else FUSED_PLACES if narrow else ():
@@ -58,14 +61,14 @@ def checks(dtype: torch.dtype, dry_run: bool) -> list[Check]:
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, str]]:
     """Inside, notes what fused products have computed: ``{"forward": source of the plan, "backward": ...}``."""
-    from convnextv2_kernels.backends.triton import fused
+    from convnextv2_kernels.backends.triton import mlp
 
     seen: dict[str, str] = {}
-    before = {name: getattr(fused, name) for name in ("forward_by", "backward_by")}
+    before = {name: getattr(mlp, name) for name in ("fused_forward", "fused_backward")}
 
     def watch(way, function):
-        def call(plan, *arguments):
-            result = function(plan, *arguments)
+        def call(rows, weights, options, plan):
+            result = function(rows, weights, options, plan)
             if result is not None:
                 seen[way] = plan.source
             return result
@@ -73,12 +76,12 @@ def watched() -> Iterator[dict[str, str]]:
         return call
 
     for name, function in before.items():
-        setattr(fused, name, watch(name.removesuffix("_by"), function))
+        setattr(mlp, name, watch(name.removeprefix("fused_"), function))
     try:
         yield seen
     finally:
         for name, function in before.items():
-            setattr(fused, name, function)
+            setattr(mlp, name, function)
 
 
 def expected_plan(sample, dtype: torch.dtype):
@@ -96,17 +99,14 @@ def conform(check: Check, device: str) -> str:
     from conformance import tolerance
     from conformance.samples import make_sample
 
-    from convnextv2_kernels import backends
-
-    sample, asked = make_sample(check.op, **check.axes), check.backend
-    if check.backend == backends.MIXED:  # not to be asked for by name
-        asked, picked = "auto", backends.automatic(check.op, device, (check.dtype,))
-        if picked != backends.MIXED:
-            reason = backends.why_not("cuda", device, check.dtype)
-            raise Skip(f"auto picks {picked}" + (f": cuda cannot serve, {reason}" if reason else ""))
+    sample = make_sample(check.op, **check.axes)
+    if check.backend == MIXED:
+        reason = unsupported_reason(MIXED, device, check.dtype)
+        if reason is not None:
+            raise Skip(f"{MIXED} cannot run: {reason}")
     with watched() as seen:
-        tolerance.check(sample, asked, check.dtype, device)
-    if check.op not in backends.FUSED_OPS:
+        tolerance.check(sample, check.backend, check.dtype, device)
+    if check.op not in FUSED_OPS:
         return "ok"
     if check.fuses:
         plan = expected_plan(sample, check.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from convnextv2_kernels.benchmark.device import free_memory
+from convnextv2_kernels.benchmark.machine import free_memory
 
 from .cases import DRY_STAGES, stage_shapes
 from .results import Recorder

@@ -1,8 +1,9 @@
 """Throughput and memory of masked pre-training by model size: masked dense PyTorch against every backend of ours.
 
 The comparison of ConvNeXt V2's Figure 6 (Appendix C.1): 224 px, mask ratio 0.6, forward and backward. There the
-opponent of the sparse engine is dense convolution that multiplies by the mask; so it is here, in both memory formats,
-eager and compiled, with whichever pointwise layers are faster on this machine; and once as it is commonly written.
+baseline of the sparse engine is dense convolution that multiplies by the mask; so it is here, in both memory formats,
+eager and compiled, with whichever pointwise layers are faster on this machine; and once as it is commonly written. On a
+GPU both sides are also captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -12,234 +13,222 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import backends
 from ..models import CONFIGS
-from . import fits, memory
-from .arms import MASK_RATIO, SPARSE, Arm, Batch, make_batch, make_dense, make_sparse, served_by
-from .device import OUT_OF_MEMORY, available_bytes, dense_at_its_best, free_memory, out_of_memory, synchronized
-from .gate import check_arms
-from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
-from .options import DTYPES, Budget
-from .peak import arguments_for
-from .step import check_losses, compiled_arms, flops_of, step_saved_bytes, time_arms
-from .timing import summarize, time_interleaved
+from . import memory
+from .baseline import MEMORY_FORMATS, POINTWISE, Baseline
+from .correctness import check_variants
+from .machine import (
+    BACKENDS,
+    OUT_OF_MEMORY,
+    automatic_backend,
+    available_bytes,
+    dense_at_its_best,
+    free_memory,
+    out_of_memory,
+    synchronized,
+    unsupported_reason,
+)
+from .step import (
+    NOT_REQUESTED,
+    OUT_OF_TIME,
+    Effort,
+    compare,
+    compiled_variants,
+    fastest_of,
+    flops_of,
+    is_compiled,
+    peak_of_process,
+    ratios,
+    with_graphs,
+)
+from .timing import Budget, time_interleaved
+from .variants import SPARSE, Batch, Settings, Variant, make_dense, make_sparse, run_by
 
 TUNED = ("linear", "conv1x1")
-COMMON = Variant("channels_last", "plain")  # slower than the tuned ones, and what a port usually does
-PEAK_TIMEOUT = 1800.0
-# Why something of a size was not measured; it is when the same size is asked for with more effort.
-NOT_ASKED, OUT_OF_TIME = "not asked for", "time budget"
+COMMON = Baseline("channels_last", "plain")  # slower than the tuned ones, and what a port usually does
 # Shares of a size's work, for the progress bar; rough.
-SHARES = {"gate": 0.1, "probe": 0.1, "compile": 0.15, "bytes": 0.1, "time": 0.3, "peak": 0.25}
+SHARES = {"check": 0.1, "probe": 0.1, "compile": 0.15, "time": 0.4, "peak": 0.25}
+# A sample on a GPU is as many steps in a row as fill this.
+SAMPLE_SECONDS = {"cpu": 0.0, "cuda": 0.03}
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to compare; the defaults are the paper's. ``mask_ratio`` hides that share of the patches."""
+class Figure6Settings(Settings):
+    """What to compare; the defaults are the paper's."""
 
-    models: tuple[str, ...] = tuple(CONFIGS)
     batch_size: int = 64
-    img_size: int = 224
-    mask_ratio: float = MASK_RATIO
     repeats: int = 20
-    dtype: str = "float32"
-    device: str = "cpu"
+    models: tuple[str, ...] = tuple(CONFIGS)
     compile: bool = True
     peak: bool = True
-    seed: int = 0
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
 
 def our_backends(device: str, dtype: torch.dtype) -> list[str]:
-    """Backends that can serve the step; "auto" is one of its own where it mixes others."""
-    names = [name for name in ("reference", "cpu", "triton", "cuda") if not backends.why_not(name, device, dtype)]
-    automatic = backends.automatic("convnextv2_block", device, (dtype,))
-    return names if automatic in names else [*names, "auto"]
+    """Backends that can run the step; "auto" is one of its own where it mixes others."""
+    names = [name for name in BACKENDS if not unsupported_reason(name, device, dtype)]
+    return names if automatic_backend(device, dtype) in names else [*names, "auto"]
 
 
-def our_arm(device: str, dtype: torch.dtype) -> str:
-    """Name of the arm that users get without asking for a backend."""
-    automatic = backends.automatic("convnextv2_block", device, (dtype,))
+def our_variant(device: str, dtype: torch.dtype) -> str:
+    """Name of the variant that users get without asking for a backend."""
+    automatic = automatic_backend(device, dtype)
     return f"{SPARSE} {automatic if automatic in our_backends(device, dtype) else 'auto'}"
 
 
-def left_out(model: str, settings: Settings) -> str | None:
+def left_out(model: str, settings: Figure6Settings) -> str | None:
     """Why a size is not tried: it would not fit. On a GPU every size is tried, as running out of memory is no harm."""
     if settings.device != "cpu":
         return None
-    needed = fits.needed_bytes(model, settings.batch_size, settings.img_size, COMMON)  # it saves the most
-    return fits.why_not(needed, available_bytes(settings.device))
+    needed = memory.needed_bytes(model, settings.batch_size, settings.img_size, COMMON)  # it saves the most
+    return memory.shortage(needed, available_bytes(settings.device))
 
 
 def measure_size(
-    model: str, settings: Settings, budget: Budget, log: Callable[[str], None], advance: Callable[[float], None]
+    model: str, settings: Figure6Settings, budget: Budget, log: Callable[[str], None], advance: Callable[[float], None]
 ) -> dict:
-    """Check, time and weigh all arms of one size; JSON-ready.
+    """Check, time and weigh all variants of one size; JSON-ready.
 
     ``advance`` is told the share of the work that has just been done.
 
     Raises:
-        GateError: before anything is timed, when two arms disagree.
-        RuntimeError: memory runs out in our arm, or in every tuned dense one.
+        CorrectnessError: before anything is timed, when two variants disagree.
+        RuntimeError: memory runs out in our variant, or in every tuned dense one.
     """
     with dense_at_its_best():
-        result = _measure_in_process(model, settings, budget, log, advance)
+        result, variants = _measure_in_process(model, settings, budget, log, advance)
     torch._dynamo.reset()  # compiled functions keep their networks alive
     free_memory(settings.device)
-    arms = result["arms"]
-    for name, arm in arms.items():
-        if settings.peak and not budget.spent:
+    rows = result["variants"]
+    for name, row in rows.items():
+        if row["execution"] == "graph":
+            row["peak"] = {"bytes": None, "reason": "a graph's memory is its own"}
+        elif settings.peak and not budget.spent:
             log(f"{model}: peak memory of {name}")
-            arm["peak"] = memory.peak_in_subprocess(_peak_arguments(name, result, model, settings), PEAK_TIMEOUT)
+            row["peak"] = peak_of_process(variants[name], model, settings)
         else:
-            arm["peak"] = {"bytes": None, "reason": OUT_OF_TIME if settings.peak else NOT_ASKED}
-        advance(SHARES["peak"] / len(arms))
-    return {**result, "ratios": ratios(arms, result["ours"])}
+            row["peak"] = {"bytes": None, "reason": OUT_OF_TIME if settings.peak else NOT_REQUESTED}
+        advance(SHARES["peak"] / len(rows))
+    return {**result, "ratios": ratios(rows, result["ours"])}
 
 
-def _measure_in_process(model: str, settings: Settings, budget: Budget, log, advance) -> dict:
+def _measure_in_process(
+    model: str, settings: Figure6Settings, budget: Budget, log, advance
+) -> tuple[dict, dict[str, Variant]]:
     dtype, device = settings.torch_dtype, settings.device
-    batch = make_batch(settings.batch_size, settings.img_size, settings.seed, dtype, device, settings.mask_ratio)
+    batch = settings.make_batch()
     base = make_sparse(model, settings.seed, device)
-    ours = [served_by(base, name) for name in our_backends(device, dtype)]
-    candidates = make_dense(base, [Variant(layout, kind) for layout in MEMORY_FORMATS for kind in TUNED])
+    ours = [run_by(base, name) for name in our_backends(device, dtype)]
+    candidates = make_dense(base, [Baseline(layout, kind) for layout in MEMORY_FORMATS for kind in TUNED])
     log(f"{model}: comparing losses and gradients with float64")
-    gates = check_arms(ours, candidates[:2], batch)
-    advance(SHARES["gate"])
-
-    log(f"{model}: choosing the faster pointwise layers of the dense network")
-    skipped: dict[str, str] = {}
-    candidates = [arm for arm in candidates if _fits(arm, batch, skipped)]
-    if not candidates:
-        raise torch.OutOfMemoryError("no masked dense variant fits")
-    probe = _probe(candidates, batch)
-    layouts = dict.fromkeys(arm.variant.layout for arm in candidates)
-    dense = [_faster(candidates, layout, probe) for layout in layouts]
-    advance(SHARES["probe"])
-    # The compiler is given every kind, in the layout that is faster eager; it chooses layouts inside itself.
-    layout = min(dense, key=lambda arm: probe[arm.name]).variant.layout
-    variants = [Variant(layout, kind, compiled=True) for kind in POINTWISE]
-    compiled, not_compiled = [], {variant.name: NOT_ASKED for variant in variants}
-    if settings.compile:
-        compiled, not_compiled = compiled_arms(base, variants, batch, budget, log)
-        found = _probe(compiled, batch) if compiled else {}
-        probe |= found
-        compiled = [_faster(compiled, layout, found)] if compiled else []
-    skipped |= not_compiled
-    advance(SHARES["compile"])
-    common = [arm for arm in make_dense(base, [COMMON]) if _fits(arm, batch, skipped)]
-    arms = [*common, *dense, *compiled, *ours]
-    expected = ours[-1].forward(batch)[0].detach().double()
-    check_losses(arms, batch, expected)
-
-    log(f"{model}: bytes saved for backward")
-    saved = {arm.name: step_saved_bytes(arm, batch) for arm in arms}
-    advance(SHARES["bytes"])
-    log(f"{model}: timing {len(arms)} arms, interleaved")
+    correctness = check_variants(ours, candidates[:2], batch)
+    advance(SHARES["check"])
+    chosen = _choose_dense(base, candidates, batch, settings, budget, lambda text: log(f"{model}: {text}"))
+    advance(SHARES["probe"] + SHARES["compile"])
     part = SHARES["time"] / settings.repeats
+    done = [0]
+
+    def after_round() -> None:
+        done[0] += 1
+        if done[0] <= settings.repeats:  # graphs are timed in rounds of their own
+            advance(part)
+
     timing = budget.part(0.5) if settings.peak else budget
-    samples = time_arms(arms, batch, settings.repeats, timing, warmup=1, after_round=lambda: advance(part))
-    rounds = len(samples[arms[0].name])
-    advance(part * (settings.repeats - rounds))
+    effort = Effort(settings.repeats, timing, 1, SAMPLE_SECONDS[device], after_round=after_round)
+    say = lambda text: log(f"{model}: {text}")  # noqa: E731
+    name = our_variant(device, dtype)
+    # The first sets the loss, and must not run out of memory: the one that users get.
+    first = sorted(ours, key=lambda variant: variant.name != name)
+    comparison = compare([*first, *chosen.variants], batch, effort, say)
+    if device == "cuda":
+        groups = [*(_eager_in(layout) for layout in MEMORY_FORMATS), is_compiled]
+        comparison = with_graphs(comparison, first[0], groups, batch, effort)
+    advance(part * max(0, settings.repeats - done[0]))
+    rows = comparison.rows()
+    # dense ones first, as in the paper's figure
+    places = [variant.name for variant in (*chosen.variants, *ours)]
+    order = sorted(rows, key=lambda key: (rows[key]["baseline"] is None, places.index(key) if key in places else 99))
+    backend = rows[name]["backend"]
     return {
         "model": model,
-        "ours": our_arm(device, dtype),
+        "ours": fastest_of(rows, lambda row: row["baseline"] is None and row["backend"] == backend),
         "parameters_bytes": sum(p.nbytes for p in base.model.parameters()),
         "visible_patches": int((~batch.mask).sum()),
         "patches": batch.mask.numel(),
         "flops": flops_of(base, batch),
-        "gate": gates,
-        "probe_ms": {name: 1e3 * seconds for name, seconds in probe.items()},
-        "arms": {
-            arm.name: {
-                **summarize(samples[arm.name]),
-                "images_per_s": settings.batch_size / (1e-3 * summarize(samples[arm.name])["median_ms"]),
-                "saved_bytes": saved[arm.name],
-                "variant": _described(arm.variant),
-            }
-            for arm in arms
-        },
-        "skipped": skipped,
-    }
+        "correctness": correctness,
+        "probe_ms": {name: 1e3 * seconds for name, seconds in chosen.probe.items()},
+        **comparison.to_json(),
+        "variants": {key: rows[key] for key in order},
+        "skipped": {**chosen.skipped, **comparison.skipped},
+    }, {key: times.variant for key, times in comparison.times.items()}
 
 
-def _described(variant: Variant | None) -> dict | None:
-    return None if variant is None else dict(vars(variant))
+@dataclass
+class _Chosen:
+    """Dense variants to time, seconds of a step of those that were tried, and why others are left out."""
+
+    variants: list[Variant]
+    probe: dict[str, float]
+    skipped: dict[str, str]
 
 
-def _fits(arm: Arm, batch: Batch, skipped: dict[str, str]) -> bool:
-    """Run a dense arm once, which warms it up; False, and noted in ``skipped``, where memory does not suffice."""
+def _choose_dense(
+    base: Variant, candidates: list[Variant], batch: Batch, settings: Figure6Settings, budget: Budget, log
+) -> _Chosen:
+    """By trial on the batch: in each memory format the faster pointwise layers, and the fastest compiled network."""
+    log("choosing the faster pointwise layers of the dense network")
+    skipped: dict[str, str] = {}
+    candidates = [variant for variant in candidates if _fits(variant, batch, skipped)]
+    if not candidates:
+        raise torch.OutOfMemoryError("no masked dense variant fits")
+    probe = _probe(candidates, batch)
+    layouts = dict.fromkeys(variant.baseline.layout for variant in candidates)
+    dense = [_faster(candidates, layout, probe) for layout in layouts]
+    # The compiler is given every kind, in the layout that is faster eager; it chooses layouts inside itself.
+    layout = min(dense, key=lambda variant: probe[variant.name]).baseline.layout
+    tried = [Baseline(layout, kind) for kind in POINTWISE]
+    compiled, not_compiled = [], {f"{baseline.name} compile": NOT_REQUESTED for baseline in tried}
+    if settings.compile:
+        compiled, not_compiled = compiled_variants(base, tried, batch, budget, log)
+        found = _probe(compiled, batch) if compiled else {}
+        probe |= found
+        compiled = [_faster(compiled, layout, found)] if compiled else []
+    common = [variant for variant in make_dense(base, [COMMON]) if _fits(variant, batch, skipped)]
+    return _Chosen([*common, *dense, *compiled], probe, skipped | not_compiled)
+
+
+def _eager_in(layout: str) -> Callable[[Variant], bool]:
+    return lambda v: not v.ours and v.execution == "eager" and v.baseline.layout == layout
+
+
+def _fits(variant: Variant, batch: Batch, skipped: dict[str, str]) -> bool:
+    """Run a dense variant once, which warms it up; False, and noted in ``skipped``, where memory does not suffice."""
     try:
-        arm.step(batch)
+        variant.step(batch)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        skipped[arm.name] = OUT_OF_MEMORY
-    if arm.name in skipped:  # not in the handler, where the error's traceback keeps the activations alive
-        arm.model.zero_grad(set_to_none=True)
-        free_memory(batch.images.device.type)
-    return arm.name not in skipped
+        skipped[variant.name] = OUT_OF_MEMORY
+    if variant.name in skipped:  # not in the handler, where the error's traceback keeps the activations alive
+        variant.model.zero_grad(set_to_none=True)
+        free_memory(batch.device)
+    return variant.name not in skipped
 
 
-def _probe(candidates: Sequence[Arm], batch: Batch) -> dict[str, float]:
+def _probe(candidates: Sequence[Variant], batch: Batch) -> dict[str, float]:
     """Seconds of a step of each dense variant, which is warm, the better of two."""
-    device = batch.images.device.type
-    steps = {arm.name: synchronized(lambda arm=arm: arm.step(batch), device) for arm in candidates}
+    steps = {v.name: synchronized(lambda v=v: v.step(batch), batch.device) for v in candidates}
     return {name: min(seconds) for name, seconds in time_interleaved(steps, 2).items()}
 
 
-def _faster(candidates: Sequence[Arm], layout: str, probe: dict[str, float]) -> Arm:
-    return min((arm for arm in candidates if arm.variant.layout == layout), key=lambda arm: probe[arm.name])
+def _faster(candidates: Sequence[Variant], layout: str, probe: dict[str, float]) -> Variant:
+    return min((v for v in candidates if v.baseline.layout == layout), key=lambda v: probe[v.name])
 
 
-def _peak_arguments(name: str, result: dict, model: str, settings: Settings) -> list[str]:
-    variant = result["arms"][name]["variant"]
-    return arguments_for(
-        None if variant is None else Variant(**variant),
-        model,
-        settings.batch_size,
-        settings.img_size,
-        settings.dtype,
-        torch.get_num_threads(),
-        device=settings.device,
-        backend=name.removeprefix(f"{SPARSE} ") if variant is None else "auto",
-        mask_ratio=settings.mask_ratio,
-    )
-
-
-def complete(size: dict, settings: Settings) -> bool:
+def complete(size: dict, settings: Figure6Settings) -> bool:
     """Whether a size was measured with at least the effort that is asked for now."""
     reasons = set(size["skipped"].values()) if settings.compile else set()
     if settings.peak:
-        reasons |= {arm["peak"].get("reason") for arm in size["arms"].values()}
-    rounds = min(len(arm["samples_ms"]) for arm in size["arms"].values())
-    return rounds >= settings.repeats and not reasons & {NOT_ASKED, OUT_OF_TIME}
-
-
-def peak_of(arm: dict) -> int | None:
-    """Peak bytes of a step, None where they were not measured."""
-    return (arm["peak"] or {}).get("bytes")
-
-
-def ratios(arms: dict[str, dict], ours: str) -> dict:
-    """Our arm against the fastest dense arm, the fastest eager one and the most frugal ones."""
-    dense = {name: arm for name, arm in arms.items() if not name.startswith(SPARSE)}
-    eager = {name: arm for name, arm in dense.items() if not arm["variant"]["compiled"]}
-    fastest, fastest_eager = (min(group, key=lambda name: group[name]["median_ms"]) for group in (dense, eager))
-    frugal = min(dense, key=lambda name: dense[name]["saved_bytes"])
-    mine = arms[ours]
-    found = {
-        "fastest_dense": fastest,
-        "throughput": dense[fastest]["median_ms"] / mine["median_ms"],
-        "fastest_eager": fastest_eager,
-        "throughput_eager": dense[fastest_eager]["median_ms"] / mine["median_ms"],
-        "frugal_dense": frugal,
-        "saved": dense[frugal]["saved_bytes"] / mine["saved_bytes"],
-    }
-    if peak_of(mine) and all(peak_of(arm) for arm in dense.values()):
-        least = min(dense, key=lambda name: peak_of(dense[name]))
-        found |= {"least_peak_dense": least, "peak": peak_of(dense[least]) / peak_of(mine)}
-    return found
+        reasons |= {(row["peak"] or {}).get("reason") for row in size["variants"].values()}
+    rounds = min(len(row["samples_ms"]) for row in size["variants"].values())
+    return rounds >= settings.repeats and not reasons & {NOT_REQUESTED, OUT_OF_TIME}

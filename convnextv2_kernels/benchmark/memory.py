@@ -1,4 +1,4 @@
-"""Memory of a training step: bytes saved for backward, and the peak of a fresh process."""
+"""Memory of a training step: bytes saved for backward, the peak of a fresh process, and which models fit at all."""
 
 from __future__ import annotations
 
@@ -14,6 +14,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..models import get_config
+from .baseline import PATCH, Baseline, MaskedDenseFCMAE
+from .machine import free_memory
+
+GIB = 1 << 30
+# Of what is saved for backward, for temporaries beside it: 1.04 to 1.14 were measured for base and tiny on a CPU.
+TEMPORARIES = 1.25
+CHECKED_IMAGES = 2
 
 
 class _Packed:
@@ -87,6 +96,17 @@ def step_peak_bytes(step: Callable[[], object]) -> int:
     return _status_bytes("VmHWM") - before
 
 
+def cuda_peak_bytes(step: Callable[[], object]) -> int:
+    """Most bytes allocated on the GPU during one warm ``step()`` beyond what is allocated before it."""
+    step()
+    free_memory("cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def peak_in_subprocess(arguments: Sequence[str], timeout: float) -> dict:
     """Run ``python -m convnextv2_kernels.benchmark.peak`` and return what it reports.
 
@@ -105,3 +125,46 @@ def peak_in_subprocess(arguments: Sequence[str], timeout: float) -> dict:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"bytes": None, "reason": lines[-1]}
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def meta_network(model_name: str, baseline: Baseline) -> MaskedDenseFCMAE:
+    """The masked dense network without memory of its own."""
+    config = get_config(model_name)
+    with torch.device("meta"):
+        return MaskedDenseFCMAE(config.depths, config.dims, baseline=baseline)
+
+
+def dense_bytes(model_name: str, batch: int, img_size: int, baseline: Baseline) -> tuple[int, int]:
+    """(bytes of the parameters, bytes the masked dense step saves for backward), in float32."""
+    model = meta_network(model_name, baseline)
+    parameters = sum(p.nbytes for p in model.parameters())
+    with torch.device("meta"):
+        images = torch.empty(batch, 3, img_size, img_size)
+        mask = torch.empty(batch, img_size // PATCH, img_size // PATCH, dtype=torch.bool)
+    kept = saved_bytes(lambda: model(images, mask)[0], [*model.parameters(), images, mask])
+    return parameters, kept
+
+
+def needed_bytes(model_name: str, batch: int, img_size: int, baseline: Baseline) -> int:
+    """Most memory that checks, timing and peak measurement of one model need, in float32.
+
+    All variants share their weights, but for a few convolutions.
+    """
+    parameters, kept = dense_bytes(model_name, batch, img_size, baseline)
+    step = parameters + TEMPORARIES * kept  # gradients, activations
+    # float64 weights, gradients and activations of a few images
+    check = 4 * parameters + 2 * TEMPORARIES * kept * min(CHECKED_IMAGES, batch) / batch
+    # weights here, those of the control, and weights once more in the process whose peak is measured
+    return int(2 * parameters + max(check, step + parameters))
+
+
+def shortage(needed: int, available: int | None) -> str | None:
+    """Why a model does not fit, None if it does or nobody can tell."""
+    if available is None or needed <= available:
+        return None
+    return f"needs about {needed / GIB:.1f} GiB, {available / GIB:.1f} GiB are available"
+
+
+def parameter_count(model_name: str) -> int:
+    """Parameters of FCMAE of this size."""
+    return sum(p.numel() for p in meta_network(model_name, Baseline("channels_last", "conv1x1")).parameters())

@@ -1,4 +1,4 @@
-"""Worker: peak memory of one arm's step, alone in its process. Started by :mod:`.memory`."""
+"""Worker: peak memory of one variant's step, alone in its process. Started by :mod:`.memory`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,21 @@ import json
 import torch
 
 from .. import backends
-from .arms import MASK_RATIO, SPARSE, make_batch, make_dense, make_sparse, served_by
-from .device import DEVICES, cuda_peak_bytes, dense_at_its_best
-from .masked_dense import MEMORY_FORMATS, POINTWISE, Variant
-from .memory import PeakUnavailable, step_peak_bytes
+from .baseline import MEMORY_FORMATS, POINTWISE, Baseline
+from .machine import DEVICES, dense_at_its_best, out_of_memory
+from .memory import PeakUnavailable, cuda_peak_bytes, step_peak_bytes
+from .variants import DTYPES, SPARSE, Settings, Variant, make_batch, make_dense, make_sparse, run_by
 
 
-def arguments_for(
-    variant: Variant | None,
-    model_name: str,
-    batch: int,
-    img_size: int,
-    dtype: str,
-    threads: int,
-    *,
-    device: str = "cpu",
-    backend: str = "auto",
-    mask_ratio: float = MASK_RATIO,
-) -> list[str]:
-    """Command line of this module for an arm; variant None is the sparse one, by ``backend``."""
-    arguments = ["--model", model_name, "--batch-size", str(batch), "--img-size", str(img_size)]
-    arguments += ["--dtype", dtype, "--threads", str(threads), "--device", device]
-    arguments += ["--mask-ratio", str(mask_ratio)]
-    if variant is None:
-        return [*arguments, "--backend", backend]
-    arguments += ["--layout", variant.layout, "--pointwise", variant.pointwise]
-    return arguments + (["--compiled"] if variant.compiled else [])
+def arguments_for(variant: Variant, model_name: str, settings: Settings, threads: int) -> list[str]:
+    """Command line of this module for an eager or a compiled variant."""
+    arguments = ["--model", model_name, "--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
+    arguments += ["--dtype", settings.dtype, "--threads", str(threads), "--device", settings.device]
+    arguments += ["--mask-ratio", str(settings.mask_ratio)]
+    if variant.baseline is None:
+        return [*arguments, "--backend", variant.backend or backends.forced()]
+    arguments += ["--layout", variant.baseline.layout, "--pointwise", variant.baseline.pointwise]
+    return arguments + (["--compiled"] if variant.execution == "compile" else [])
 
 
 def main() -> None:
@@ -41,7 +30,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--img-size", type=int, required=True)
-    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--dtype", choices=list(DTYPES), required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", choices=DEVICES, required=True)
     parser.add_argument("--mask-ratio", type=float, required=True)
@@ -51,18 +40,20 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dtype = getattr(torch, args.dtype)
-    batch = make_batch(args.batch_size, args.img_size, 0, dtype, args.device, args.mask_ratio)
-    arm = make_sparse(args.model, seed=0, device=args.device)
+    batch = make_batch(args.batch_size, args.img_size, 0, DTYPES[args.dtype], args.device, args.mask_ratio)
+    variant = make_sparse(args.model, seed=0, device=args.device)
     if args.layout is not None:
-        arm = make_dense(arm, [Variant(args.layout, args.pointwise, args.compiled)])[0]
+        execution = "compile" if args.compiled else "eager"
+        (variant,) = make_dense(variant, [Baseline(args.layout, args.pointwise)], execution)
     else:
-        arm = served_by(arm, args.backend)
+        variant = run_by(variant, args.backend)
     try:
         measure = cuda_peak_bytes if args.device == "cuda" else step_peak_bytes
         with dense_at_its_best():
-            result = {"bytes": measure(lambda: arm.step(batch))}
-    except (PeakUnavailable, torch.OutOfMemoryError) as error:
+            result = {"bytes": measure(lambda: variant.step(batch))}
+    except (PeakUnavailable, RuntimeError) as error:
+        if not isinstance(error, PeakUnavailable) and not out_of_memory(error):
+            raise
         result = {"bytes": None, "reason": str(error)}
     print(json.dumps(result))
 

@@ -1,18 +1,36 @@
-"""What a run leaves behind: one JSON file, tables on the terminal."""
+"""Tables of the training step on the terminal, and as CSV."""
 
 from __future__ import annotations
 
-import json
-import re
+import csv
+import io
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from .._atomic_io import atomic_file
-from .arms import MASK_RATIO, SPARSE
+from . import allocator
+from .step import NOT_REQUESTED, peak_of
+from .timing import control_sentence
+from .variants import MASK_RATIO
 
 WIDTH_IN_FILES = 120
+COLUMNS = (
+    "model",
+    "variant",
+    "execution",
+    "batch_size",
+    "median_ms",
+    "q1_ms",
+    "q3_ms",
+    "rounds",
+    "images_per_s",
+    "saved_bytes",
+    "peak_bytes",
+    "control_ratio",
+    "valid",
+)
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -21,14 +39,6 @@ def make_console(stderr: bool = False) -> Console:
     if console.is_terminal:
         return console
     return Console(stderr=stderr, highlight=False, width=WIDTH_IN_FILES)
-
-
-def write_report(path: Path, report: dict) -> None:
-    """Write the JSON atomically, each list of samples on one line."""
-    text = json.dumps(report, indent=2, allow_nan=False)
-    text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
-    with atomic_file(path) as file:
-        file.write((text + "\n").encode())
 
 
 def machine_line(result: dict) -> str:
@@ -41,94 +51,112 @@ def machine_line(result: dict) -> str:
     )
 
 
-def mebibytes(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**20:.1f} MiB"
+def mebibytes(count: float | None) -> str:
+    """Bytes for people; nothing for None."""
+    return "" if count is None else f"{count / 2**20:.1f} MiB"
 
 
-def print_step(console: Console, step: dict, parameters: dict, threads: int) -> None:
-    """Table of one model's training step."""
-    console.print(_step_title(step, parameters, threads))
+def short(name: str) -> str:
+    """A size's name as people say it, such as "atto"."""
+    return name.removeprefix("convnextv2_")
+
+
+def csv_rows(result: dict) -> list[dict]:
+    """One row for each size and variant."""
+    found = []
+    for size in result["sizes"]:
+        control = size.get("control")
+        for name, variant in size["variants"].items():
+            row = {"model": size["model"], "variant": name, "batch_size": result["parameters"]["batch_size"]}
+            row |= {key: variant[key] for key in ("execution", "median_ms", "q1_ms", "q3_ms", "saved_bytes")}
+            row |= {"rounds": len(variant["samples_ms"]), "peak_bytes": peak_of(variant)}
+            row["images_per_s"] = round(variant["images_per_s"], 3)
+            row |= {"control_ratio": control and control["ratio"], "valid": control and control["valid"]}
+            found.append(row)
+    return found
+
+
+def write_csv(path: Path, result: dict) -> None:
+    """Write the rows, atomically."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(csv_rows(result))
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def title(result: dict) -> str:
+    """What was measured, on what, in one line."""
+    return f"FCMAE, forward and backward: {machine_line(result)}"
+
+
+def print_allocator(console: Console, result: dict) -> None:
+    """What a reader of CPU times must know of the allocator."""
+    text = allocator.sentence(result["allocator"]) if result["machine"]["device"] == "cpu" else None
+    if text:
+        console.print(f"Note: {text}.", soft_wrap=True, markup=False)
+
+
+def print_steps(console: Console, result: dict, steps: list[dict]) -> None:
+    """Table of every variant of each step or size, then a few lines for each."""
+    console.print(title(result))
     table = Table()
-    for name in ("arm", "median ms", "quartiles ms", "time / sparse", "saved", "peak"):
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=name == "arm")
-    sparse = step["arms"][SPARSE]
-    for name, arm in step["arms"].items():
-        peak = arm["peak"]
-        table.add_row(
-            name,
-            f"{arm['median_ms']:.1f}",
-            f"{arm['q1_ms']:.1f} - {arm['q3_ms']:.1f}",
-            f"{arm['median_ms'] / sparse['median_ms']:.2f}",
-            mebibytes(arm["saved_bytes"]),
-            "" if peak is None or peak["bytes"] is None else mebibytes(peak["bytes"]),
-            style="bold" if name == SPARSE else None,
-        )
-    for name, reason in step["skipped"].items():
-        table.add_row(name, f"skipped: {reason}")
+    for name in ("size", "variant", "images/s", "median ms", "quartiles ms", "saved", "peak"):
+        table.add_column(name, justify="left" if name in ("size", "variant") else "right", no_wrap=True)
+    for step in steps:
+        for place, (name, row) in enumerate(step["variants"].items()):
+            table.add_row(
+                "" if place else short(step["model"]),
+                name,
+                f"{row['images_per_s']:.1f}",
+                f"{row['median_ms']:.1f}",
+                f"{row['q1_ms']:.1f} - {row['q3_ms']:.1f}",
+                mebibytes(row["saved_bytes"]),
+                mebibytes(peak_of(row)),
+                style="bold" if name == step["ours"] else None,
+                end_section=place == len(step["variants"]) - 1,
+            )
     console.print(table)
-    console.print(
-        f"The fastest dense variant ({step['fastest_dense']}) takes {step['time_ratio']:.2f} times "
-        f"the time of the sparse step; the most frugal ({step['frugal_dense']}) saves "
-        f"{step['saved_ratio']:.1f} times the bytes."
-    )
-    for name, arm in step["arms"].items():
-        if arm["peak"] is not None and arm["peak"]["bytes"] is None:
-            console.print(f"Peak memory of {name} is unknown: {arm['peak']['reason']}")
+    for step in steps:
+        for text in lines_of(step):
+            console.print(f"{short(step['model'])}: {text}", markup=False)
+    print_allocator(console, result)
     console.print()
 
 
-def _step_title(step: dict, parameters: dict, threads: int) -> str:
-    flops = step["flops"]
-    return (
-        f"{step['model']}: FCMAE step (forward and backward), batch {parameters['batch_size']}, "
-        f"{parameters['img_size']} px, {parameters['dtype']}, {threads} threads\nCounted work: "
-        f"{flops['sparse'] * 1e-9:.1f} GFLOP sparse, {flops['dense'] * 1e-9:.1f} dense"
+def lines_of(step: dict) -> list[str]:
+    """Ratios, control and what was left out of one step, in words."""
+    found = [sentence(step), _control_line(step)]
+    unknown = {f"peak of {name}": (row["peak"] or {}).get("reason") for name, row in step["variants"].items()}
+    for name, reason in {**step["skipped"], **unknown}.items():
+        if reason and reason != NOT_REQUESTED:
+            found.append(f"{name} skipped: {reason}")
+    return [text for text in found if text]
+
+
+def sentence(step: dict) -> str:
+    """The ratios of one step in words."""
+    found = step["ratios"]
+    if not found:
+        return "no masked dense variant was measured"
+    text = (
+        f"{step['ours']} has {found['throughput']:.2f} times the throughput of the fastest dense variant "
+        f"({found['fastest_dense'].removeprefix('dense ')})"
     )
+    if "throughput_graph" in found:
+        both = ", ".join(f"{kind} {found[f'throughput_{kind}']:.2f}" for kind in ("eager", "graph"))
+        text += f" (like with like: {both})"
+    if "saved" in found:
+        text += f" and saves {found['saved']:.1f} times fewer bytes"
+    if "peak" in found:
+        text += f"; its peak is {found['peak']:.1f} times lower"
+    return text
 
 
-def print_ops(console: Console, model: str, ops: dict) -> None:
-    """Table of one model's ops; rates are counted minimum work over measured time.
-
-    The limit is the least time of the counted work at the rates measured in the same run.
-    """
-    limits = ops["ceilings"]
-    rates = ", ".join(f"{c['gbytes']:.0f} ({mebibytes(c['traffic_bytes'])})" for c in limits["copies"])
-    console.print(
-        f"{model}: ops, forward and backward, of width C on patches of s x s sites\n"
-        "Dense is the fastest variant, named; rates are sparse | dense; limit: share of the sparse time that its "
-        "counted work must take, m of memory, c of computing\n"
-        f"This machine at most: {limits['gflops']:.0f} GFLOP/s ({limits['product']}); GB/s by bytes moved: {rates}"
-    )
-    table = Table(padding=(0, 0, 0, 1))
-    for name in ("op", "C", "s", "sparse ms", "limit", "dense ms", "variant", "ratio", "GFLOP/s", "GB/s"):
-        text = name in ("op", "variant")
-        table.add_column(name, justify="left" if text else "right", no_wrap=True)
-    for row in ops["rows"]:
-        sparse, dense = row["arms"][SPARSE], row["arms"][row["fastest_dense"]]
-        rates = [arm["rates"] for arm in (sparse, dense)]
-        table.add_row(
-            row["op"],
-            str(row["width"]),
-            str(row["side"]),
-            f"{sparse['median_ms']:.2f}",
-            f"{100 * sparse['share']:.0f}% {sparse['bound'][0]}",
-            f"{dense['median_ms']:.2f}",
-            row["fastest_dense"],
-            f"{row['time_ratio']:.2f}",
-            " | ".join(f"{rate['gflops']:.0f}" for rate in rates) if rates[0]["gflops"] else "",
-            " | ".join(f"{rate['gbytes']:.1f}" for rate in rates),
-        )
-    console.print(table)
-    for row in ops["rows"]:
-        for name, arm in row["arms"].items():
-            if "comparable" in arm:
-                times = arm["median_ms"] / row["arms"][SPARSE]["median_ms"]
-                ratio = f", {times:.1f} times ours" if arm["comparable"] else ""
-                shape = f"C={row['width']} s={row['side']}"
-                console.print(f"{row['op']} {shape} by {name}: {arm['median_ms']:.2f} ms{ratio}")
-    for engine, reason in {k: v for row in ops["rows"] for k, v in row.get("engines_left_out", {}).items()}.items():
-        console.print(f"{engine} is left out: {reason}")
-    if ops["skipped"]:
-        console.print(f"Skipped for the time budget: {', '.join(ops['skipped'])}")
-    console.print()
+def _control_line(step: dict) -> str:
+    control = step.get("control")
+    warning = control_sentence(control)
+    if warning:
+        return warning
+    return f"control: a copy of {control['of'].removeprefix('dense ')} takes {control['ratio']:.3f} times its time"

@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convnextv2_kernels import random_mask
 from convnextv2_kernels.benchmark import counts
-from convnextv2_kernels.benchmark.masked_dense import keep_map, masked_mlp
+from convnextv2_kernels.benchmark.baseline import keep_map, masked_mlp
 
 
 def brute_force_taps(mask, side, kernel_size):
@@ -58,7 +58,7 @@ def test_mlp_flops_match_the_counter_of_pytorch():
     rows, width, hidden = 12, 8, 32
     shapes = [(1, 3, 4, width), (hidden, width), (hidden,), (hidden,), (hidden,), (width, hidden)]
     inputs = [torch.randn(shape) for shape in [*shapes, (width,)]]
-    measured = counted(lambda *a: masked_mlp(*a, None, "linear"), *inputs)
+    measured = counted(lambda *a: masked_mlp(a[0], a[1:], None, "linear"), *inputs)
     assert counts.pointwise_mlp(rows, width, hidden).flops == measured
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from convnextv2_kernels.benchmark.arms import make_batch, make_dense, make_sparse
-from convnextv2_kernels.benchmark.masked_dense import Variant
+from convnextv2_kernels.benchmark.baseline import Baseline
 from convnextv2_kernels.benchmark.memory import peak_in_subprocess, saved_bytes
+from convnextv2_kernels.benchmark.variants import make_batch, make_dense, make_sparse
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,14 +62,14 @@ def retained_bytes(forward):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["sparse", "dense"])
 def test_nothing_is_kept_that_the_hooks_do_not_see(which, dtype):
-    arm = make_sparse("convnextv2_atto", seed=0)
+    variant = make_sparse("convnextv2_atto", seed=0)
     if which == "dense":
-        arm = make_dense(arm, [Variant("channels_last", "conv1x1")])[0]
+        variant = make_dense(variant, [Baseline("channels_last", "conv1x1")])[0]
     batch = make_batch(2, 96, seed=0, dtype=dtype)
-    alive = [*arm.model.parameters(), batch.images, batch.mask]
-    arm.step(batch)
-    saved = saved_bytes(lambda: arm.forward(batch)[0], alive)
-    retained = retained_bytes(lambda: arm.forward(batch)[0])
+    alive = [*variant.model.parameters(), batch.images, batch.mask]
+    variant.step(batch)
+    saved = saved_bytes(lambda: variant.forward(batch)[0], alive)
+    retained = retained_bytes(lambda: variant.forward(batch)[0])
     # Allocation rounds up; the loss itself is kept too.
     assert saved <= retained * 1.01 + 1024
     assert retained <= saved * 1.01 + 16384

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from convnextv2_kernels.benchmark import compare_fcmae_step, machine
-from convnextv2_kernels.benchmark.cli import main, parse_options
-from convnextv2_kernels.benchmark.masked_dense import eager_variants
-from convnextv2_kernels.benchmark.report import write_report
+from convnextv2_kernels.benchmark.baseline import baselines
+from convnextv2_kernels.benchmark.results import write
+from convnextv2_kernels.cli.bench import main, parse_options
 
 TINY_RUN = ["--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "2"]
 
@@ -13,31 +13,28 @@ TINY_RUN = ["--quick", "--img-size", "64", "--batch-size", "1", "--repeats", "2"
 @pytest.mark.thorough
 def test_run_leaves_one_json_and_one_picture(tmp_path, capsys):
     assert main([*TINY_RUN, "--output", str(tmp_path)]) == 0
-    chart, report, picture = sorted(tmp_path.iterdir())
-    assert report.suffix == ".json" and chart.stem == f"{report.stem}-ops"
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (chart, picture))
+    report, picture = sorted(tmp_path.iterdir())
+    assert report.suffix == ".json" and picture.read_bytes().startswith(b"\x89PNG")
     result = json.loads(report.read_text())
     assert result["parameters"]["img_size"] == 64
     assert str(tmp_path) not in report.read_text()
     (step,) = result["step"]
-    arms = step["arms"]
-    assert len(arms) == 1 + len(eager_variants())
-    assert all(len(arm["samples_ms"]) == 2 for arm in arms.values())
-    fastest = arms[step["fastest_dense"]]
-    assert step["time_ratio"] == pytest.approx(fastest["median_ms"] / arms["sparse"]["median_ms"])
-    assert arms["sparse"]["saved_bytes"] < fastest["saved_bytes"]
-    assert arms["sparse"]["peak"]["bytes"] is None or arms["sparse"]["peak"]["bytes"] > 0
-    assert {row["op"] for row in result["ops"]["convnextv2_atto"]["rows"]} >= {"block", "gelu_grn"}
-    out = capsys.readouterr().out
-    assert "fastest dense variant" in out and "depthwise_conv_layer_norm" in out
+    variants = step["variants"]
+    assert len(variants) == 1 + len(baselines())
+    assert all(len(variant["samples_ms"]) == 2 for variant in variants.values())
+    fastest = variants[step["ratios"]["fastest_dense"]]
+    assert step["ratios"]["throughput"] == pytest.approx(fastest["median_ms"] / variants["sparse"]["median_ms"])
+    assert variants["sparse"]["saved_bytes"] < fastest["saved_bytes"]
+    assert variants["sparse"]["peak"]["bytes"] is None or variants["sparse"]["peak"]["bytes"] > 0
+    assert step["control"]["of"] in variants and result["allocator"]["mode"] == "constant"
+    assert "fastest dense variant" in capsys.readouterr().out
 
 
 def test_spent_budget_skips_by_name(tmp_path, capsys):
     arguments = [*TINY_RUN, "--compile", "--time-budget", "0.001", "--output", str(tmp_path)]
     assert main(arguments) == 0
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert len(result["step"][0]["skipped"]) == len(eager_variants())
-    assert result["ops"]["convnextv2_atto"]["rows"] == []
+    assert len(result["step"][0]["skipped"]) == len(baselines())
     assert "skipped: time budget" in capsys.readouterr().out
 
 
@@ -47,18 +44,18 @@ def test_quick_gives_way_to_explicit_options():
     own = parse_options(["--quick", "--models", "tiny", "convnextv2_tiny", "--compile"])
     assert (own.models, own.batch_size, own.compile) == (("convnextv2_tiny",), 2, True)
     full = parse_options([])
-    assert full.compile and full.ops and full.repeats == 10
+    assert full.compile and full.repeats == 10 and full.allocator == "constant"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "giant"], "'giant' is not one of convnextv2_atto"),
-        (["--img-size", "100"], "'100' is not a multiple of 32"),
-        (["--batch-size", "0"], "'0' is not a whole number of at least 1"),
-        (["--repeats", "few"], "'few' is not a whole number of at least 1"),
-        (["--time-budget", "-3"], "'-3' is not a positive number of seconds"),
-        (["--time-budget", "nan"], "'nan' is not a positive number of seconds"),
+        (["--models", "giant"], "expected one of convnextv2_atto"),
+        (["--img-size", "100"], "expected a side in pixels, a multiple of 32, got '100'"),
+        (["--batch-size", "0"], "expected a whole number above 0, got '0'"),
+        (["--repeats", "few"], "expected a whole number above 0, got 'few'"),
+        (["--time-budget", "-3"], "expected a number of seconds above 0, got '-3'"),
+        (["--time-budget", "nan"], "expected a number of seconds above 0, got 'nan'"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
     ],
 )
@@ -93,7 +90,7 @@ def test_compare_refuses_bad_sizes():
 def test_samples_take_one_line(tmp_path):
     path = tmp_path / "report.json"
     value = {"samples": [1.5, 2.0], "names": ["a", "b"], "nothing": []}
-    write_report(path, value)
+    write(path, value)
     text = path.read_text()
     assert '"samples": [ 1.5, 2.0 ]' in text
     assert json.loads(text) == value
@@ -112,3 +109,10 @@ def test_caches_are_read_from_sysfs(tmp_path):
         (folder / name).write_text(text)
     (tmp_path / "index3").mkdir()
     assert machine.cpu_caches(tmp_path) == {"L2 Unified": "1024K"}
+
+
+@pytest.mark.parametrize(("flag", "mode"), [("--ops", "ops"), ("--scaling", "scaling"), ("--compare", "compare")])
+def test_modes_that_moved_say_where_to(flag, mode, capsys):
+    assert main([flag, "A.json"]) == 2
+    said = capsys.readouterr().err
+    assert f"bench {flag} is now `python -m bench {mode}`" in said and said.count("\n") == 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def options(command: Command) -> None:
             assert word.partition("=")[0] in done.out.replace(",", " ").split(), f"{command.place}: no option {word}"
 
 
+def _mode(command: Command) -> ModuleType:
+    """The module of `python -m bench MODE`."""
+    from bench.__main__ import MODES
+
+    return importlib.import_module(f"bench.{MODES[command.words[3]][0]}")
+
+
 def parsed_by(function: str) -> Check:
     """A function of the program takes all of its arguments; it ends the process where they make no sense."""
 
@@ -81,9 +89,7 @@ def parsed_by(function: str) -> Check:
         options(command)
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("CONVNEXTV2_KERNELS_CUDA_EMULATION", raising=False)  # refused without --dry-run
-            patch.syspath_prepend(str(ROOT / "bench"))
-            program = runpy.run_path(str(ROOT / command.words[1]))
-            assert program[function](command.words[2:]) is not None
+            assert getattr(_mode(command), function)(command.words[4:]) is not None
 
     return check
 
@@ -93,7 +99,7 @@ def options_and_those_of(**commands: str) -> Check:
 
     def check(command: Command) -> None:
         options(command)
-        program = runpy.run_path(str(ROOT / command.words[1]))
+        program = vars(_mode(command))
         for name, subcommand in commands.items():
             started = f"python -m convnextv2_kernels {subcommand} {program[name]}"
             options(Command(command.document, command.line, started, started))

@@ -1,12 +1,13 @@
 """Runs documented commands in a copy of what a clone of the repository holds, one copy for each document.
 
-The package's own command line and the programs under bench/ and examples/ run in this process, as importing PyTorch
+The package's own command line, `python -m bench` and the examples run in this process, as importing PyTorch
 takes longer than most of them; everything else in a process of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import os
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240  # of one command, on a machine that has other work too
 CLONED = ("README.md", "Makefile", "pyproject.toml", "bench", "docs", "examples", "python_tests")
 PACKAGE = ["-m", "convnextv2_kernels"]
+MAINTAINER = ["-m", "bench"]
 DEFAULT_OUTPUT = {"bench": "bench_output", "analyze": "analysis_output"}
 
 
@@ -105,8 +107,10 @@ def output_of(words: list[str]) -> str | None:
     places = [after for word, after in itertools.pairwise(words) if word in ("--output", "--out")]
     if places:
         return places[-1]
-    ours = words[1:3] == PACKAGE and "--compare" not in words
-    return DEFAULT_OUTPUT.get(words[3]) if ours and len(words) > 3 else None
+    mode = words[3] if len(words) > 3 else None
+    if words[1:3] == MAINTAINER:
+        return DEFAULT_OUTPUT["bench"] if mode in ("ops", "scaling") else None
+    return DEFAULT_OUTPUT.get(mode) if words[1:3] == PACKAGE else None
 
 
 def _state_of(place: Path) -> dict[Path, int]:
@@ -126,7 +130,9 @@ def run(words: list[str], folder: Path, entry: Run | None = None) -> Done:
     python = words[0] in ("python", "python3")
     if python and words[1:3] == PACKAGE and not (entry.process or variables):
         return _here(words, folder, lambda: cli.main(words[3:]))
-    if python and words[1].startswith(("bench/", "examples/")) and not (entry.process or variables):
+    if python and words[1:3] == MAINTAINER and not (entry.process or variables):
+        return _here(words, folder, lambda: _bench(folder, words[3:]))
+    if python and words[1].startswith("examples/") and not (entry.process or variables):
         return _here(words, folder, lambda: _script(folder / words[1], words[1:]))
     if words[0] == "torchrun":  # two processes on one machine, whatever the number; a free port
         start = ["-m", "torch.distributed.run", "--standalone", *words[1:]]
@@ -146,6 +152,18 @@ def _process(words: list[str], start: list[str], folder: Path, env: Mapping[str,
             out, err = process.communicate()
             return Done(words, 124, out, f"{err}\nthe command took more than {SECONDS} s")
     return Done(words, process.returncode, out, err)
+
+
+def _bench(folder: Path, words: list[str]) -> int:
+    """The clone's own bench, whichever other was imported before."""
+    others = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "bench"}
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module("bench.__main__").main(words)
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "bench"]:
+            del sys.modules[name]
+        sys.modules.update(others)
 
 
 def _script(path: Path, words: list[str]) -> None:

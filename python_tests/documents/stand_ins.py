@@ -51,7 +51,6 @@ SMALLER = {
     "--model": "a smaller model",
     "--models": "a smaller model",
     "--no-compile": "no compilation, which takes a minute",
-    "--no-ops": "no ops, which `pytest bench` measures",
     "--workers": "no processes that load images",
     "--device": "no GPU",
     "--no-peak": "no processes that measure peak memory",
@@ -63,7 +62,7 @@ PRETRAIN = "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu"
 FINETUNE = "--epochs 1 --batch-size 5 --img-size 32 --workers 0 --device cpu"
 PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
 ANALYZE = "--img-size 64 --device cpu"
-BENCH = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-ops --device cpu"
+BENCH = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --device cpu"
 FIGURE6 = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-peak --device cpu"
 OPS = "--models atto --batch-size 1 --img-size 64 --repeats 1 --device cpu"
 SCALING = "--batch-sizes 1 2 --img-sizes --mask-ratios --img-size 64 --repeats 1 --device cpu"
@@ -111,19 +110,18 @@ RUN = {
     "python -m convnextv2_kernels bench": Run(BENCH),
     "python -m convnextv2_kernels bench --quick": Run(BENCH),
     "python -m convnextv2_kernels bench --figure6": Run(FIGURE6),
-    "python -m convnextv2_kernels bench --ops": Run(OPS),
-    "python -m convnextv2_kernels bench --ops --models atto": Run(OPS),
-    "python -m convnextv2_kernels bench --ops --models atto tiny": Run(OPS),
-    "python -m convnextv2_kernels bench --scaling": Run(SCALING),
-    "python -m convnextv2_kernels bench --compare A.json B.json": Run(),
-    "python bench/run.py --help": Run(),
-    "pytest bench --benchmark-enable --benchmark-only": Run(
+    "python -m bench ops": Run(OPS),
+    "python -m bench ops --models atto": Run(OPS),
+    "python -m bench ops --models atto tiny": Run(OPS),
+    "python -m bench scaling": Run(SCALING),
+    "python -m bench compare A.json B.json": Run(),
+    "pytest python_tests/bench/test_ops_benchmark.py --benchmark-enable --benchmark-only": Run(
         "-k layer_norm-C320 --benchmark-max-time 0.01 --benchmark-min-rounds 1"
     ),
-    "python bench/fused_models.py --output bench/results/cpu_fused.json": Run(FUSED),
-    "python bench/fused_models.py --libraries official --device cuda --dtype bfloat16 --batch-size 128 "
+    "python -m bench fused --output bench/results/cpu_fused.json": Run(FUSED),
+    "python -m bench fused --libraries official --device cuda --dtype bfloat16 --batch-size 128 "
     "--output gpu_fused.json": Run(FUSED),
-    "python bench/readme_tables.py": Run(),
+    "python -m bench tables": Run(),
     # examples
     "python -m convnextv2_kernels pretrain --data FOLDER --output run1": Run(PRETRAIN),
     "python examples/fcmae_to_timm.py --checkpoint run1/encoder.safetensors --model convnextv2_atto --classes 10": Run(),
@@ -148,8 +146,8 @@ CHECKED = {
     'pip install --no-build-isolation -e ".[train]"': Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation "torch==2.13.0" -e ".[train]"': Checked(BY_PIP, pip_requirements),
     "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
-    "python bench/regression_gate.py": Checked("`make gate` runs it", options),
-    "python bench/regression_gate.py --update": Checked("rewrites the committed baseline", options),
+    "python -m bench gate": Checked("`make gate` runs it", options),
+    "python -m bench gate --update": Checked("rewrites the committed baseline", options),
     "make gate": Checked("takes a minute; its parts are tested in test_regression_gate.py", make_target),
     "make test": Checked("would run this test", make_target),
     "make test-all": Checked("would run this test", make_target),
@@ -165,10 +163,14 @@ CHECKED = {
     "python -m convnextv2_kernels tune --model convnextv2_tiny --batch-size 256": Checked(
         BY_GPU, refused("tune needs a GPU")
     ),
-    "python bench/gpu_check.py": Checked(MENTION, options),
-    "python bench/gpu_check.py --out DIR": Checked(BY_GPU, parsed_by("parse")),
-    "python bench/gpu_check.py --out DIR --only step,compile": Checked(BY_GPU, parsed_by("parse")),
-    "python bench/training_evidence.py --photos-v2 v2 --photos-v1 v1 --work runs --out bench/results": Checked(
+    "python -m bench --help": Checked(MENTION, options),
+    "python -m bench gpu": Checked(MENTION, options),
+    "python -m bench fused": Checked(MENTION, options),
+    "python -m bench cpu_choices": Checked(MENTION, options),
+    "python -m bench training": Checked(MENTION, options),
+    "python -m bench gpu --out DIR": Checked(BY_GPU, parsed_by("parse")),
+    "python -m bench gpu --out DIR --only step,compile": Checked(BY_GPU, parsed_by("parse")),
+    "python -m bench training --photos-v2 v2 --photos-v1 v1 --work runs --out bench/results": Checked(
         "trains for an hour", options_and_those_of(PRETRAIN="pretrain", FINETUNE="finetune")
     ),
     "python examples/graphed_pretraining.py --steps 100": Checked(BY_GPU, refused("a CUDA graph needs a CUDA device")),

@@ -113,7 +113,7 @@ def test_tables_hold_the_commands_of_the_documents_and_nothing_else():
         (options, "python -m convnextv2_kernels finetune --layerdecay 0.9"),
         (options, "python -m convnextv2_kernels finetune --layer-decay-kind pairs"),
         (options, "python -m convnextv2_kernels tun"),
-        (parsed_by("parse"), "python bench/gpu_check.py --out DIR --only stepp"),
+        (parsed_by("parse"), "python -m bench gpu --out DIR --only stepp"),
         (refused("a CUDA graph needs"), "python examples/graphed_pretraining.py --step 100"),
     ],
 )
@@ -127,8 +127,8 @@ def test_a_command_fails_where_an_option_was_renamed_or_nothing_is_written(tmp_p
     text = """
     python -m convnextv2_kernels pretrain --data FOLDER --outputs runs/a
     python -m convnextv2_kernels pretrain --data FOLDER --output runs/b --recipe papers
-    python bench/run.py --help --output bench/results
-    python -m convnextv2_kernels bench --scaling --help
+    python -m bench compare --help --output bench/results
+    python -m bench scaling --help
     no-such-program --help
     """
     commands = commands_of("made up", text)

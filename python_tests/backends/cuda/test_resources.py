@@ -87,7 +87,7 @@ def test_the_committed_table_is_what_nvcc_says(rows):
     if committed["nvcc"] != resources.nvcc_release():
         pytest.skip(f"the table is of nvcc {committed['nvcc']}")
     measured = json.loads(json.dumps(resources.summary(rows)))
-    assert committed == measured, "run python bench/kernel_resources.py --write && python bench/readme_tables.py"
+    assert committed == measured, "run python -m bench resources cuda --write && python -m bench tables"
 
 
 @needs_nvcc

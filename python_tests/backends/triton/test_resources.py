@@ -7,10 +7,8 @@ A budget is what the tiles were chosen with (docs/kernels/mlp.md); a change that
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import pkgutil
-from pathlib import Path
 
 import pytest
 
@@ -19,17 +17,9 @@ pytest.importorskip("triton")
 import convnextv2_kernels.backends.triton as backend
 from convnextv2_kernels.backends.triton import plans as backend_plans
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.skipif(backend.INTERPRETED, reason="interpreted kernels are not compiled")
 if not backend.INTERPRETED:
-    _spec = importlib.util.spec_from_file_location("triton_resources", ROOT / "bench" / "triton_resources.py")
-    resources = importlib.util.module_from_spec(_spec)
-    # processes of the pool import it by its name
-    import sys
-
-    sys.path.insert(0, str(ROOT / "bench"))
-    sys.modules["triton_resources"] = resources
-    _spec.loader.exec_module(resources)
+    from bench import triton_resources as resources
 
 # Registers of a thread. Tiles of 128 x 128 results on 8 warps hold 64 of them in sums alone.
 BUDGETS = {
@@ -99,7 +89,7 @@ def test_the_committed_table_is_what_the_compiler_says(rows):
     measured = json.loads(json.dumps(resources.summary(rows)))
     if committed["triton"] != measured["triton"]:
         pytest.skip(f"the table is of triton {committed['triton']}")
-    assert committed == measured, "run python bench/triton_resources.py --write && python bench/readme_tables.py"
+    assert committed == measured, "run python -m bench resources triton --write && python -m bench tables"
 
 
 def test_what_is_compiled_are_the_tiles_of_the_table():

@@ -1,0 +1,195 @@
+"""Result files: one format, a reader that brings older files into it, and resuming a file that is not complete.
+
+``{"format": 2, "kind", "machine", "parameters", "allocator", ...}``; what was timed is ``variants``, by name, with the
+``control`` beside them. Files of format 1 say ``arms`` and ``gate``, name no kind in places, and have no control.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .._atomic_io import atomic_file
+from ..errors import UserError
+from . import allocator, machine
+
+FORMAT = 2
+# Kinds, and what a file of each has besides the format.
+KINDS = {
+    "step": ("machine", "parameters", "step"),
+    "figure6": ("machine", "parameters", "sizes", "left_out"),
+    "ops": ("machine", "parameters", "ops"),
+    "scaling": ("machine", "parameters", "series"),
+    "fused": ("machine", "parameters", "step"),
+    "cpu_choices": ("machine",),
+    "regression_gate": ("machine", "software", "parameters"),
+    "cuda_resources": ("nvcc", "kernels"),
+    "triton_resources": ("triton", "kernels"),
+    "training": ("machine", "cosine"),
+    "gpu_check": ("stages",),
+}
+# Kinds whose times are compared, and that say how the allocator was.
+TIMED = ("step", "figure6", "ops", "scaling", "fused", "cpu_choices")
+# What figures of one file must have in common.
+SAME = ("cpu", "gpu", "threads", "torch", "package", "environment", "backends")
+
+
+class NotAResult(UserError):
+    """A file that holds no result of this benchmark; the message is one sentence."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message, code)
+
+
+class ResumeError(UserError):
+    """The result file there is cannot be resumed, or no file can be written."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message, code)
+
+
+def new(kind: str, parameters: Mapping[str, Any], description: dict, mode: str) -> dict:
+    """The head of a result; ``mode`` is that of the allocator."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "machine": description,
+        "parameters": {**parameters, "allocator": mode},
+        "allocator": allocator.describe(mode),
+    }
+
+
+def describe_run(kind: str, parameters: Mapping[str, Any], mode: str, device: str = "cpu") -> dict:
+    """:func:`new` on this machine, as it is now."""
+    return new(kind, parameters, machine.describe(device), mode)
+
+
+def write(path: Path, result: dict) -> None:
+    """Write the JSON atomically, each list of samples on one line."""
+    text = json.dumps(result, indent=2, allow_nan=False)
+    text = re.sub(r"\[[-+\d.eE,\s]*\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
+    with atomic_file(path) as file:
+        file.write((text + "\n").encode())
+
+
+def read(path: Path) -> dict:
+    """A result file in today's format; raises NotAResult where it is missing, no JSON, or something else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotAResult(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NotAResult(f"{path} is not JSON: {error}") from error
+    try:
+        return upgraded(result)
+    except ValueError as error:
+        raise NotAResult(f"{path} is not a result of this benchmark, {error}") from error
+
+
+def upgraded(result: Any) -> dict:
+    """A result of any format in today's; raises ValueError where it is none."""
+    if not isinstance(result, dict):
+        raise ValueError("expected an object")
+    kind = _kind_of(result)
+    missing = [name for name in KINDS[kind] if name not in result]
+    if missing:
+        raise ValueError(f"expected the keys {', '.join(missing)} in a result of kind {kind!r}")
+    for name in ("machine", "parameters"):
+        if not isinstance(result.get(name, {}), dict):
+            raise ValueError(f"expected an object under {name!r}")
+    if result.get("format") == FORMAT:
+        return result
+    if kind in ("step", "figure6", "ops", "scaling", "fused"):
+        result = _renamed(result)
+        if kind in ("step", "ops"):
+            result = {**result, "step": [_with_ratios(step) for step in result["step"]]}
+    if kind == "cpu_choices":
+        parts = {part: result[part] for part in ("save", "chunk") if part in result}
+        result = {**result, **{k: {m: {"variants": v} for m, v in part.items()} for k, part in parts.items()}}
+    head: dict[str, Any] = {"format": FORMAT, "kind": kind}
+    if kind in TIMED:
+        head["allocator"] = _allocator_of(result["machine"])
+        result = {**result, "parameters": {**result.get("parameters", {}), "allocator": head["allocator"]["mode"]}}
+    return {**result, **head}
+
+
+def _kind_of(result: Mapping[str, Any]) -> str:
+    kind = result.get("kind")
+    if kind == "bench":  # format 1, which had both in one file
+        return "step" if result.get("step") else "ops"
+    if kind in KINDS:
+        return kind
+    if kind is None:
+        if "libraries" in (result.get("parameters") or {}):
+            return "fused"
+        for key, inferred in (
+            ("products", "cpu_choices"),
+            ("nvcc", "cuda_resources"),
+            ("triton", "triton_resources"),
+            ("cosine", "training"),
+            ("stages", "gpu_check"),
+        ):
+            if key in result:
+                return inferred
+    raise ValueError(f"expected a kind of {', '.join(KINDS)}, found {kind!r}")
+
+
+def _renamed(value: Any) -> Any:
+    """Format 1 under today's keys: variants, correctness, and of each variant its baseline and execution."""
+    if isinstance(value, list):
+        return [_renamed(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    found = {{"arms": "variants", "gate": "correctness"}.get(key, key): _renamed(item) for key, item in value.items()}
+    if "variant" in found:
+        written = found.pop("variant")
+        compiled = written is not None and written.pop("compiled")
+        found |= {"baseline": written, "execution": "compile" if compiled else "eager"}
+    return found
+
+
+def _with_ratios(step: dict) -> dict:
+    names = {"fastest_dense": "fastest_dense", "time_ratio": "throughput"}
+    names |= {"frugal_dense": "frugal_dense", "saved_ratio": "saved"}
+    return {**step, "ratios": {new: step[old] for old, new in names.items() if old in step}}
+
+
+def _allocator_of(description: Mapping[str, Any]) -> dict:
+    """What a file of format 1 tells of it: the environment."""
+    given = description.get("environment") or {}
+    set_ = {name: given[name] for name in allocator.VARIABLES if name in given}
+    constant = len(set_) == len(allocator.VARIABLES)
+    blocks = "kept" if constant else "unknown"
+    mode = "constant" if constant else "default"
+    return {"mode": mode, "library": "unknown", "large_blocks": blocks, "environment": set_}
+
+
+def resume(path: Path, start: dict, restart: bool) -> dict:
+    """The result at ``path`` to resume, or ``start``, the head of a new one.
+
+    Makes the folder. Raises ResumeError, in one sentence, where the folder cannot be made, or the file there is
+    another kind of result, has other parameters or comes from another machine.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = path.exists() and not restart
+    except OSError as error:
+        raise ResumeError(f"--output {path.parent} cannot be used: {error}") from error
+    if not found:
+        return start
+    way_out = "; give another --output, or --restart to begin a new file"
+    try:
+        old = read(path)
+        if old["kind"] != start["kind"]:
+            raise ResumeError(f"{path} is a result of kind {old['kind']!r}, expected {start['kind']!r}{way_out}")
+        pairs = {key: (old["parameters"].get(key), value) for key, value in start["parameters"].items()}
+        pairs |= {key: (old["machine"].get(key), start["machine"].get(key)) for key in SAME}
+    except NotAResult as error:
+        raise ResumeError(f"{error}{way_out}") from error
+    for key, (before, now) in pairs.items():
+        if before != now:
+            raise ResumeError(f"{path} was measured with {key} {before!r}, this run has {now!r}{way_out}")
+    return old

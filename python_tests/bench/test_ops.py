@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from bench.ops import host_time
+from bench.ops.cases import SPECS
+from bench.ops.measure import OpCase, OpSettings, measure_case, measure_ops, pack
+from convnextv2_kernels import PatchLayout, ops, random_mask
+from convnextv2_kernels.benchmark.correctness import CorrectnessError
+from convnextv2_kernels.benchmark.timing import Budget
+
+MASK = random_mask(2, (3, 4), 0.5, torch.Generator().manual_seed(0))
+BY_NAME = {spec.name: spec for spec in SPECS}
+
+
+def test_pack_is_the_layout_of_the_library():
+    x = torch.randn(2, 12, 16, 5)
+    layout = PatchLayout.from_mask(MASK)
+    assert torch.equal(pack(x, MASK), ops.gather_patches(x, layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_check_of_every_op(spec, dtype):
+    summary = OpCase(spec, 16, 4, MASK, dtype, seed=1).check()
+    assert summary["results"] == 2 + len(spec.parameters(16))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_a_wrong_op_is_caught(spec, monkeypatch):
+    right = getattr(ops, spec.op)
+    monkeypatch.setattr(ops, spec.op, lambda *args, **more: right(*args, **more) * (1 + 1e-4))
+    with pytest.raises(CorrectnessError, match=f"{spec.name} C=16 s=4"):
+        OpCase(spec, 16, 4, MASK, torch.float32, seed=1).check()
+
+
+def test_all_variants_are_timed_and_rated():
+    case = OpCase(BY_NAME["depthwise_conv"], 16, 4, MASK, torch.float32, seed=1)
+    row = measure_case(case, repeats=2, budget=Budget(None), min_seconds=0.0)
+    assert set(row["variants"]) == {"sparse", "nchw", "channels_last"}
+    assert row["control"]["of"] in ("nchw", "channels_last") and row["control"]["ratio"] > 0
+    assert row["time_ratio"] == pytest.approx(
+        row["variants"][row["fastest_dense"]]["median_ms"] / row["variants"]["sparse"]["median_ms"]
+    )
+    for name, variant in row["variants"].items():
+        work = row["work"]["sparse" if name == "sparse" else "dense"]
+        assert variant["rates"]["gflops"] == pytest.approx(work["flops"] / variant["median_ms"] * 1e-6)
+        assert len(variant["samples_ms"]) == 2
+
+
+def test_spent_budget_names_what_it_skips():
+    settings = OpSettings(batch_size=1, img_size=32, repeats=1)
+    result = measure_ops("convnextv2_atto", settings, Budget(1e-9), lambda message: None)
+    assert result["rows"] == []
+    assert len(result["skipped"]) == result["checked_cases"] == 4 * len(SPECS) - 1
+
+
+def test_host_time_is_measured_beside_timm():
+    host = host_time.measure("convnextv2_atto", 1, Budget(None))
+    assert host["width"] == 40 and list(host["passes"]) == ["forward", "forward and backward"]
+    for found in host["passes"].values():
+        names = set(found["variants"])
+        assert {"block, packed", "block, fused dense"} <= names
+        assert (host_time.BASELINE in names) == (found["control"]["ratio"] is not None)
+        assert all(0 < row["median_us"] == pytest.approx(1e3 * row["median_ms"]) for row in found["variants"].values())
