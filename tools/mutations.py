@@ -86,8 +86,8 @@ MUTATIONS = (
     Mutation(
         "cpu GRN scale of the first image for all",
         CPU,
-        "const A* scale = in<A>(p.scale) + blocks[b].segment * p.channels; walk_block<T, 0>",
-        "const A* scale = in<A>(p.scale); walk_block<T, 0>",
+        "scale = in<Acc<T>>(p.scale) + blocks[b].segment * channels; walk_block<T, 0>",
+        "scale = in<Acc<T>>(p.scale); walk_block<T, 0>",
     ),
     Mutation("cpu LayerNorm without eps", CPU, "std::sqrt(variance + static_cast<Acc<T>>(eps))", "std::sqrt(variance)"),
     Mutation(

@@ -43,6 +43,7 @@ def torchrun(*words):
     )
 
 
+@pytest.mark.thorough
 def test_two_processes_are_one(folder, tmp_path, capsys):
     command = ["finetune", "--data", str(folder), *COMMON, "--precision", "float64"]
     done = torchrun(*command, "--output", str(tmp_path / "two"))
@@ -60,6 +61,7 @@ def test_two_processes_are_one(folder, tmp_path, capsys):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)  # the loss of an evaluation is taken in float32
 
 
+@pytest.mark.thorough
 def test_mixed_images_are_those_of_one_process_with_two_parts(folder, tmp_path):
     command = ["finetune", "--data", str(folder), *COMMON, "--mixup", "0.4", "--cutmix", "0.4"]
     done = torchrun(*command, "--output", str(tmp_path / "two"))
