@@ -27,7 +27,7 @@ import torch
 from ..._atomic_io import write_json
 from ...settings import current
 from ...version import __version__
-from .backend import INTERPRETED, version
+from .availability import INTERPRETED, version
 
 
 class Tile(NamedTuple):

@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 
 from ...params import MLPGradRows, MLPOptions, MLPParams, MLPRows, Segments
 from . import mlp, plans
-from .backend import INTERPRETED, FusedMLP
+from .availability import INTERPRETED
+from .backend import FusedMLP
 from .gemm_backward import hidden_backward, image_products, weight_product
 from .gemm_forward import first_product, second_product
 from .gemm_tiles import partition
