@@ -71,8 +71,7 @@ class _GlobalResponseNorm(torch.autograd.Function):
         (g,) = as_statistics(gamma.reshape(-1), like=x)
         k = backends.get(ctx.backend)
         dx, dgamma, dbeta = k.grn_backward(grad.contiguous(), x, g, norm, Segments(offsets, *ctx.segments), *ctx.args)
-        dgamma = _like(dgamma, gamma.dtype, gamma.shape)
-        return dx, dgamma, _like(dbeta, *ctx.beta), None, None, None, None
+        return dx, _like(dgamma, gamma.dtype, gamma.shape), _like(dbeta, *ctx.beta), None, None, None, None
 
 
 class _LayerNormGRN(torch.autograd.Function):
@@ -104,8 +103,7 @@ class _LayerNormGRN(torch.autograd.Function):
         )
         dx, dw, db = k.layer_norm_backward(dy, x, mean, rstd, w)
         dw, db = dw.to(ln_weight.dtype), db.to(ln_bias.dtype)
-        dgamma = _like(dgamma, gamma.dtype, gamma.shape)
-        return dx, dw, db, dgamma, _like(dbeta, *ctx.beta), None, None, None
+        return dx, dw, db, _like(dgamma, gamma.dtype, gamma.shape), _like(dbeta, *ctx.beta), None, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:

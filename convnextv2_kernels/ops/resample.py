@@ -185,6 +185,7 @@ class _Stem(torch.autograd.Function):
             y = _convolve(pixels, weight, bias, dtype, backend)
             z, _, rstd = k.layer_norm_forward(y, None, None, eps)
             dy, dln_weight, dln_bias = k.normalized_backward(dy, z, rstd, *as_statistics(ln_weight, like=y))
+            assert dln_weight is not None and dln_bias is not None
             dln_weight, dln_bias = dln_weight.to(ln_weight.dtype), dln_bias.to(ctx.ln_bias_dtype)
         rows = dy.view(-1, dy.shape[-1])
         db = None if bias is None else k.column_sum(rows).to(bias.dtype)
