@@ -22,14 +22,10 @@ from .families import Family
 # Plain tuples, which every version of torch.fx can hold in a graph.
 _Norm: TypeAlias = tuple[Tensor, Tensor, float]
 _DropPath: TypeAlias = tuple[float, bool, bool]
-_Arguments: TypeAlias = tuple[
-    tuple[Tensor, Tensor | None],
-    _Norm,
-    tuple[Tensor, Tensor, str],
-    _Norm,
-    tuple[Tensor, Tensor, Tensor | None],
-    _DropPath,
-]
+_Conv: TypeAlias = tuple[Tensor, Tensor | None]
+_First: TypeAlias = tuple[Tensor, Tensor, str]
+_Second: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+_Arguments: TypeAlias = tuple[_Conv, _Norm, _First, _Norm, _Second, _DropPath]
 
 
 @torch.fx.wrap
@@ -163,8 +159,8 @@ class FusedForward:
 
 def install(block: nn.Module, forward: FusedForward) -> None:
     """Put a fused forward on an instance."""
-    block.__dict__["forward"] = forward  # where :func:`installed` looks for it
-    block._replicate_for_data_parallel = forward.replicate
+    # attributes of the instance hide the methods of its class
+    block.__dict__.update(forward=forward, _replicate_for_data_parallel=forward.replicate)
 
 
 def installed(block: nn.Module) -> FusedForward | None:
