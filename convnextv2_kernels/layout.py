@@ -150,6 +150,10 @@ class PatchLayout:
             self._neighbours[radius] = table
         return table
 
+    def conv_neighbours(self, kernel_size: int, side: int) -> Tensor:
+        """The neighbours that a K x K convolution of patches of ``side`` sites reaches, see :meth:`neighbour_slots`."""
+        return self.neighbour_slots(-(-(kernel_size // 2) // side))
+
     def _build_neighbours(self, radius: int) -> Tensor:
         gh, gw = self.grid
         native = _kernels_for(self.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .dtypes import cast
+from .layout import PatchLayout
 
 
 class Segments(NamedTuple):
@@ -23,6 +24,17 @@ class Segments(NamedTuple):
     offsets: Tensor | None
     rows_per_slot: int
     count: int  # type: ignore[assignment]  # hides tuple's method, as the struct's field is called
+
+    @classmethod
+    def of(cls, x: Tensor, layout: PatchLayout | None, scope: str = "image") -> Segments:
+        """How the rows of ``x``, packed by a layout or dense without one, fall into images; for ``scope`` "batch" into
+        one segment."""
+        if scope == "batch":
+            return WHOLE_BATCH
+        if layout is None:
+            return cls(None, 1, x.shape[0])
+        offsets = None if layout.patches_per_image is not None else layout.image_offsets
+        return cls(offsets, x.shape[1] * x.shape[2], layout.num_images)
 
     def rows_each(self, rows: int) -> int | None:
         """Rows of every segment, or None where they may differ."""

@@ -304,10 +304,9 @@ def _conv_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """LN(conv(x)), or without ``layer_norm`` its normalised rows; and 1/std."""
-    weight, bias = as_statistics(*conv, like=x)
+    weight, bias, *affine = as_statistics(*conv, *(layer_norm or (None, None)), like=x)
     assert weight is not None
-    gain, shift = (None, None) if layer_norm is None else as_statistics(*layer_norm, like=x)
-    return backend.depthwise_conv_normalize(x, weight, bias, neighbours, (gain, shift), eps)
+    return backend.depthwise_conv_normalize(x, weight, bias, neighbours, (affine[0], affine[1]), eps)
 
 
 def run_block_forward(backend: KernelBackend, a: BlockForwardArgs) -> tuple[Tensor, ...]:

@@ -49,6 +49,10 @@ __all__ = [
 ]
 
 
+# what was selected before, by all that decides
+_selected: dict[tuple, str] = {}
+
+
 class _State:
     """Holder of the forced backend; an object, so that torch.compile guards on its attribute."""
 
@@ -99,6 +103,16 @@ def unsupported_reason(name: str, device_type: str, dtype: torch.dtype, index: i
 
 def select(x: Tensor, op: str, gemm_dtype: torch.dtype | None = None) -> str:
     """Name of the backend that runs ``op`` on input ``x``, with GEMMs in ``gemm_dtype``."""
+    if torch.compiler.is_compiling():
+        return _select(x, op, gemm_dtype)
+    key = (_state.forced, x.device, x.dtype, gemm_dtype)
+    name = _selected.get(key)
+    if name is None:
+        name = _selected[key] = _select(x, op, gemm_dtype)
+    return name
+
+
+def _select(x: Tensor, op: str, gemm_dtype: torch.dtype | None) -> str:
     device, dtype = x.device, x.dtype
     dtypes = (dtype,) if gemm_dtype is None or gemm_dtype is dtype else (dtype, gemm_dtype)
     name = _state.forced

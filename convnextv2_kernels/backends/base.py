@@ -175,6 +175,8 @@ class KernelBackend(Backend):
             weight, bias = (t.to(statistics_dtype(like.dtype)) for t in layer_norm)
             b1, w1 = b1 + w1.to(bias.dtype) @ bias, w1 * weight
         dtype = like.dtype
+        if w1.dtype is w2.dtype is b1.dtype is dtype and (b2 is None or b2.dtype is dtype):
+            return MLPParams(w1, b1, gamma, beta, w2, b2)
         b2 = None if b2 is None else cast(b2, dtype)
         return MLPParams(cast(w1, dtype), cast(b1, dtype), gamma, beta, cast(w2, dtype), b2)
 

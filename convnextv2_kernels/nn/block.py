@@ -76,7 +76,7 @@ class ConvNeXtV2Block(nn.Module):
     def _parameters_in_order(self) -> BlockParameters:
         """As the block op takes them."""
         conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
-        linear = (first.weight, first.bias, *self.grn.affine(), second.weight, second.bias)
+        linear = (first.weight, first.bias, self.grn.gamma, self.grn.beta, second.weight, second.bias)
         return conv.weight, conv.bias, norm.weight, norm.bias, *linear
 
     def _drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:

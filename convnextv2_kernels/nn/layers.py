@@ -110,13 +110,6 @@ class GlobalResponseNorm(nn.Module):
         nn.init.constant_(self.gamma, 0.0 if self.variant.skip else 1.0)
         nn.init.zeros_(self.beta)
 
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """gamma and beta for the formula: zeros without a graph if the variant is "none"."""
-        if self.variant.enabled:
-            return self.gamma, self.beta
-        # two tensors: torch.compile refuses one tensor given twice to an autograd function
-        return torch.zeros_like(self.gamma, requires_grad=False), torch.zeros_like(self.beta, requires_grad=False)
-
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape
         and dtype.
@@ -124,7 +117,9 @@ class GlobalResponseNorm(nn.Module):
         Raises:
             RuntimeError: a variant that only the reference has, and another backend is forced.
         """
-        return ops.global_response_norm(x, *self.affine(), layout, scope=self.scope, eps=self.eps, variant=self.variant)
+        return ops.global_response_norm(
+            x, self.gamma, self.beta, layout, scope=self.scope, eps=self.eps, variant=self.variant
+        )
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -38,8 +38,10 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
-def direct(function: Callable[..., Any], arguments: Any) -> Any:
-    """Runs a function of the schedule on the arguments of a composite operator, as the operator would."""
+def composite(operator: Callable[..., Any], function: Callable[..., Any], arguments: Any) -> Any:
+    """Calls a composite operator, or outside of tracing the function of the schedule that it runs."""
+    if traced():
+        return operator(*arguments)
     with no_autocast(arguments[0]):
         return function(backends.get(arguments.backend), arguments)
 

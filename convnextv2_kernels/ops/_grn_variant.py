@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..backends.reference.grn_variants import AGGREGATIONS, NORMALIZERS
 
 _SKIPS = {"skip": True, "no-skip": False}
@@ -60,6 +63,13 @@ class GRNVariant:
     def fused(self) -> bool:
         """Whether kernels support it: the default and "none", which is the default with gamma = beta = 0."""
         return self.formula == ("l2", "divisive", True)
+
+    def affine(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        """gamma and beta as the formula takes them: zeros without a graph where there is no GRN."""
+        if self.enabled:
+            return gamma, beta
+        # two tensors: torch.compile refuses one tensor given twice to an autograd function
+        return torch.zeros_like(gamma, requires_grad=False), torch.zeros_like(beta, requires_grad=False)
 
     @classmethod
     def parse(cls, text: str) -> GRNVariant:

@@ -11,15 +11,13 @@ from .. import schedule
 from ..backends import reference
 from ..dtypes import cast, gemm_dtype, no_autocast
 from ..layout import PatchLayout
-from ..params import BlockBackwardArgs, BlockForwardArgs
+from ..params import BlockBackwardArgs, BlockForwardArgs, Segments
 from ..settings import SAVE_POLICIES
 from . import _checks as check
 from . import _operators
-from ._dispatch import direct, dispatch, once_differentiable, require_reference, traced
+from ._dispatch import composite, dispatch, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
-from .conv import conv_neighbours
 from .mlp import check_mlp
-from .norm import segments_of
 
 # dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2
 BlockParameters: TypeAlias = tuple[
@@ -32,10 +30,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        if traced():
-            outputs = _operators.block_forward(*inputs)
-        else:
-            outputs = direct(schedule.run_block_forward, BlockForwardArgs._make(inputs))
+        outputs = composite(_operators.block_forward, schedule.run_block_forward, BlockForwardArgs._make(inputs))
         _Block.save(ctx, inputs, outputs)
         return outputs[0]
 
@@ -54,11 +49,8 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad):
-        inputs = (grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-        if traced():
-            grads = _operators.block_backward(*inputs)
-        else:
-            grads = direct(schedule.run_block_backward, BlockBackwardArgs._make(inputs))
+        arguments = BlockBackwardArgs(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
+        grads = composite(_operators.block_backward, schedule.run_block_backward, arguments)
         dx, ddw, ddb, *rest, db2 = grads
         ddb = None if ctx.dw_bias_dtype is None else cast(ddb, ctx.dw_bias_dtype)
         return dx, ddw, ddb, *rest, cast(db2, ctx.b2_dtype), *(None for _ in range(3 + len(ctx.settings)))
@@ -121,7 +113,7 @@ def convnextv2_block(
             None for the setting ``CONVNEXTV2_KERNELS_SAVE``, or the default of the device. The reference leaves it to
             autograd.
         grn: an ablation of GRN, :class:`~convnextv2_kernels.nn.GRNVariant` or its text. One without kernels runs in
-            plain PyTorch; "none" expects gamma and beta to be zero.
+            plain PyTorch; "none" ignores gamma and beta.
         visible: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites of a dense map that is zero at hidden sites: the
             masked dense block, in plain PyTorch. The result is zero at hidden sites too.
 
@@ -139,6 +131,8 @@ def convnextv2_block(
     grn_eps = eps if grn_eps is None else grn_eps
     dtype = gemm_dtype(x)
     variant = GRNVariant.of(grn)
+    if not variant.enabled:
+        params = (*params[:6], *variant.affine(gamma, beta), w2, b2)
     if not variant.fused or visible is not None:
         what = "a masked dense block" if variant.fused else f"a block with the GRN variant '{variant}'"
         require_reference(f"{what} in plain PyTorch")
@@ -148,11 +142,11 @@ def convnextv2_block(
             )
 
     def kernel(backend: str) -> Tensor:
-        images = segments_of(x, layout)
+        images = Segments.of(x, layout)
         return _Block.apply(
             x.contiguous(),
             *params,
-            conv_neighbours(layout, dw_weight.shape[-1], x),
+            None if layout is None else layout.conv_neighbours(dw_weight.shape[-1], x.shape[1]),
             drop_path_scale,
             images.offsets,
             eps,

@@ -13,14 +13,9 @@ from . import _checks as check
 from ._dispatch import dispatch, once_differentiable
 
 
-def conv_radius(kernel_size: int, s: int) -> int:
-    """How many patches away a K x K kernel reaches from a patch of side s."""
-    return -(-(kernel_size // 2) // s)
-
-
-def conv_neighbours(layout: PatchLayout | None, kernel_size: int, x: Tensor) -> Tensor | None:
-    """Neighbour table a depthwise convolution of packed ``x`` needs; None for a dense map."""
-    return None if layout is None else layout.neighbour_slots(conv_radius(kernel_size, x.shape[1]))
+def _neighbours(x: Tensor, weight: Tensor, layout: PatchLayout | None) -> Tensor | None:
+    """The neighbour table of packed x; None for a dense map."""
+    return None if layout is None else layout.conv_neighbours(weight.shape[-1], x.shape[1])
 
 
 class _DepthwiseConv(torch.autograd.Function):
@@ -93,7 +88,7 @@ def submanifold_depthwise_conv2d(
         x,
         reference=lambda: reference.conv.depthwise_conv2d(x, weight, bias, layout),
         kernel=lambda backend: _DepthwiseConv.apply(
-            x.contiguous(), weight, bias, conv_neighbours(layout, weight.shape[-1], x), backend
+            x.contiguous(), weight, bias, _neighbours(x, weight, layout), backend
         ),
     )
 
@@ -121,6 +116,6 @@ def depthwise_conv_layer_norm(
             reference.conv.depthwise_conv2d(x, weight, bias, layout), ln_weight, ln_bias, eps
         ),
         kernel=lambda backend: _DepthwiseConvLayerNorm.apply(
-            x.contiguous(), weight, bias, ln_weight, ln_bias, conv_neighbours(layout, weight.shape[-1], x), eps, backend
+            x.contiguous(), weight, bias, ln_weight, ln_bias, _neighbours(x, weight, layout), eps, backend
         ),
     )

@@ -11,11 +11,10 @@ from .. import schedule
 from ..backends import reference
 from ..dtypes import gemm_dtype
 from ..layout import PatchLayout
-from ..params import MLPBackwardArgs, MLPForwardArgs
+from ..params import MLPBackwardArgs, MLPForwardArgs, Segments
 from . import _checks as check
 from . import _operators
-from ._dispatch import direct, dispatch, once_differentiable, traced
-from .norm import segments_of
+from ._dispatch import composite, dispatch, once_differentiable
 from .patches import gather_patches
 
 # w1, b1, gamma, beta, w2, b2
@@ -28,10 +27,7 @@ class _PointwiseMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        if traced():
-            outputs = _operators.mlp_forward(*inputs)
-        else:
-            outputs = direct(schedule.run_mlp_forward, MLPForwardArgs._make(inputs))
+        outputs = composite(_operators.mlp_forward, schedule.run_mlp_forward, MLPForwardArgs._make(inputs))
         _PointwiseMLP.save(ctx, inputs, outputs)
         return outputs[0]
 
@@ -49,11 +45,8 @@ class _PointwiseMLP(torch.autograd.Function):
     @staticmethod
     def gradients(ctx, grad):
         grad = grad.contiguous()
-        inputs = (grad, *ctx.saved_tensors, *ctx.settings)
-        if traced():
-            grads = _operators.mlp_backward(*inputs)
-        else:
-            grads = direct(schedule.run_mlp_backward, MLPBackwardArgs._make(inputs))
+        arguments = MLPBackwardArgs(grad, *ctx.saved_tensors, *ctx.settings)
+        grads = composite(_operators.mlp_backward, schedule.run_mlp_backward, arguments)
         dx, *grads, db2 = grads
         residual = grad if ctx.has_residual else None
         return dx, *grads, db2.to(ctx.b2_dtype), residual, *(None for _ in range(2 + len(ctx.settings)))
@@ -132,7 +125,7 @@ def pointwise_mlp(
     dtype = gemm_dtype(x)
 
     def kernel(backend: str) -> Tensor:
-        images = segments_of(x, layout)
+        images = Segments.of(x, layout)
         added = None if residual is None else residual.to(x.dtype).contiguous()
         save = schedule.save_policy(x.device.type)
         return _PointwiseMLP.apply(

@@ -9,20 +9,10 @@ from .. import backends
 from ..backends import reference
 from ..dtypes import as_statistics, no_autocast
 from ..layout import PatchLayout
-from ..params import WHOLE_BATCH, Segments
+from ..params import Segments
 from . import _checks as check
 from ._dispatch import dispatch, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
-
-
-def segments_of(x: Tensor, layout: PatchLayout | None, scope: str = "image") -> Segments:
-    """How the rows of x fall into images, or for ``scope`` "batch" into one segment."""
-    if scope == "batch":
-        return WHOLE_BATCH
-    if layout is None:
-        return Segments(None, 1, x.shape[0])
-    offsets = None if layout.patches_per_image is not None else layout.image_offsets
-    return Segments(offsets, x.shape[1] * x.shape[2], layout.num_images)
 
 
 def _like(grad: Tensor | None, dtype: torch.dtype | None, shape=None) -> Tensor | None:
@@ -165,6 +155,7 @@ def global_response_norm(
     """
     variant = GRNVariant.of(variant)
     _check_grn(x, gamma, beta, layout, scope, eps)
+    gamma, beta = variant.affine(gamma, beta)
     if not variant.fused:
         require_reference(f"the GRN variant '{variant}'")
         with no_autocast(x):
@@ -174,7 +165,7 @@ def global_response_norm(
         x,
         reference=lambda: reference.norm.global_response_norm(x, gamma, beta, layout, scope, eps),
         kernel=lambda backend: _GlobalResponseNorm.apply(
-            x.contiguous(), gamma, beta, segments_of(x, layout, scope), False, eps, backend
+            x.contiguous(), gamma, beta, Segments.of(x, layout, scope), False, eps, backend
         ),
     )
 
@@ -189,7 +180,7 @@ def gelu_grn(
         x,
         reference=lambda: reference.norm.gelu_grn(x, gamma, beta, layout, scope, eps),
         kernel=lambda backend: _GlobalResponseNorm.apply(
-            x.contiguous(), gamma, beta, segments_of(x, layout, scope), True, eps, backend
+            x.contiguous(), gamma, beta, Segments.of(x, layout, scope), True, eps, backend
         ),
     )
 
@@ -215,6 +206,6 @@ def layer_norm_grn(
         x,
         reference=lambda: reference.norm.layer_norm_grn(x, ln_weight, ln_bias, gamma, beta, layout, scope, ln_eps, eps),
         kernel=lambda backend: _LayerNormGRN.apply(
-            x.contiguous(), ln_weight, ln_bias, gamma, beta, segments_of(x, layout, scope), (ln_eps, eps), backend
+            x.contiguous(), ln_weight, ln_bias, gamma, beta, Segments.of(x, layout, scope), (ln_eps, eps), backend
         ),
     )
