@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from types import ModuleType
 
 import torch
 
@@ -50,7 +51,7 @@ def _extension_lines() -> list[str]:
         f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 matrix "
         f"products by {cpu_gemm.vendor()}",
         "cuda kernels       " + _cuda_kernels(build),
-        *_cuda_convolutions(build),
+        *_cuda_convolutions(native.module, build),
     ]
 
 
@@ -62,13 +63,13 @@ def _cuda_kernels(build: dict) -> str:
     return f"compiled by nvcc {build['cuda']} for {', '.join(build['cuda_architectures'])}"
 
 
-def _cuda_convolutions(build: dict) -> list[str]:
+def _cuda_convolutions(module: ModuleType, build: dict) -> list[str]:
     """Which CUDA kernel serves the block's convolution in the four stages of tiny."""
     if build["cuda"] is None:
         return []
     lines = []
     for side, channels in ((8, 96), (4, 192), (2, 384), (1, 768)):
-        row = native.module.cuda_conv_kernel("bfloat16", side, channels, normalize=True)
+        row = module.cuda_conv_kernel("bfloat16", side, channels, normalize=True)
         norm = "with LayerNorm" if row["fused_norm"] else "LayerNorm after it"
         lines.append(
             f"  side {side}, C = {channels:<6}{row['kernel']}, {norm}, {row['threads']} threads, "
@@ -121,8 +122,9 @@ def info() -> str:
         lines += ["", f"served on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in FLOAT_DTYPES)]
         lines += [f"  {op:<30}" + "".join(f"{b:<12}" for b in row.values()) for op, row in table.items()]
         for name in backends.PREFERENCE.get(device, ()):
-            reasons = {backends.unsupported_reason(name, device, d) for d in FLOAT_DTYPES} - {None}
-            lines += [f"  {name} does not serve everything because {reason}" for reason in sorted(reasons)]
+            found = {backends.unsupported_reason(name, device, d) for d in FLOAT_DTYPES}
+            reasons = sorted(reason for reason in found if reason is not None)
+            lines += [f"  {name} does not serve everything because {reason}" for reason in reasons]
     lines += ["", "environment:"]
     lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in (variable.name for variable in VARIABLES)]
     return "\n".join(lines)

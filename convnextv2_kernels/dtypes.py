@@ -15,6 +15,7 @@ float64 inputs are never lowered by autocast, as in PyTorch.
 from __future__ import annotations
 
 import contextlib
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The ops place their casts themselves, so autocast is off inside them."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+
+
+@overload
+def as_statistics(*params: Tensor, like: Tensor) -> tuple[Tensor, ...]: ...
+
+
+@overload
+def as_statistics(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]: ...
 
 
 def as_statistics(*params: Tensor | None, like: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,7 +22,7 @@ class Segments(NamedTuple):
 
     offsets: Tensor | None
     rows_per_slot: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple's method, as the struct's field is called
 
     def rows_each(self, rows: int) -> int | None:
         """Rows of every segment, or None where they may differ."""
@@ -140,14 +140,6 @@ class MLPGradResult(NamedTuple):
 # are of the convolution and of LayerNorm. Backward ignores ``save``: the saved tensors tell.
 
 
-def _segments(args) -> Segments:
-    return Segments(args.offsets, args.rows_per_slot, args.images)
-
-
-def _options(args) -> MLPOptions:
-    return MLPOptions(args.act, args.grn_eps, args.batch_scope, args.save, args.dtype)
-
-
 class MLPForwardArgs(NamedTuple):
     x: Tensor
     w1: Tensor
@@ -168,8 +160,13 @@ class MLPForwardArgs(NamedTuple):
     dtype: torch.dtype
     backend: str
 
-    segments = property(_segments)
-    options = property(_options)
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.rows_per_slot, self.images)
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, self.save, self.dtype)
 
     @property
     def mlp(self) -> MLPParams:
@@ -197,8 +194,13 @@ class MLPBackwardArgs(NamedTuple):
     dtype: torch.dtype
     backend: str
 
-    segments = property(_segments)
-    options = property(_options)
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.rows_per_slot, self.images)
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, self.save, self.dtype)
 
     @property
     def mlp(self) -> MLPParams:
@@ -230,8 +232,13 @@ class BlockForwardArgs(NamedTuple):
     dtype: torch.dtype
     backend: str
 
-    segments = property(_segments)
-    options = property(_options)
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.rows_per_slot, self.images)
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, self.save, self.dtype)
 
     @property
     def conv(self) -> ConvParams:
@@ -275,8 +282,13 @@ class BlockBackwardArgs(NamedTuple):
     dtype: torch.dtype
     backend: str
 
-    segments = property(_segments)
-    options = property(_options)
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.rows_per_slot, self.images)
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, self.save, self.dtype)
 
     @property
     def conv(self) -> ConvParams:

@@ -141,7 +141,6 @@ def mlp_forward(
     x, images = batch.x, batch.images
     total, hidden = x.shape[0], params.w1.shape[0]
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
-    assert gamma is not None and beta is not None
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, params.b2)
     weights = backend.prepare_mlp(params, layer_norm, x)
     factors = batch.drop_path_scale
@@ -208,7 +207,6 @@ def mlp_backward(
     x, layer_norm = batch.x, saved.layer_norm
     stat = statistics_dtype(x.dtype)
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
-    assert gamma is not None and beta is not None
     fold = layer_norm is not None and backend.folds_layer_norm
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, None)
     weights = backend.prepare_mlp(params, layer_norm if fold else None, x)
@@ -230,8 +228,8 @@ def mlp_backward(
             MLPGradRows(a, d, d_sum, norm, z, rstd, ln_weight, part.images, preserve_a), weights, options
         )
         dxs.put(part.r0, part.r1, grads.dx)
-        dw1 = backend.linear_weight_grad(grads.da, y)
-        found = [dw1, grads.db1, grads.dgamma, grads.dw2, d_sum, grads.dln_weight, grads.dln_bias]
+        weight_grad = backend.linear_weight_grad(grads.da, y)
+        found = [weight_grad, grads.db1, grads.dgamma, grads.dw2, d_sum, grads.dln_weight, grads.dln_bias]
         sums = found if sums is None else [_added(total, term) for total, term in zip(sums, found, strict=True)]
     if sums is None or dxs.value is None:  # no image at all
         sums = _zeros(params, x.shape[1], stat)
@@ -308,8 +306,8 @@ def _conv_norm(
     """LN(conv(x)), or without ``layer_norm`` its normalised rows; and 1/std."""
     weight, bias = as_statistics(*conv, like=x)
     assert weight is not None
-    affine = (None, None) if layer_norm is None else as_statistics(*layer_norm, like=x)
-    return backend.depthwise_conv_normalize(x, weight, bias, neighbours, affine, eps)
+    gain, shift = (None, None) if layer_norm is None else as_statistics(*layer_norm, like=x)
+    return backend.depthwise_conv_normalize(x, weight, bias, neighbours, (gain, shift), eps)
 
 
 def run_block_forward(backend: KernelBackend, a: BlockForwardArgs) -> tuple[Tensor, ...]:
@@ -345,7 +343,6 @@ def run_block_backward(backend: KernelBackend, a: BlockBackwardArgs) -> tuple[Te
     dy = cast(grads.x, x.dtype).view(x.shape)
     ddw, ddb = backend.depthwise_conv_backward_weight(dy, x, a.neighbours, a.dw_weight.shape[-1])
     (weight,) = as_statistics(a.dw_weight, like=x)
-    assert weight is not None
     dx = backend.depthwise_conv_forward(dy, weight, None, a.dout, a.neighbours, flip=True)
     norm_grads = cast(grads.ln_weight, a.ln_weight.dtype), cast(grads.ln_bias, a.ln_bias.dtype)
     return dx, cast(ddw, a.dw_weight.dtype), ddb, *norm_grads, *_mlp_grads(grads, a.mlp)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import re
 from pathlib import Path
 
 import pytest
+
+from bench import kernel_resources
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -97,10 +98,7 @@ def test_a_family_has_its_stem_in_every_folder():
 
 def test_everything_reads_the_same_architectures():
     listed = [gpu["name"] for gpu in json.loads((CSRC / "architectures.json").read_text())["cuda"]]
-    spec = importlib.util.spec_from_file_location("kernel_resources", ROOT / "bench" / "kernel_resources.py")
-    resources = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(resources)
-    assert list(resources.ARCHITECTURES) == listed
+    assert list(kernel_resources.ARCHITECTURES) == listed
     for result in ("cuda_resources.json", "triton_resources.json"):
         committed = json.loads((ROOT / "bench" / "results" / result).read_text())
         assert [name for name in committed.get("architectures") or committed["targets"] if name in listed] == listed

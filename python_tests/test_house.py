@@ -30,13 +30,6 @@ def parsed(folder: str) -> dict[str, ast.Module]:
 MOST = 8
 # Their parameters are those of a kernel or of an operator's schema, which has its own place.
 SIGNATURE_IS_A_SCHEMA = re.compile(r"triton\.jit\b|(_fake|operator)\b")
-# Longer than they should be; what is in order again has to be taken out. Empty in the end.
-TOO_LONG = {
-    f"{PACKAGE}/backends/triton/conv.py": {"_convolve"},
-    f"{PACKAGE}/fuse/forward.py": {"fused_block"},
-    f"{PACKAGE}/ops/norm.py": {"_LayerNormGRN.forward", "_GlobalResponseNorm.forward"},
-    f"{PACKAGE}/ops/resample.py": {"_Stem.forward"},
-}
 
 
 def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -66,17 +59,13 @@ def may_be_long(path: str, name: str, function: ast.FunctionDef) -> bool:
 
 
 def test_no_function_has_more_than_eight_parameters():
-    found = {
-        (path, name): len(parameters(function))
+    over = [
+        f"{path}: {name} has {len(parameters(function))}"
         for path, tree in {**parsed(PACKAGE), **parsed("bench")}.items()
         for name, function in functions(tree)
         if len(parameters(function)) > MOST and not may_be_long(path, name, function)
-    }
-    listed = {(path, name) for path, names in TOO_LONG.items() for name in names}
-    over = [f"{path}: {name} has {found[path, name]}" for path, name in sorted(found.keys() - listed)]
+    ]
     assert not over, f"more than {MOST} parameters; group what belongs together (params.py): {over}"
-    mended = [f"{path}: {name}" for path, name in sorted(listed - found.keys())]
-    assert not mended, f"these are in order, or gone: take them out of TOO_LONG: {mended}"
 
 
 # -- imports
@@ -89,7 +78,8 @@ LAYERS = (
     ("ops",),
     ("nn", "_info"),
     ("models", "fuse", "graphs"),
-    ("data", "benchmark"),
+    ("data",),
+    ("benchmark",),  # train's demo ends with one measurement
     ("train",),
     ("analysis",),
     ("cli",),
@@ -204,7 +194,6 @@ def sys_modules() -> frozenset[str]:
     return sys.stdlib_module_names
 
 
-@pytest.mark.xfail(strict=True, reason="triton's backend and launch import each other")
 def test_no_late_import_closes_a_cycle():
     graph = {module: {target for target, _, _ in targets} for module, targets in own_imports().items()}
     closing = [
@@ -305,7 +294,6 @@ def enumerations(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
             yield node.lineno, said
 
 
-@pytest.mark.xfail(strict=True, reason="benchmark and cli list the backends once more")
 def test_backends_are_enumerated_once():
     found = [
         f"{path}:{line} names {', '.join(names)}"

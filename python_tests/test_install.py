@@ -95,8 +95,9 @@ def test_info_names_every_op_and_backend():
 
 
 def test_info_does_not_call_cuda_available_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(ck.backends, "why_not", lambda *question: None)
-    monkeypatch.setattr(ck.backends.cuda, "DEVICE", "cuda")
+    cuda = ck.backends.REGISTRY["cuda"]
+    monkeypatch.setattr(type(cuda), "unsupported_reason", lambda *question: None)
+    monkeypatch.setattr(type(cuda), "device_type", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert re.search(r"\n  cuda +not available: compiled, but PyTorch sees no GPU\n", ck.info())
 

@@ -1,1 +1,1 @@
-"""The stages of ``bench/gpu_check.py``, one module each, and what they share."""
+"""``python -m bench gpu``: its stages, one module each, and what they share."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..dtypes import statistics_dtype
 
-_FAKES = {}
+_FAKES: dict[str, Callable] = {}
 
 
 def register(namespace: str, *names: str) -> None:

@@ -68,6 +68,7 @@ class CPUBackend(NativeBackend):
 def _linear_by_image(h: Tensor, weights: MLPParams, scale: Tensor, residual: Tensor | None, rows: int) -> Tensor:
     """``GRN(h) w2' + b2 [+ residual]`` by one GEMM an image, with its scale in the weight and beta in the bias."""
     w2, b2, beta = weights.w2, weights.b2, weights.beta
+    assert b2 is not None  # as in every forward
     bias = (b2 + w2.to(beta.dtype) @ beta).to(h.dtype)
     parts = h.split(rows)
     adds = [None] * len(parts) if residual is None else residual.split(rows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def _choose() -> tuple:
 
 
 _onednn, _onednn_backward = _choose()
-_onednn_add = None if _onednn is None else torch.ops.mkldnn._linear_pointwise.binary
+_onednn_add: Any = None if _onednn is None else torch.ops.mkldnn._linear_pointwise.binary
 
 
 def vendor() -> str:

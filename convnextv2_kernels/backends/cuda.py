@@ -113,10 +113,8 @@ class CUDABackend(NativeBackend):
             w1, w2 = w1.to(stat), w2.to(stat)
         w1, w2 = w1.contiguous(), w2.contiguous()
         vectors = (b1, b2, beta, *(layer_norm or (None, None)))
-        b1, b2, beta, ln_weight, ln_bias = (None if t is None else t.to(stat).contiguous() for t in vectors)
-        new_w1, new_b1, new_w2, new_b2 = self.operators.mlp_parameters.default(
-            w1, b1, w2, b2, beta, ln_weight, ln_bias, like
-        )
+        first_bias, *rest = (None if t is None else t.to(stat).contiguous() for t in vectors)
+        new_w1, new_b1, new_w2, new_b2 = self.operators.mlp_parameters.default(w1, first_bias, w2, *rest, like)
         w1, w2 = (new if new.shape[0] else old for new, old in ((new_w1, w1), (new_w2, w2)))
         return MLPParams(w1, new_b1, gamma, params.beta, w2, None if b2 is None else new_b2)
 

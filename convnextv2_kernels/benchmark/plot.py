@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .. import backends
 from .._atomic_io import atomic_file
 from .report import machine_line, short, title
 from .step import peak_of
@@ -86,8 +88,8 @@ _DENSE = {
     ("nchw", "graph"): "#a5b4fc",
     ("channels_last", "graph"): "#4f46e5",
 }
-_OURS = {"reference": "#fdba74", "cpu": "#c2410c", "triton": "#ea580c", "cuda": "#dc2626"}
-_OURS |= {"cuda+triton": "#9a3412", "auto": "#9a3412"}
+_SHADES = itertools.cycle(("#fdba74", "#c2410c", "#dc2626", "#ea580c", "#9a3412"))  # in the order of the registry
+_OURS = {"auto": "#9a3412", **dict(zip(backends.REGISTRY, _SHADES, strict=False))}
 _OUR_GRAPH = "#15803d"
 SIDE_BY_SIDE = 4  # more sizes than these: one panel above the other, so that a page can hold them
 

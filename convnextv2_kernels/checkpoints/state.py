@@ -65,9 +65,10 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
             f"{what} is no ConvNeXt V2, expected names as in {', '.join(WRITABLE)}, got "
             f"{listing(map(str, state_dict)) or 'nothing at all'}"
         )
-    names = {key: found.canonical(bare[key]) if key in bare else None for key in state_dict}
-    if unknown := [str(key) for key, name in names.items() if name is None]:
+    known = {key: found.canonical(bare[key]) if key in bare else None for key in state_dict}
+    if unknown := [str(key) for key, name in known.items() if name is None]:
         raise ValueError(f"{what} has keys that are not of a ConvNeXt V2 with {found.name} names: {listing(unknown)}")
+    names = {key: name for key, name in known.items() if name is not None}
     keys = {name: key for key, name in names.items()}
     if twice := [key for key, name in names.items() if keys[name] != key]:
         raise ValueError(f"{what} has these keys both with and without module. or _orig_mod.: {listing(twice)}")

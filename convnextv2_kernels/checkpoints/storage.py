@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zipfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _read_torch(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-_READERS = {"safetensors": safetensors.torch.load_file, "torch": _read_torch}
+_READERS: dict[str, Callable[[Path], Any]] = {"safetensors": safetensors.torch.load_file, "torch": _read_torch}
 
 
 def _reason(error: Exception) -> str:

@@ -42,6 +42,7 @@ def activation(act: nn.Module) -> str | None:
 def why_not(family: Family, block: nn.Module) -> str | None:
     """Reason this block of the family cannot be fused, or None."""
     base = family.base_class(block)
+    assert base is not None, "a block of this family"
     if type(block).forward is not base.forward:
         return f"{type(block).__name__} overrides forward of {base.__name__}"
     if family.classes and base.forward.__module__ != base.__module__:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor, nn
+
+# A module of any library. Its attributes are known by its class's name only, so to a type checker it can be anything.
+ForeignModule: TypeAlias = Any
 
 
 class Parts(NamedTuple):
     """The inputs of a block's computation: modules whose parameters are read, and GRN's own parameters."""
 
-    conv: nn.Module
-    norm: nn.Module
-    fc1: nn.Module
-    act: nn.Module
-    grn: nn.Module
-    fc2: nn.Module
-    drop_path: nn.Module
+    conv: ForeignModule
+    norm: ForeignModule
+    fc1: ForeignModule
+    act: ForeignModule
+    grn: ForeignModule
+    fc2: ForeignModule
+    drop_path: ForeignModule
     gamma: Tensor | None
     beta: Tensor | None
     layer_scale: Tensor | None
@@ -61,20 +64,20 @@ class Family:
         """Names of the modules of :class:`Parts`, in its order."""
         return self.conv, self.norm, self.fc1, self.act, self.grn, self.fc2, self.drop_path
 
-    def base_class(self, block: nn.Module) -> type | None:
+    def base_class(self, block: nn.Module) -> type[nn.Module] | None:
         """The class of this family that the block is an instance of."""
         if not self.classes:
             children = {name for name, _ in block.named_children()}
             return type(block) if children == set(self.names) else None
-        return next((c for c in type(block).__mro__ if f"{c.__module__}.{c.__qualname__}" in self.classes), None)
+        bases = [c for c in type(block).__mro__ if issubclass(c, nn.Module)]
+        return next((c for c in bases if f"{c.__module__}.{c.__qualname__}" in self.classes), None)
 
     def parts(self, block: nn.Module) -> Parts:
         """The block's parts as they are now: they may have been replaced since it was fused."""
-        modules = [_module(block, name) for name in self.names]
-        grn = modules[4]
+        conv, norm, fc1, act, grn, fc2, drop_path = [_module(block, name) for name in self.names]
         gamma, beta = (getattr(grn, name, None) for name in self.grn_parameters)
         scale = None if self.layer_scale is None else getattr(block, self.layer_scale)
-        return Parts(*modules, gamma, beta, scale, getattr(grn, "eps", 1e-6))
+        return Parts(conv, norm, fc1, act, grn, fc2, drop_path, gamma, beta, scale, getattr(grn, "eps", 1e-6))
 
     def bypassed(self, block: nn.Module) -> list[tuple[str, nn.Module]]:
         """Name and module of everything in the block that is not called once it is fused."""
@@ -85,11 +88,13 @@ def _module(block: nn.Module, name: str) -> nn.Module:
     """``block.a.b`` for the name "a.b". Reads the modules' tables directly: their own attribute look-up is slow, and
     every call of a fused block would need it a few dozen times."""
     for part in name.split("."):
-        block = block._modules[part]
+        child = block._modules[part]
+        assert child is not None
+        block = child
     return block
 
 
-def _why_not_timm(block: nn.Module) -> str | None:
+def _why_not_timm(block: ForeignModule) -> str | None:
     if type(block.mlp).__name__ != "GlobalResponseNormMlp":
         return f"mlp is a {type(block.mlp).__name__} without global response normalisation (ConvNeXt V1)"
     if not isinstance(block.shortcut, nn.Identity):

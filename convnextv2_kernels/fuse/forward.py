@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from typing import TypeAlias
 
 import torch
 import torch.fx
@@ -18,32 +19,32 @@ from ..dtypes import gemm_dtype
 from .checks import activation, unfit
 from .families import Family
 
+# Plain tuples, which every version of torch.fx can hold in a graph.
+_Norm: TypeAlias = tuple[Tensor, Tensor, float]
+_DropPath: TypeAlias = tuple[float, bool, bool]
+_Conv: TypeAlias = tuple[Tensor, Tensor | None]
+_First: TypeAlias = tuple[Tensor, Tensor, str]
+_Second: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+_Arguments: TypeAlias = tuple[_Conv, _Norm, _First, _Norm, _Second, _DropPath]
+
 
 @torch.fx.wrap
 def fused_block(
-    x: Tensor,
-    conv: tuple[Tensor, Tensor | None],
-    norm: tuple[Tensor, Tensor, float],
-    fc1: tuple[Tensor, Tensor],
-    grn: tuple[Tensor, Tensor, float],
-    fc2: tuple[Tensor, Tensor],
-    layer_scale: Tensor | None,
-    act: str,
-    drop_path: tuple[float, bool, bool],
-    save: str | None,
+    x: Tensor, conv: _Conv, norm: _Norm, fc1: _First, grn: _Norm, fc2: _Second, drop_path: _DropPath, save: str | None
 ) -> Tensor:
     """``x [N, C, H, W]`` -> the same shape and dtype, in channels-last strides; one node to torch.fx.
 
     Args:
-        conv, fc1, fc2: weight and bias; weights of fc1 and fc2 as ``[out, in]`` or as 1x1 kernels.
+        conv, fc1, fc2: weight and bias; weights of fc1 and fc2 as ``[out, in]`` or as 1x1 kernels. After fc1 its
+            activation, after fc2 layer scale ``[C]``, which multiplies the MLP's result, or None.
         norm, grn: weight, bias and eps of LayerNorm and of GRN.
-        layer_scale: ``[C]``, multiplied with the MLP's result, or None.
-        act, save: see :func:`convnextv2_kernels.ops.convnextv2_block`.
+        save, the activation: see :func:`convnextv2_kernels.ops.convnextv2_block`.
         drop_path: see :func:`drop_path_factors`; a rate of 0 drops nothing.
     """
     x = x.permute(0, 2, 3, 1)
     factors = drop_path_factors(x, *drop_path) if drop_path[0] else None
     w1, b1, w2, b2 = fc1[0].flatten(1), fc1[1], fc2[0].flatten(1), fc2[1]
+    act, layer_scale = fc1[2], fc2[2]
     mlp = (w1, b1, grn[0], grn[1])
     if layer_scale is not None and gemm_dtype(x) == torch.float16:
         # layer scale may start at 1e-6: float16 cannot hold its product with a weight
@@ -72,21 +73,21 @@ def drop_path_factors(x: Tensor, rate: float, scale_by_keep: bool, uniform: bool
     return factors.div_(keep) if scale_by_keep and keep > 0 else factors
 
 
-def block_arguments(family: Family, block: nn.Module) -> tuple:
+def block_arguments(family: Family, block: nn.Module) -> _Arguments:
     """Arguments of :func:`fused_block` between x and save, from the block's current state."""
     parts = family.parts(block)
     conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
     rate = 0.0
     if parts.drop_path.training and not isinstance(parts.drop_path, nn.Identity):
         rate = float(parts.drop_path.drop_prob or 0.0)
+    act = activation(parts.act)
+    assert act is not None and parts.gamma is not None and parts.beta is not None  # as checks.py has found
     return (
         (conv.weight, conv.bias),
         (norm.weight, norm.bias, norm.eps),
-        (fc1.weight, fc1.bias),
+        (fc1.weight, fc1.bias, act),
         (parts.gamma, parts.beta, parts.grn_eps),
-        (fc2.weight, fc2.bias),
-        parts.layer_scale,
-        activation(parts.act),
+        (fc2.weight, fc2.bias, parts.layer_scale),
         (rate, getattr(parts.drop_path, "scale_by_keep", True), family.uniform_drop_path),
     )
 
@@ -158,8 +159,8 @@ class FusedForward:
 
 def install(block: nn.Module, forward: FusedForward) -> None:
     """Put a fused forward on an instance."""
-    block.forward = forward
-    block._replicate_for_data_parallel = forward.replicate
+    # attributes of the instance hide the methods of its class
+    block.__dict__.update(forward=forward, _replicate_for_data_parallel=forward.replicate)
 
 
 def installed(block: nn.Module) -> FusedForward | None:

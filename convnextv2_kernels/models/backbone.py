@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class Backbone(nn.Module):
         x = images if self.feature_dtype is None else images.to(self.feature_dtype)
         for downsample, stage in zip(self.downsample_layers, self.stages, strict=True):
             x = downsample(x, layout)
-            for block in stage:
+            for block in cast("nn.ModuleList", stage):
                 x = block(x, layout)
             yield x
 

@@ -49,11 +49,12 @@ class ConvNeXtV2(Backbone):
         super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn)
         self.num_classes = num_classes if num_classes == 0 else check_positive("num_classes", num_classes)
         self.norm = LayerNorm(dims[-1])
-        self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
+        self.head: nn.Module = nn.Identity()
         if num_classes:
-            init_linear_map(self.head)
+            self.head = head = nn.Linear(dims[-1], num_classes)
+            init_linear_map(head)
             with torch.no_grad():
-                self.head.weight.mul_(head_init_scale)
+                head.weight.mul_(head_init_scale)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """``images [N, in_chans, H, W]``, sides of at least 32 -> ``[N, dims[3]]``: the last stage,

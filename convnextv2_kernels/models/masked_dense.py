@@ -6,8 +6,10 @@ sparse encoder. Hidden pixels are zeroed at the start, so that not even a NaN am
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layout import PatchLayout
 from ..ops._checks import check_images, check_layout_of_images
@@ -34,7 +36,7 @@ def masked_dense_features(encoder: Backbone, images: Tensor, layout: PatchLayout
             x = downsample(x)
             visible = (~_spread(hidden, x.shape[1])).to(x.dtype).unsqueeze(-1)
             x = x * visible
-            for block in stage:
+            for block in cast("nn.ModuleList", stage):
                 x = block(x, visible=visible)
     return x
 

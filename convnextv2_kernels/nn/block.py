@@ -9,6 +9,7 @@ from .. import ops
 from ..layout import PatchLayout
 from ..ops._checks import check_drop_path_rate, check_positive
 from ..ops._grn_variant import GRNVariant
+from ..ops.block import BlockParameters
 from .init import init_linear_map
 from .layers import GlobalResponseNorm, LayerNorm, SubmanifoldDepthwiseConv2d
 
@@ -72,7 +73,7 @@ class ConvNeXtV2Block(nn.Module):
             visible=visible,
         )
 
-    def _parameters_in_order(self) -> tuple[Tensor, ...]:
+    def _parameters_in_order(self) -> BlockParameters:
         """As the block op takes them."""
         conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
         linear = (first.weight, first.bias, *self.grn.affine(), second.weight, second.bias)

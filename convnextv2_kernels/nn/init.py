@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Protocol
+
+from torch import Tensor, nn
 
 
-def init_linear_map(module: nn.Module) -> None:
+class LinearMap(Protocol):
+    """A layer with a weight, and a bias or None."""
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+
+def init_linear_map(module: LinearMap) -> None:
     """Weights of a convolution or linear layer ~ N(0, 0.02^2) truncated at +-2, bias 0.
 
     As in the official code the bounds are absolute, not in units of the standard deviation, so they

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from .. import ops
@@ -24,13 +26,14 @@ class PatchEmbed(nn.Sequential):
     def __init__(self, in_chans: int, dim: int):
         check_positive("in_chans", in_chans)
         check_positive("dim", dim)
-        super().__init__(nn.Conv2d(in_chans, dim, kernel_size=4, stride=4), LayerNorm(dim))
-        init_linear_map(self[0])
+        conv = nn.Conv2d(in_chans, dim, kernel_size=4, stride=4)
+        super().__init__(conv, LayerNorm(dim))
+        init_linear_map(conv)
 
     def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """``images [N, in_chans, H, W]`` -> packed ``[P, s, s, C]`` with s = patch side / 4; dense
         ``[N, H//4, W//4, C]`` without a layout."""
-        conv, norm = self
+        conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self)
         return ops.patch_embed_layer_norm(images, conv.weight, conv.bias, norm.weight, norm.bias, layout, eps=norm.eps)
 
 
@@ -44,11 +47,12 @@ class Downsample(nn.Sequential):
     def __init__(self, dim_in: int, dim_out: int):
         check_positive("dim_in", dim_in)
         check_positive("dim_out", dim_out)
-        super().__init__(LayerNorm(dim_in), nn.Conv2d(dim_in, dim_out, kernel_size=2, stride=2))
-        init_linear_map(self[1])
+        conv = nn.Conv2d(dim_in, dim_out, kernel_size=2, stride=2)
+        super().__init__(LayerNorm(dim_in), conv)
+        init_linear_map(conv)
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None) -> Tensor:
         """Packed ``[P, s, s, dim_in]`` -> ``[P, s/2, s/2, dim_out]``, or dense ``[N, H, W,
         dim_in]`` -> ``[N, H//2, W//2, dim_out]``; both are computed in the same way."""
-        norm, conv = self
+        norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self)
         return ops.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)

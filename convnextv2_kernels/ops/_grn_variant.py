@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..backends.reference.grn_variants import AGGREGATIONS, NORMALIZERS
 
@@ -74,7 +75,7 @@ class GRNVariant:
         words = [word.strip() for word in text.split(",")]
         if words in (["default"], ["none"]):
             return cls(enabled=words == ["default"])
-        fields: dict[str, str | bool] = {}
+        fields: dict[str, Any] = {}
         for word in words:
             if word not in _WORDS:
                 raise ValueError(
@@ -90,7 +91,7 @@ class GRNVariant:
     @classmethod
     def of(cls, grn: str | GRNVariant) -> GRNVariant:
         """A variant unchanged, or the one that a string describes, see :meth:`parse`."""
-        return grn if isinstance(grn, cls) else cls.parse(grn)
+        return grn if isinstance(grn, GRNVariant) else cls.parse(grn)
 
     def __str__(self) -> str:
         """The shortest text that :meth:`parse` reads as this variant."""

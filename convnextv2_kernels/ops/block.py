@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from .. import schedule
 from ..backends import reference
 from ..dtypes import cast, gemm_dtype, no_autocast
 from ..layout import PatchLayout
-from ..params import BlockBackwardArgs, BlockForwardArgs, MLPParams
+from ..params import BlockBackwardArgs, BlockForwardArgs
 from ..settings import SAVE_POLICIES
 from . import _checks as check
 from . import _operators
@@ -18,6 +20,11 @@ from ._grn_variant import GRNVariant
 from .conv import conv_neighbours
 from .mlp import check_mlp
 from .norm import segments_of
+
+# dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2
+BlockParameters: TypeAlias = tuple[
+    Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]
 
 
 class _Block(torch.autograd.Function):
@@ -61,14 +68,20 @@ class _Block(torch.autograd.Function):
 _operators.differentiate("block_forward", _Block)
 
 
-def _check(tensors: tuple[Tensor | None, ...], layout: PatchLayout | None, settings: tuple) -> None:
-    x, dw_weight, dw_bias, ln_weight, ln_bias, *mlp, drop_path_scale = tensors
+def _check(
+    x: Tensor,
+    params: BlockParameters,
+    drop_path_scale: Tensor | None,
+    layout: PatchLayout | None,
+    settings: tuple[str, str, float, float | None, str | None],
+) -> None:
+    dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2 = params
     scope, act, eps, grn_eps, save = settings
     check.check_packed(x, layout)
     check.check_depthwise_weight(dw_weight, dw_bias, x)
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
-    check_mlp(x, MLPParams(*mlp), x.shape[-1], layout, drop_path_scale, scope, act)
+    check_mlp(x, (w1, b1, gamma, beta, w2, b2), x.shape[-1], layout, drop_path_scale, scope, act)
     check.check_eps(eps)
     check.check_grn_eps(*((eps, "eps") if grn_eps is None else (grn_eps, "grn_eps")))
     if save not in (None, *SAVE_POLICIES):
@@ -121,7 +134,7 @@ def convnextv2_block(
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
     tensors = (x, *params, drop_path_scale)
     if not check.known(tensors, layout, (scope, act, eps, grn_eps, save)):
-        _check(tensors, layout, (scope, act, eps, grn_eps, save))
+        _check(x, params, drop_path_scale, layout, (scope, act, eps, grn_eps, save))
         check.remember(tensors, layout, (scope, act, eps, grn_eps, save))
     grn_eps = eps if grn_eps is None else grn_eps
     dtype = gemm_dtype(x)

@@ -53,8 +53,8 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, ln_weight, ln_bias, neighbours, eps, backend):
-        w, b, *affine = as_statistics(weight, bias, ln_weight, ln_bias, like=x)
-        y, _ = backends.get(backend).depthwise_conv_normalize(x, w, b, neighbours, affine, eps)
+        w, b, lw, lb = as_statistics(weight, bias, ln_weight, ln_bias, like=x)
+        y, _ = backends.get(backend).depthwise_conv_normalize(x, w, b, neighbours, (lw, lb), eps)
         ctx.save_for_backward(x, weight, bias, ln_weight, neighbours)
         ctx.backend, ctx.eps, ctx.ln_bias_dtype = backend, eps, ln_bias.dtype
         return y
@@ -69,9 +69,9 @@ class _DepthwiseConvLayerNorm(torch.autograd.Function):
         dy, dln_weight, dln_bias = k.normalized_backward(grad.contiguous(), z, rstd, lw)
         dx = k.depthwise_conv_forward(dy, w, None, None, neighbours, flip=True) if ctx.needs_input_grad[0] else None
         dw, db = k.depthwise_conv_backward_weight(dy, x, neighbours, weight.shape[-1])
-        db = None if bias is None else db.to(bias.dtype)
+        assert dln_weight is not None and dln_bias is not None
         norm = dln_weight.to(ln_weight.dtype), dln_bias.to(ctx.ln_bias_dtype)
-        return dx, dw.to(weight.dtype), db, *norm, None, None, None
+        return dx, dw.to(weight.dtype), None if bias is None else db.to(bias.dtype), *norm, None, None, None
 
 
 def submanifold_depthwise_conv2d(

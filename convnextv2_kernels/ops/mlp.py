@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,15 @@ from .. import schedule
 from ..backends import reference
 from ..dtypes import gemm_dtype
 from ..layout import PatchLayout
-from ..params import MLPBackwardArgs, MLPForwardArgs, MLPParams
+from ..params import MLPBackwardArgs, MLPForwardArgs
 from . import _checks as check
 from . import _operators
 from ._dispatch import direct, dispatch, once_differentiable, traced
 from .norm import segments_of
 from .patches import gather_patches
 
+# w1, b1, gamma, beta, w2, b2
+MLPParameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
@@ -61,7 +65,7 @@ _operators.differentiate("mlp_forward", _PointwiseMLP)
 
 def check_mlp(
     x: Tensor,
-    params: MLPParams,
+    params: MLPParameters,
     out_channels: int,
     layout: PatchLayout | None,
     drop_path_scale: Tensor | None,
@@ -120,7 +124,7 @@ def pointwise_mlp(
     check.check_float(w2, "w2")
     if w2.dim() != 2 or w2.shape[0] < 1:
         raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
-    params = MLPParams(w1, b1, gamma, beta, w2, b2)
+    params = (w1, b1, gamma, beta, w2, b2)
     check_mlp(x, params, w2.shape[0], layout, drop_path_scale, scope, act)
     check.check_grn_eps(eps)
     if residual is not None:

@@ -56,12 +56,11 @@ class _GlobalResponseNorm(torch.autograd.Function):
     """GRN, or GRN(GELU(x)) with ``gelu``; keeps the input and one norm per image and channel."""
 
     @staticmethod
-    def forward(ctx, x, gamma, beta, offsets, rows_per_slot, segments, gelu, eps, backend):
+    def forward(ctx, x, gamma, beta, images, gelu, eps, backend):
         g, b = as_statistics(gamma.reshape(-1), beta.reshape(-1), like=x)
-        own = Segments(offsets, rows_per_slot, segments)
-        y, norm = backends.get(backend).grn_forward(x, g, b, own, gelu, eps)
-        ctx.save_for_backward(x, gamma, norm, offsets)
-        ctx.segments, ctx.args = (rows_per_slot, segments), (gelu, eps)
+        y, norm = backends.get(backend).grn_forward(x, g, b, images, gelu, eps)
+        ctx.save_for_backward(x, gamma, norm, images.offsets)
+        ctx.segments, ctx.args = images[1:], (gelu, eps)
         ctx.backend, ctx.beta = backend, (beta.dtype, beta.shape)
         return y
 
@@ -72,21 +71,21 @@ class _GlobalResponseNorm(torch.autograd.Function):
         (g,) = as_statistics(gamma.reshape(-1), like=x)
         k = backends.get(ctx.backend)
         dx, dgamma, dbeta = k.grn_backward(grad.contiguous(), x, g, norm, Segments(offsets, *ctx.segments), *ctx.args)
-        dgamma = _like(dgamma, gamma.dtype, gamma.shape)
-        return dx, dgamma, _like(dbeta, *ctx.beta), None, None, None, None, None, None
+        return dx, _like(dgamma, gamma.dtype, gamma.shape), _like(dbeta, *ctx.beta), None, None, None, None
 
 
 class _LayerNormGRN(torch.autograd.Function):
     """GRN(LN(x)): keeps x and the statistics of both norms; LN(x) is recomputed in backward."""
 
     @staticmethod
-    def forward(ctx, x, ln_weight, ln_bias, gamma, beta, offsets, rows_per_slot, segments, ln_eps, eps, backend):
+    def forward(ctx, x, ln_weight, ln_bias, gamma, beta, images, both_eps, backend):
         k = backends.get(backend)
+        ln_eps, eps = both_eps
         w, b, g, b2 = as_statistics(ln_weight, ln_bias, gamma.reshape(-1), beta.reshape(-1), like=x)
         y, mean, rstd = k.layer_norm_forward(x, w, b, ln_eps)
-        out, norm = k.grn_forward(y, g, b2, Segments(offsets, rows_per_slot, segments), False, eps)
-        ctx.save_for_backward(x, mean, rstd, ln_weight, ln_bias, gamma, norm, offsets)
-        ctx.segments, ctx.eps = (rows_per_slot, segments), eps
+        out, norm = k.grn_forward(y, g, b2, images, False, eps)
+        ctx.save_for_backward(x, mean, rstd, ln_weight, ln_bias, gamma, norm, images.offsets)
+        ctx.segments, ctx.eps = images[1:], eps
         ctx.backend, ctx.beta = backend, (beta.dtype, beta.shape)
         return out
 
@@ -104,8 +103,7 @@ class _LayerNormGRN(torch.autograd.Function):
         )
         dx, dw, db = k.layer_norm_backward(dy, x, mean, rstd, w)
         dw, db = dw.to(ln_weight.dtype), db.to(ln_bias.dtype)
-        dgamma = _like(dgamma, gamma.dtype, gamma.shape)
-        return dx, dw, db, dgamma, _like(dbeta, *ctx.beta), None, None, None, None, None, None
+        return dx, dw, db, _like(dgamma, gamma.dtype, gamma.shape), _like(dbeta, *ctx.beta), None, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6) -> Tensor:
@@ -176,7 +174,7 @@ def global_response_norm(
         x,
         reference=lambda: reference.norm.global_response_norm(x, gamma, beta, layout, scope, eps),
         kernel=lambda backend: _GlobalResponseNorm.apply(
-            x.contiguous(), gamma, beta, *segments_of(x, layout, scope), False, eps, backend
+            x.contiguous(), gamma, beta, segments_of(x, layout, scope), False, eps, backend
         ),
     )
 
@@ -191,7 +189,7 @@ def gelu_grn(
         x,
         reference=lambda: reference.norm.gelu_grn(x, gamma, beta, layout, scope, eps),
         kernel=lambda backend: _GlobalResponseNorm.apply(
-            x.contiguous(), gamma, beta, *segments_of(x, layout, scope), True, eps, backend
+            x.contiguous(), gamma, beta, segments_of(x, layout, scope), True, eps, backend
         ),
     )
 
@@ -217,6 +215,6 @@ def layer_norm_grn(
         x,
         reference=lambda: reference.norm.layer_norm_grn(x, ln_weight, ln_bias, gamma, beta, layout, scope, ln_eps, eps),
         kernel=lambda backend: _LayerNormGRN.apply(
-            x.contiguous(), ln_weight, ln_bias, gamma, beta, *segments_of(x, layout, scope), ln_eps, eps, backend
+            x.contiguous(), ln_weight, ln_bias, gamma, beta, segments_of(x, layout, scope), (ln_eps, eps), backend
         ),
     )

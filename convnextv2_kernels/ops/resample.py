@@ -3,6 +3,8 @@ linear layer that both are made of."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,8 @@ class _Downsample(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, ln_weight, ln_bias, weight, bias, eps, dtype, backend):
         k = backends.get(backend)
-        y, _ = k.space_to_depth_normalize(x, *as_statistics(ln_weight, ln_bias, like=x), eps)
+        lw, lb = as_statistics(ln_weight, ln_bias, like=x)
+        y, _ = k.space_to_depth_normalize(x, lw, lb, eps)
         b = None if bias is None else bias.to(dtype)
         rows = y.view(-1, y.shape[-1]).to(dtype)
         out = _operators.linear(rows, _pixel_major(weight).to(dtype), b, backend)
@@ -142,6 +145,15 @@ def downsample(
     )
 
 
+class _StemOptions(NamedTuple):
+    """``eps``: of LayerNorm; ``dtype``: of the product's operands."""
+
+    grid: tuple[int, int]
+    eps: float
+    dtype: torch.dtype
+    backend: str
+
+
 class _Stem(torch.autograd.Function):
     """4x4/4 convolution of the visible patches, then LayerNorm unless ``ln_weight`` is None.
 
@@ -149,43 +161,46 @@ class _Stem(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images, weight, bias, ln_weight, ln_bias, patch_of_slot, slot_of_patch, grid, eps, dtype, backend):
+    def forward(ctx, images, weight, bias, ln_weight, ln_bias, patch_of_slot, slot_of_patch, options):
+        grid, eps, dtype, backend = options
         k = backends.get(backend)
         ctx.save_for_backward(images, weight, bias, ln_weight, patch_of_slot, slot_of_patch)
-        ctx.args, ctx.backend = (grid, eps, dtype), backend
+        ctx.options = options
         ctx.ln_bias_dtype = None if ln_bias is None else ln_bias.dtype
         y = _convolve(k.patch_pixels(images, patch_of_slot, grid), weight, bias, dtype, backend)
         if ln_weight is None:
             return y
-        return k.layer_norm_forward(y, *as_statistics(ln_weight, ln_bias, like=y), eps)[0]
+        lw, lb = as_statistics(ln_weight, ln_bias, like=y)
+        return k.layer_norm_forward(y, lw, lb, eps)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         images, weight, bias, ln_weight, patch_of_slot, slot_of_patch = ctx.saved_tensors
-        grid, eps, dtype = ctx.args
-        k = backends.get(ctx.backend)
+        grid, eps, dtype, backend = ctx.options
+        k = backends.get(backend)
         pixels = k.patch_pixels(images, patch_of_slot, grid)
         dy, dln_weight, dln_bias = grad.contiguous(), None, None
         if ln_weight is not None:
-            y = _convolve(pixels, weight, bias, dtype, ctx.backend)
+            y = _convolve(pixels, weight, bias, dtype, backend)
             z, _, rstd = k.layer_norm_forward(y, None, None, eps)
             dy, dln_weight, dln_bias = k.normalized_backward(dy, z, rstd, *as_statistics(ln_weight, like=y))
+            assert dln_weight is not None and dln_bias is not None
             dln_weight, dln_bias = dln_weight.to(ln_weight.dtype), dln_bias.to(ctx.ln_bias_dtype)
         rows = dy.view(-1, dy.shape[-1])
         db = None if bias is None else k.column_sum(rows).to(bias.dtype)
         rows = rows.to(dtype)
         flat = pixels.view(-1, pixels.shape[-1]).to(dtype)
-        dw = _operators.linear_weight_grad(rows, flat, ctx.backend).to(weight.dtype).view(weight.shape)
+        dw = _operators.linear_weight_grad(rows, flat, backend).to(weight.dtype).view(weight.shape)
         dimages = None
         if ctx.needs_input_grad[0]:
-            dpixels = _operators.linear_input_grad(rows, weight.flatten(1).to(dtype), ctx.backend)
+            dpixels = _operators.linear_input_grad(rows, weight.flatten(1).to(dtype), backend)
             dpixels = dpixels.to(images.dtype).view(pixels.shape)
             if slot_of_patch is not None:
                 dpixels = k.scatter_patches(dpixels, slot_of_patch, grid, None)
             n, c, h, w = images.shape
             dimages = dpixels.view(n, h // 4, w // 4, c, 4, 4).permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
-        return dimages, dw, db, dln_weight, dln_bias, None, None, None, None, None, None
+        return dimages, dw, db, dln_weight, dln_bias, None, None, None
 
 
 def _convolve(pixels: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
@@ -226,11 +241,26 @@ def _whole_blocks(images: Tensor) -> Tensor:
     return images[:, :, : images.shape[2] // 4 * 4, : images.shape[3] // 4 * 4].contiguous()
 
 
-def _index(images: Tensor, layout: PatchLayout | None) -> tuple:
+def _index(images: Tensor, layout: PatchLayout | None) -> tuple[Tensor | None, Tensor | None, tuple[int, int]]:
     """``(patch_of_slot, slot_of_patch, grid)``; without a layout every 4x4 block is a patch."""
     if layout is None:
         return None, None, (images.shape[2] // 4, images.shape[3] // 4)
     return layout.patch_of_slot, layout.slot_of_patch, layout.grid
+
+
+def _stem(
+    images: Tensor,
+    conv: tuple[Tensor, Tensor | None],
+    layer_norm: tuple[Tensor | None, Tensor | None],
+    layout: PatchLayout | None,
+    eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """The stem by kernels; without LayerNorm if its weight is None."""
+    patch_of_slot, slot_of_patch, grid = _index(images, layout)
+    options = _StemOptions(grid, eps, dtype, backend)
+    return _Stem.apply(images, *conv, *layer_norm, patch_of_slot, slot_of_patch, options)
 
 
 def patch_embed(
@@ -253,9 +283,7 @@ def patch_embed(
         "patch_embed",
         images,
         reference=lambda: reference.resample.patch_embed(images, weight, bias, layout, dtype),
-        kernel=lambda backend: _Stem.apply(
-            images, weight, bias, None, None, *_index(images, layout), 0.0, dtype, backend
-        ),
+        kernel=lambda backend: _stem(images, (weight, bias), (None, None), layout, 0.0, dtype, backend),
         gemm_dtype=dtype,
     )
 
@@ -285,8 +313,6 @@ def patch_embed_layer_norm(
         reference=lambda: reference.norm.layer_norm(
             reference.resample.patch_embed(images, weight, bias, layout, dtype), ln_weight, ln_bias, eps
         ),
-        kernel=lambda backend: _Stem.apply(
-            images, weight, bias, ln_weight, ln_bias, *_index(images, layout), eps, dtype, backend
-        ),
+        kernel=lambda backend: _stem(images, (weight, bias), (ln_weight, ln_bias), layout, eps, dtype, backend),
         gemm_dtype=dtype,
     )

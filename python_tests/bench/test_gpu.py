@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from convnextv2_kernels.backends import triton
-from convnextv2_kernels.backends.triton import backend as triton_backend
+from convnextv2_kernels.backends.triton import availability
 from convnextv2_kernels.benchmark.variants import run_by
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -301,7 +301,7 @@ def test_triton_stages_are_skipped_where_nothing_runs_them(gpu, monkeypatch, tmp
     monkeypatch.setattr(triton, "INTERPRETED", False)
     with pytest.raises(setting.Skip, match="needs TRITON_INTERPRET=1"):
         gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9, True))
-    monkeypatch.setattr(triton_backend, "_load_error", "triton is not installed")
+    monkeypatch.setattr(availability, "_load_error", "triton is not installed")
     with pytest.raises(setting.Skip, match="triton cannot run: triton is not installed"):
         gpu("triton_setup").require(setting.Setting(str(tmp_path), time.time() + 9))
 

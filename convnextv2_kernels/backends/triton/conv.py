@@ -16,6 +16,8 @@ The gradient of x uses the same kernel with the taps flipped: the neighbour rela
 
 from __future__ import annotations
 
+from typing import NamedTuple, no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,7 @@ _MOST_FUSED = 1024
 
 
 @triton.jit
+@no_type_check  # tuples grow in Triton's loops
 def conv_kernel(
     x, neighbours, weight, bias, residual, ln_weight, ln_bias, out, rstd,
     runs, height, width, groups, lines,
@@ -101,13 +104,25 @@ def conv_kernel(
         tl.store(out + at, value.to(out.dtype.element_ty), mask=mask)
 
 
+class _Norm(NamedTuple):
+    """LayerNorm after the convolution, whose 1/std goes into ``rstd``; none where that is None."""
+
+    rstd: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+_NO_NORM = _Norm(None, None, None, 0.0)
+
+
 def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, neighbours: Tensor | None, out: Tensor, *,
-    residual: Tensor | None = None, flip: bool = False, rstd: Tensor | None = None,
-    ln_weight: Tensor | None = None, ln_bias: Tensor | None = None, eps: float = 0.0,
+    residual: Tensor | None = None, flip: bool = False, norm: _Norm = _NO_NORM,
 ) -> None:  # fmt: skip
-    """Convolution of x into ``out``, a tensor of x's shape; with ``rstd``, its LayerNorm."""
+    """Convolution of x into ``out``, a tensor of x's shape, or its LayerNorm."""
     c, k = weight.shape[0], weight.shape[-1]
+    rstd = norm.rstd
     geometry = Geometry(x, neighbours, k)
     bc = min(64, next_power_of_2(c)) if rstd is None else next_power_of_2(c)
     num_warps = 4 if bc <= 64 else 8
@@ -124,8 +139,8 @@ def _convolve(
         weight=weight.view(c, k * k).t().contiguous(),
         bias=bias,
         residual=residual,
-        ln_weight=ln_weight,
-        ln_bias=ln_bias,
+        ln_weight=norm.weight,
+        ln_bias=norm.bias,
         out=out,
         rstd=rstd,
         lines=k,
@@ -133,7 +148,7 @@ def _convolve(
         **geometry.constants,
         FLIP=flip,
         NORMALIZE=rstd is not None,
-        EPS=eps,
+        EPS=norm.eps,
         ACC=accumulator(x.dtype),
         BM=bm,
         BC=bc,
@@ -166,5 +181,5 @@ def depthwise_conv_normalize(
         y, _, rstd = layer_norm_forward(buffer, ln_weight, ln_bias, eps)
         return y.to(x.dtype), rstd
     y, rstd = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=stat)
-    _convolve(x, weight, bias, neighbours, y, rstd=rstd, ln_weight=ln_weight, ln_bias=ln_bias, eps=eps)
+    _convolve(x, weight, bias, neighbours, y, norm=_Norm(rstd, ln_weight, ln_bias, eps))
     return y, rstd

@@ -13,6 +13,8 @@ the gradient of the bias. Shares are added in order by a second kernel; their nu
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,7 @@ _LEAST_RUNS = 16  # per program, so that it writes far fewer sums than it reads 
 
 
 @triton.jit
+@no_type_check  # tuples grow in Triton's loops
 def weight_grad_kernel(
     grad, x, neighbours, partial,
     runs, share, height, width, groups,

@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
     kind: str
     size: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple's method, which nobody needs
     span: int
     images: int
     each: int

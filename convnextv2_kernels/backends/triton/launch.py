@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _fakes
-from .backend import INTERPRETED
+from .availability import INTERPRETED
 
 
 class Launch(NamedTuple):

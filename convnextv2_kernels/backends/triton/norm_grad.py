@@ -115,8 +115,8 @@ def norm_backward_kernel(
 def _backward(
     grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, channels: int,
     half_width: int | None = None, parameters: bool = True,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx ``[*rstd.shape, channels]``, and dweight and dbias if the parameters' gradients are requested."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """dx ``[*rstd.shape, channels]``, and partial sums of the parameters' gradients if they are requested."""
     rows, stat = rstd.numel(), statistics_dtype(x.dtype)
     tile = row_tile(channels, each=8, widest=4096)
     dx = x.new_empty(*rstd.shape, channels)
@@ -124,7 +124,7 @@ def _backward(
         "grad": grad, "x": x, "mean": mean, "rstd": rstd, "weight": weight, "rows": rows, "half_width": half_width,
         "C": channels, "ACC": accumulator(x.dtype), "BM": tile.rows, "BC": tile.columns,
     }  # fmt: skip
-    means = dweight = dbias = partials = None
+    means = partials = None
     if channels > tile.columns:
         means = x.new_empty(rows, 2, dtype=stat)
         launch(row_means_kernel, (cdiv(rows, tile.rows),), num_warps=tile.warps, means=means, **common)
@@ -136,8 +136,13 @@ def _backward(
         norm_backward_kernel, (splits, cdiv(channels, tile.columns)), num_warps=tile.warps,
         means=means, dx=dx, partials=partials, splits=splits, STAGES=2 if parameters else 1, **common,
     )  # fmt: skip
-    if parameters:
-        dweight, dbias = add_pair(partials)
+    return dx, partials
+
+
+def _added(dx: Tensor, partials: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias from what :func:`_backward` returns."""
+    assert partials is not None
+    dweight, dbias = add_pair(partials)
     return dx, dweight, dbias
 
 
@@ -146,13 +151,13 @@ def layer_norm_backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad, ``x [..., C]``, mean, rstd ``[...]``, weight ``[C]`` -> dx like x, dweight and dbias ``[C]``."""
-    return _backward(grad, x, mean, rstd, weight, x.shape[-1])
+    return _added(*_backward(grad, x, mean, rstd, weight, x.shape[-1]))
 
 
 @operator
 def normalized_backward(dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same from the normalised rows z."""
-    return _backward(dy, z, None, rstd, weight, z.shape[-1])
+    return _added(*_backward(dy, z, None, rstd, weight, z.shape[-1]))
 
 
 def normalized_backward_input(dy: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
@@ -166,4 +171,4 @@ def space_to_depth_normalize_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dy, ``z [maps, h, w, 4C]``, rstd ``[maps, 2h, 2w]``, weight ``[C]`` -> dx ``[maps, 2h, 2w, C]``, dweight and
     dbias ``[C]``."""
-    return _backward(dy, z, None, rstd, weight, weight.numel(), half_width=rstd.shape[2] // 2)
+    return _added(*_backward(dy, z, None, rstd, weight, weight.numel(), half_width=rstd.shape[2] // 2))

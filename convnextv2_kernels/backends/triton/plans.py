@@ -20,14 +20,14 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..._atomic_io import write_json
 from ...settings import current
 from ...version import __version__
-from .backend import INTERPRETED, version
+from .availability import INTERPRETED, version
 
 
 class Tile(NamedTuple):
@@ -175,9 +175,10 @@ def forget() -> None:
 
 def _everything(rows: list[dict], shape: Shape) -> Plan:
     """Every kernel fused, with the tiles of the last row of the table that has one."""
-    plan = Plan(source="CONVNEXTV2_KERNELS_TRITON_PRODUCTS")
+    tiles: dict[str, Any] = {}
     for row in rows:
-        plan = plan._replace(**{name: Tile(*row[name]) for name in KERNELS if row.get(name)})
+        tiles |= {name: Tile(*row[name]) for name in KERNELS if row.get(name)}
+    plan = Plan(**tiles, source="CONVNEXTV2_KERNELS_TRITON_PRODUCTS")
     return plan._replace(weight=None) if max(shape.width, shape.out) <= _WIDEST_BACKWARD else plan
 
 
@@ -201,7 +202,7 @@ def directory() -> Path:
 @functools.lru_cache
 def machine(index: int | None = None) -> dict[str, str]:
     """The GPU, driver and versions that a measurement is valid for."""
-    versions = {"torch": torch.__version__, "triton": version(), "library": __version__}
+    versions = {"torch": torch.__version__, "triton": version() or "none", "library": __version__}
     if INTERPRETED:
         return {"gpu": "Triton's interpreter", "driver": "none", **versions}
     return {"gpu": torch.cuda.get_device_name(index), "driver": _driver(), **versions}
@@ -210,9 +211,13 @@ def machine(index: int | None = None) -> dict[str, str]:
 def _driver() -> str:
     """Version of the GPU driver; if the system does not report it, of the newest CUDA it supports, or of ROCm."""
     try:
-        return re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())[0]
-    except (OSError, TypeError):
-        return torch.version.hip or f"CUDA {torch._C._cuda_getDriverVersion()}"
+        found = re.search(r"\d+\.\d+[.\d]*", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return found[0]
+    # torch's stubs leave the function out
+    return torch.version.hip or f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 def path(index: int | None = None) -> Path:

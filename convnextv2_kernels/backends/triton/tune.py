@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 
 from ...params import MLPGradRows, MLPOptions, MLPParams, MLPRows, Segments
 from . import mlp, plans
-from .backend import INTERPRETED, FusedMLP
+from .availability import INTERPRETED
+from .backend import FusedMLP
 from .gemm_backward import hidden_backward, image_products, weight_product
 from .gemm_forward import first_product, second_product
 from .gemm_tiles import partition
@@ -163,7 +164,7 @@ def _seconds(functions: Mapping, repetitions: int) -> dict:
             ready[key] = _repeated(function)
         except (OutOfResources, CompilationError, torch.OutOfMemoryError):
             continue
-    samples = {key: [] for key in ready}
+    samples: dict[Any, list[float]] = {key: [] for key in ready}
     for _ in range(repetitions):
         for key, run in ready.items():
             samples[key].append(run())
@@ -207,9 +208,9 @@ def find(
         calls = {tile: call for tile in candidates[name] if (call := case.kernel(name, tile)) is not None}
         times = _seconds(calls, repetitions)
         if times:
-            best[name] = min(times, key=times.get)
+            best[name] = min(times, key=times.__getitem__)
     forward, backward = (_seconds(case.variants(way, backend, best), repetitions) for way in ("forward", "backward"))
-    chosen = {}
+    chosen: dict[str, Any] = {}
     if _fastest(forward) == "fused":
         chosen |= {"first": best["first"], "second": best["second"]}
     if _fastest(backward) == "fused":
@@ -221,5 +222,5 @@ def find(
 
 def _fastest(times: dict[str, float]) -> str:
     """The fastest variant; the vendor's unless another is clearly faster."""
-    fastest = min(times, key=times.get)
+    fastest = min(times, key=times.__getitem__)
     return fastest if times[fastest] < (1 - _MARGIN) * times["library"] else "library"

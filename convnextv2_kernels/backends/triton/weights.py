@@ -69,14 +69,12 @@ def mlp_parameters(params: MLPParams, layer_norm: NormParams | None, like: Tenso
     w1_out = like.new_empty(w1.shape) if w1.dtype != like.dtype or layer_norm is not None else None
     w2_out = like.new_empty(w2.shape) if w2.dtype != like.dtype else None
     b1_out = like.new_empty(hidden)
-    if b2 is None:
-        beta = b2_out = None  # type: ignore[assignment]
-    else:
-        b2, b2_out = b2.contiguous(), like.new_empty(out)
+    b2_out = None if b2 is None else like.new_empty(out)
     rows = 4
     launch(
         mlp_parameters_kernel, (cdiv(hidden, rows) + cdiv(out, rows),),
-        w1=w1, b1=b1, w2=w2, b2=b2, beta=beta, gain=gain, shift=shift,
+        w1=w1, b1=b1, w2=w2, b2=None if b2 is None else b2.contiguous(), beta=None if b2 is None else beta,
+        gain=gain, shift=shift,
         w1_out=w1_out, b1_out=b1_out, w2_out=w2_out, b2_out=b2_out,
         C=width, H=hidden, OUT=out, ACC=accumulator(like.dtype),
         BM=rows, BC=min(512, next_power_of_2(width)), BH=min(512, next_power_of_2(hidden)),

@@ -6,16 +6,14 @@ exceeds it needs a new plan.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from bench import kernel_resources as resources
+
 ROOT = Path(__file__).resolve().parents[3]
-_spec = importlib.util.spec_from_file_location("kernel_resources", ROOT / "bench" / "kernel_resources.py")
-resources = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(resources)
 
 needs_nvcc = pytest.mark.skipif(resources.nvcc() is None, reason="no nvcc")
 # all read the report of one compilation of every source, which takes minutes
