@@ -106,7 +106,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(shell grep -l '^\[tool\.mypy\]' pyproject.toml),$(BIN)/mypy)
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: venv

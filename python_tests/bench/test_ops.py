@@ -47,6 +47,7 @@ def test_all_variants_are_timed_and_rated():
         assert len(variant["samples_ms"]) == 2
 
 
+@pytest.mark.thorough
 def test_spent_budget_names_what_it_skips():
     settings = OpSettings(batch_size=1, img_size=32, repeats=1)
     result = measure_ops("convnextv2_atto", settings, Budget(1e-9), lambda message: None)

@@ -64,7 +64,13 @@ def test_errors_travel_between_processes():
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
-@pytest.mark.parametrize("words", ["info", "--help", "analyze cosine --help", "bench --help"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "info",
+        *(pytest.param(w, marks=pytest.mark.thorough) for w in ("--help", "analyze cosine --help", "bench --help")),
+    ],
+)
 def test_a_pipe_that_nobody_reads_ends_quietly(words, unbuffered):
     command = [sys.executable, "-m", "convnextv2_kernels", *words.split()]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1" if unbuffered else ""}

@@ -35,12 +35,12 @@ def sample_at(op: str, at: tuple, c: int):
 @pytest.mark.parametrize("op", ("submanifold_depthwise_conv2d", "depthwise_conv_layer_norm"))
 def test_values_and_gradients(op, at, c, dtype, monkeypatch):
     monkeypatch.setenv("CONVNEXTV2_KERNELS_CUDA_CONV", "tensor")
-    check(sample_at(op, at, c), "cuda", dtype, cuda.DEVICE)
+    check(sample_at(op, at, c), "cuda", dtype, cuda.CUDABackend.device_type)
 
 
 def test_the_whole_block(monkeypatch):
     monkeypatch.setenv("CONVNEXTV2_KERNELS_CUDA_CONV", "tensor")
-    check(make_sample("convnextv2_block", at=("ragged", 8), c=24), "cuda", BF16, cuda.DEVICE)
+    check(make_sample("convnextv2_block", at=("ragged", 8), c=24), "cuda", BF16, cuda.CUDABackend.device_type)
 
 
 def test_an_unknown_choice_is_refused():
@@ -49,7 +49,8 @@ import torch
 from convnextv2_kernels import ops, use_backend
 from convnextv2_kernels.backends import cuda
 with use_backend("cuda"):
-    x, w = torch.ones(1, 8, 8, 2, device=cuda.DEVICE), torch.ones(2, 1, 7, 7, device=cuda.DEVICE)
+    device = cuda.CUDABackend.device_type
+    x, w = torch.ones(1, 8, 8, 2, device=device), torch.ones(2, 1, 7, 7, device=device)
     ops.submanifold_depthwise_conv2d(x, w)
 """
     environment = {**os.environ, "CONVNEXTV2_KERNELS_CUDA_CONV": "fast"}
@@ -62,7 +63,7 @@ def test_a_patch_reaches_its_neighbours_alone(monkeypatch):
     """Zero rows stand for hidden neighbours: NaN anywhere else must not get in, whatever it is multiplied by."""
     monkeypatch.setenv("CONVNEXTV2_KERNELS_CUDA_CONV", "tensor")
     sample = make_sample("submanifold_depthwise_conv2d", at=("ragged", 8), c=40, k=7, bias=True)
-    sample = sample.cast(BF16, cuda.DEVICE)
+    sample = sample.cast(BF16, cuda.CUDABackend.device_type)
     layout, x = sample.constants["layout"], sample.tensors["x"].detach()
     w, b = sample.tensors["weight"], sample.tensors["bias"]
     reached = layout.neighbour_slots(1)
