@@ -47,7 +47,7 @@ bool wants_tensor_cores() {
   const char* choice = std::getenv("CONVNEXTV2_KERNELS_CUDA_CONV");
   const std::string name = choice && *choice ? choice : "fma";
   if (name != "fma" && name != "tensor")
-    throw std::runtime_error("CONVNEXTV2_KERNELS_CUDA_CONV must be fma or tensor, got '" + name + "'");
+    throw std::runtime_error("CONVNEXTV2_KERNELS_CUDA_CONV must be one of fma, tensor, got '" + name + "'");
   return name == "tensor";
 }
 
