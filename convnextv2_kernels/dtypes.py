@@ -14,15 +14,12 @@ float64 inputs are never lowered by autocast, as in PyTorch.
 
 from __future__ import annotations
 
-import contextlib
 from typing import overload
 
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-_NOTHING = contextlib.nullcontext()
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -36,12 +33,6 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
-
-
-def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """The ops place their casts themselves, so autocast is off inside them."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 @overload

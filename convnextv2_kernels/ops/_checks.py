@@ -23,7 +23,7 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
     of = tuple(None if t is None else (t.shape, t.dtype, t.get_device(), t.requires_grad) for t in tensors)
     first = tensors[0]
     kind = "cpu" if first is None else first.device.type
-    where = None if layout is None else (layout.num_patches, layout.num_images, layout.device)
+    where = None if layout is None else (layout.num_patches, layout.num_images, layout.patch_of_slot.get_device())
     return of, where, settings, torch.is_autocast_enabled(kind)
 
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..dtypes import no_autocast
+
+_NOTHING = contextlib.nullcontext()
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    """The ops place their casts themselves (``dtypes.py``), so autocast is off inside them."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def dispatch(

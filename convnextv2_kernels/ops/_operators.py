@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, schedule
-from ..dtypes import no_autocast, statistics_dtype
+from ..dtypes import statistics_dtype
 from ..params import BlockBackwardArgs, BlockForwardArgs, MLPBackwardArgs, MLPForwardArgs
+from ._dispatch import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
 _SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", bool: "bool", float: "float", str: "str", torch.dtype: "ScalarType"}

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from .. import schedule
 from ..backends import reference
-from ..dtypes import cast, gemm_dtype, no_autocast
+from ..dtypes import cast, gemm_dtype
 from ..layout import PatchLayout
 from ..params import BlockBackwardArgs, BlockForwardArgs, Segments
 from ..settings import SAVE_POLICIES
 from . import _checks as check
 from . import _operators
-from ._dispatch import composite, dispatch, once_differentiable, require_reference
+from ._dispatch import composite, dispatch, no_autocast, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
 from .mlp import check_mlp
 

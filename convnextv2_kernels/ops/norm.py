@@ -7,11 +7,11 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import reference
-from ..dtypes import as_statistics, no_autocast
+from ..dtypes import as_statistics
 from ..layout import PatchLayout
 from ..params import Segments
 from . import _checks as check
-from ._dispatch import dispatch, once_differentiable, require_reference
+from ._dispatch import dispatch, no_autocast, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
 
 

@@ -12,8 +12,9 @@ from conformance import brute_force, tolerance
 import convnextv2_kernels as ck
 from convnextv2_kernels import nn as cnn
 from convnextv2_kernels.backends.reference import grn_variants
-from convnextv2_kernels.dtypes import gemm_dtype, no_autocast
+from convnextv2_kernels.dtypes import gemm_dtype
 from convnextv2_kernels.nn import GRNVariant
+from convnextv2_kernels.ops._dispatch import no_autocast
 
 from .grn_by_hand import FORMULAS, grn, ragged_mask, variant_text
 
