@@ -61,8 +61,8 @@ def read_sources(*kinds: str) -> list[tuple[str, Path, list[str]]]:
 
 def find_compiler() -> str | None:
     """The C++ compiler setuptools would run, or None."""
-    wish = os.environ.get("CXX", "").split()
-    for name in [*wish[:1], "c++", "g++", "clang++"]:
+    requested = os.environ.get("CXX", "").split()
+    for name in [*requested[:1], "c++", "g++", "clang++"]:
         if shutil.which(name):
             return name
     return None
@@ -107,15 +107,15 @@ def architectures() -> list[str]:
     """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, by default the GPUs of this machine or all that are listed."""
     import torch
 
-    wish = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wish and torch.cuda.is_available():
+    requested = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not requested and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        wish = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+        requested = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
     options = []
-    for item in (wish or default_architectures()).replace(" ", ";").split(";"):
+    for item in (requested or default_architectures()).replace(" ", ";").split(";"):
         number = item.removesuffix("+PTX").replace(".", "")
         if not number or not number.rstrip("af").isdigit():
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be versions such as 8.0;9.0+PTX, got {wish!r}")
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be versions such as 8.0;9.0+PTX, got {requested!r}")
         options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if item.endswith("+PTX"):
             options.append(f"-gencode=arch=compute_{number},code=compute_{number}")

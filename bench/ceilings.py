@@ -26,7 +26,7 @@ class Ceilings:
     """Rates of one device and dtype.
 
     Attributes:
-        gflops: of the fastest matrix product.
+        gflops: of the fastest GEMM.
         product: which one it was.
         gbytes: bytes moved by a call -> 10^9 bytes per second that the fastest copy or sum of maps reaches.
     """
@@ -96,7 +96,7 @@ def sum_rate(traffic: int, dtype: torch.dtype, device: str, seconds: Callable[[C
 
 
 def matmul_rate(side: int, dtype: torch.dtype, device: str, seconds: Callable[[Callable], float]) -> float:
-    """FLOP/s of a square matrix product of random matrices."""
+    """FLOP/s of a square GEMM of random matrices."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return 2 * side**3 / seconds(lambda: a @ b)
 

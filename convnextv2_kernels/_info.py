@@ -1,4 +1,4 @@
-"""What this installation is, and which backend serves which op, and why."""
+"""What this installation is, and which backend runs each op, and why."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from . import backends, ops, schedule
 from .backends import cuda, native, triton
 from .dtypes import FLOAT_DTYPES
-from .settings import VARIABLES
+from .settings import VARIABLES, current
 from .version import __version__
 
 
 def serving_backends(device_type: str) -> dict[str, dict[str, str]]:
     """``{op: {dtype name: backend}}`` for tensors of a device under the current choice.
 
-    A forced backend that cannot serve a dtype is shown as "error"."""
+    A forced backend that does not support a dtype is shown as "error"."""
     table: dict[str, dict[str, str]] = {}
     for op in ops.__all__:
         table[op] = {}
@@ -48,8 +48,8 @@ def _extension_lines() -> list[str]:
     return [
         f"extension          version {build['version']}, {build['compiler']}, against PyTorch {build['torch']} "
         f"(stable ABI {build['torch_target']}), sanitizer {build['sanitizer']}",
-        f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 matrix "
-        f"products by {cpu_gemm.vendor()}",
+        f"cpu kernels        {isa} ({8 * width}-bit vectors) of {', '.join(build['cpu_isas'])}; float32 GEMMs "
+        f"by {cpu_gemm.vendor()}",
         "cuda kernels       " + _cuda_kernels(build),
         *_cuda_convolutions(native.module, build),
     ]
@@ -57,14 +57,14 @@ def _extension_lines() -> list[str]:
 
 def _cuda_kernels(build: dict) -> str:
     if cuda.EMULATED:
-        return f"emulated on the CPU by {os.environ['CONVNEXTV2_KERNELS_CUDA_EMULATION']}, for tests"
+        return f"emulated on the CPU by {current.cuda_emulation}, for tests"
     if build["cuda"] is None:
         return "not built"
     return f"compiled by nvcc {build['cuda']} for {', '.join(build['cuda_architectures'])}"
 
 
 def _cuda_convolutions(module: ModuleType, build: dict) -> list[str]:
-    """Which CUDA kernel serves the block's convolution in the four stages of tiny."""
+    """Which CUDA kernel runs the block's convolution in the four stages of tiny."""
     if build["cuda"] is None:
         return []
     lines = []
@@ -79,7 +79,7 @@ def _cuda_convolutions(module: ModuleType, build: dict) -> list[str]:
 
 
 def _triton_lines() -> list[str]:
-    """Triton, and on a GPU which products of the MLP it fuses in the four stages of tiny."""
+    """Triton, and on a GPU which GEMMs of the MLP it fuses in the four stages of tiny."""
     if triton.load_error() is not None:
         return [f"triton kernels     not there: {triton.load_error()}"]
     version = triton.version()
@@ -90,7 +90,7 @@ def _triton_lines() -> list[str]:
         return [f"triton kernels     Triton {version}; {reason}"]
     from .backends.triton import plans
 
-    lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; products of tiny in bfloat16:"]
+    lines = [f"triton kernels     Triton {version}, plans of {plans.family()}; GEMMs of tiny in bfloat16:"]
     for rows, channels in ((1216, 96), (304, 192), (76, 384), (19, 768)):
         plan = plans.choose(plans.Shape(torch.bfloat16, channels, 4 * channels, channels, rows))
         ways = ["fused" if fused else "library" for fused in (plan.forward_fused, plan.backward_fused)]
@@ -107,7 +107,7 @@ def info() -> str:
         + (str(torch.version.cuda) if torch.cuda.is_available() else "not available"),
         *_extension_lines(),
         *_triton_lines(),
-        f"kept for backward  {', '.join(f'{d}: {schedule.save_policy(d)}' for d in _devices())}",
+        f"saved for backward {', '.join(f'{d}: {schedule.save_policy(d)}' for d in _devices())}",
         "",
         f"backend            {backends.forced()}",
     ]
@@ -119,12 +119,12 @@ def info() -> str:
         lines.append(f"  {name:<16} " + ("available" if reason is None else f"not available: {reason}"))
     for device in _devices():
         table = serving_backends(device)
-        lines += ["", f"served on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in FLOAT_DTYPES)]
+        lines += ["", f"ops on {device}:", f"  {'op':<30}" + "".join(f"{str(d)[6:]:<12}" for d in FLOAT_DTYPES)]
         lines += [f"  {op:<30}" + "".join(f"{b:<12}" for b in row.values()) for op, row in table.items()]
         for name in backends.PREFERENCE.get(device, ()):
             found = {backends.unsupported_reason(name, device, d) for d in FLOAT_DTYPES}
             reasons = sorted(reason for reason in found if reason is not None)
-            lines += [f"  {name} does not serve everything because {reason}" for reason in reasons]
+            lines += [f"  {name} does not support everything because {reason}" for reason in reasons]
     lines += ["", "environment:"]
     lines += [f"  {name:<34} {os.environ.get(name, '(not set)')}" for name in (variable.name for variable in VARIABLES)]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The chunked schedule of the MLP and of the whole block, for every backend: what is kept, chunked and recomputed.
+"""The chunked schedule of the MLP and of the whole block, for every backend: what is saved, chunked and recomputed.
 
 The MLP's hidden tensors are four times as wide as the features, so they are made for a chunk of whole images at a
 time, used, and thrown away; backward recomputes them. A chunk is sized for the last-level cache on a CPU and for a
@@ -44,10 +44,10 @@ def chunk_bytes(device_type: str) -> int:
     return current.chunk_bytes or _DEFAULT_CHUNK_BYTES.get(device_type, 1 << 30)
 
 
-# What a block keeps for backward besides its input and one norm per image and hidden channel (SAVE_POLICIES):
+# What a block saves for backward besides its input and one norm per image and hidden channel (SAVE_POLICIES):
 #   inputs      nothing: convolution, LayerNorm and the first GEMM run again
 #   normalized  LN's normalised rows and 1/std: the first GEMM runs again (one of seven)
-#   hidden      those and the first GEMM's output: nothing runs again, four more maps of the width are kept
+#   hidden      those and the first GEMM's output: nothing runs again, four more maps of the width are saved
 
 
 def save_policy(device_type: str) -> str:
@@ -56,7 +56,7 @@ def save_policy(device_type: str) -> str:
 
 
 def saves_normalized(save: str) -> bool:
-    """Whether a policy keeps LayerNorm's normalised rows."""
+    """Whether a policy saves LayerNorm's normalised rows."""
     return save != "inputs"
 
 

@@ -1,4 +1,4 @@
-"""Tables of ``bench --scaling``: on the terminal and as CSV."""
+"""Tables of ``python -m bench scaling``: on the terminal and as CSV."""
 
 from __future__ import annotations
 

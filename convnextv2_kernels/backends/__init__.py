@@ -21,16 +21,16 @@ from .reference.backend import ReferenceBackend
 from .triton import CUDATritonBackend, TritonBackend
 
 # every backend there is: a new one is a line here
+_CUDA = CUDABackend()
 REGISTRY: dict[str, Backend] = {
-    backend.name: backend
-    for backend in (ReferenceBackend(), CPUBackend(), CUDABackend(), TritonBackend(), CUDATritonBackend())
+    backend.name: backend for backend in (ReferenceBackend(), CPUBackend(), _CUDA, TritonBackend(), CUDATritonBackend())
 }
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda+triton", "cuda", "triton", "reference")}
 NAMES = (*REGISTRY, "auto")
 _WITH_KERNELS = {name: backend for name, backend in REGISTRY.items() if isinstance(backend, KernelBackend)}
 
 if cuda.load_error() is None and not cuda.EMULATED:
-    layout.KERNELS["cuda"] = CUDABackend()
+    layout.KERNELS["cuda"] = _CUDA
 
 __all__ = [
     "NAMES",

@@ -53,7 +53,7 @@ class CPUBackend(NativeBackend):
     def gelu_grn_linear_backward(
         self, chunk: MLPGradRows, weights: MLPParams, options: MLPOptions
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Overwrites a with the GRN output, whose product with d is the weight's gradient."""
+        """Overwrites a with GRN's output, from which a GEMM with d gives the weight's gradient."""
         a, segments, tanh = chunk.a, options.segments(chunk.images), options.act == "gelu_tanh"
         ds = cpu_gemm.linear_input_grad(chunk.d, weights.w2)
         statistics = self.mlp_backward_statistics(a, ds, None, chunk.norm, weights.gamma, segments, options)

@@ -1,8 +1,8 @@
-"""Matrix products of the CPU backend by the vendor library that is faster for the case.
+"""GEMMs of the CPU backend, by the vendor library that is faster for the case.
 
 PyTorch's ``mm`` calls MKL, whose AVX-512 kernels do not run on processors of other makers; oneDNN's do. Through
-``F.linear``'s oneDNN form a float32 product runs about twice as fast there. On Intel's processors MKL is mostly the
-faster one for the products of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
+``F.linear``'s oneDNN form a float32 GEMM runs about twice as fast there. On Intel's processors MKL is mostly the
+faster one for the GEMMs of backward; in forward oneDNN adds bias and residual in the same pass. (Measured:
 ``docs/kernels/mlp.md``.) float64 has no oneDNN kernels and bfloat16 reaches them through ``mm`` by itself.
 ``CONVNEXTV2_KERNELS_CPU_GEMM`` = ``onednn`` or ``mm`` forces the choice for float32.
 """
@@ -45,7 +45,7 @@ def _intel_with_mkl() -> bool:
 
 
 def _choose() -> tuple:
-    """oneDNN's operator, or None to use ``mm``: for the products of forward, and for those of backward."""
+    """oneDNN's operator, or None to use ``mm``: for the GEMMs of forward, and for the GEMMs of backward."""
     requested = current.cpu_gemm
     if requested == "mm" or not torch.backends.mkldnn.is_available():
         return None, None
@@ -104,7 +104,7 @@ def linear_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _conv_weight_grad(grad: Tensor, x: Tensor) -> Tensor:
-    """The same product as the weight gradient of a 1x1 convolution over one row of pixels, channels last."""
+    """The same GEMM as the weight gradient of a 1x1 convolution over one row of pixels, channels last."""
     rows, out_c = grad.shape
     in_c = x.shape[1]
     g = grad.view(1, 1, rows, out_c).permute(0, 3, 1, 2)

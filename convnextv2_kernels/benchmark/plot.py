@@ -109,7 +109,7 @@ def kind_of(name: str, row: dict) -> tuple[str, str]:
 
 
 def save_figure6(path: Path, result: dict) -> None:
-    """Write a PNG: grouped bars on a logarithmic axis, ratios to the best dense arm over ours."""
+    """Write a PNG: grouped bars on a logarithmic axis, ratios to the best dense variant over ours."""
     sizes = result["sizes"]
     stacked = len(sizes) > SIDE_BY_SIDE
     across = 3.0 + (1.1 if stacked else 2.0) * len(sizes)

@@ -107,7 +107,7 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> N
     precision.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float64"),
-        help="bfloat16: matrix products in bfloat16, the rest in float32 (default: float32)",
+        help="bfloat16: matrix multiplications in bfloat16, the rest in float32 (default: float32)",
     )
     precision.add_argument(
         "--amp", action="store_const", dest="precision", const="bfloat16", help="the same as --precision bfloat16"

@@ -63,9 +63,7 @@ def unfit(family: Family, block: nn.Module) -> str | None:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a hook on {name} would not run"
     parts = family.parts(block)
-    reason = (
-        _why_not_conv(family.conv, parts.conv) or _why_not_classes(family, parts) or _why_not_products(family, parts)
-    )
+    reason = _why_not_conv(family.conv, parts.conv) or _why_not_classes(family, parts) or _why_not_linear(family, parts)
     if reason is not None or isinstance(parts.gamma, torch.fx.Proxy):
         return reason  # in a symbolic trace parameters are proxies without shapes and dtypes
     return _why_not_norms(family, parts) or _why_not_dtypes(family, parts)
@@ -102,7 +100,7 @@ def _why_not_classes(family: Family, parts: Parts) -> str | None:
     return None
 
 
-def _why_not_products(family: Family, parts: Parts) -> str | None:
+def _why_not_linear(family: Family, parts: Parts) -> str | None:
     for name, product in ((family.fc1, parts.fc1), (family.fc2, parts.fc2)):
         if type(product) is nn.Conv2d:
             if (product.kernel_size, product.stride, product.groups) != ((1, 1), (1, 1), 1) or any(product.padding):

@@ -50,8 +50,8 @@ def define(name: str, arguments: Any, outputs: str, implementation: Callable, fa
 
 
 def differentiate(name: str, function) -> None:
-    """Give an operator the backward of an autograd function: its first ``function.TENSORS`` inputs are the operator's,
-    of whose outputs only the first has a gradient; ``function.save`` keeps what backward reads."""
+    """Give an operator the backward of an autograd function that takes the same inputs. Only the operator's first
+    output has a gradient; ``function.save`` stores what backward reads, ``function.gradients`` computes it."""
 
     def setup_context(ctx, inputs, output):
         function.save(ctx, inputs, output)

@@ -108,7 +108,7 @@ def convnextv2_block(
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
         dw_weight: ``[C, 1, K, K]``, dw_bias: ``[C]`` or None; ln_weight, ln_bias: ``[C]``; the rest as in
             :func:`pointwise_mlp` with O = C. eps: of LayerNorm. grn_eps: of GRN, None for the same.
-        save: what is kept for backward besides x and one norm per image and hidden channel: "inputs" nothing,
+        save: what is saved for backward besides x and one norm per image and hidden channel: "inputs" nothing,
             "normalized" LayerNorm's rows, "hidden" those and the hidden activations; the less, the more runs again.
             None for the setting ``CONVNEXTV2_KERNELS_SAVE``, or the default of the device. The reference leaves it to
             autograd.
@@ -118,16 +118,17 @@ def convnextv2_block(
             masked dense block, in plain PyTorch. The result is zero at hidden sites too.
 
     Returns:
-        The shape and dtype of x. Unless they are kept, hidden activations exist only for a chunk of images at a time.
+        The shape and dtype of x. Unless they are saved, hidden activations exist only for a chunk of images at a time.
 
     Raises:
         RuntimeError: a variant of GRN or a mask that only the reference has, and another backend is forced.
     """
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
     tensors = (x, *params, drop_path_scale)
-    if not check.known(tensors, layout, (scope, act, eps, grn_eps, save)):
-        _check(x, params, drop_path_scale, layout, (scope, act, eps, grn_eps, save))
-        check.remember(tensors, layout, (scope, act, eps, grn_eps, save))
+    settings = (scope, act, eps, grn_eps, save)
+    if not check.known(tensors, layout, settings):
+        _check(x, params, drop_path_scale, layout, settings)
+        check.remember(tensors, layout, settings)
     grn_eps = eps if grn_eps is None else grn_eps
     dtype = gemm_dtype(x)
     variant = GRNVariant.of(grn)

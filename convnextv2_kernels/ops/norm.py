@@ -43,7 +43,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _GlobalResponseNorm(torch.autograd.Function):
-    """GRN, or GRN(GELU(x)) with ``gelu``; keeps the input and one norm per image and channel."""
+    """GRN, or GRN(GELU(x)) with ``gelu``; saves the input and one norm per image and channel."""
 
     @staticmethod
     def forward(ctx, x, gamma, beta, images, gelu, eps, backend):
@@ -65,7 +65,7 @@ class _GlobalResponseNorm(torch.autograd.Function):
 
 
 class _LayerNormGRN(torch.autograd.Function):
-    """GRN(LN(x)): keeps x and the statistics of both norms; LN(x) is recomputed in backward."""
+    """GRN(LN(x)): saves x and the statistics of both norms; LN(x) is recomputed in backward."""
 
     @staticmethod
     def forward(ctx, x, ln_weight, ln_bias, gamma, beta, images, both_eps, backend):

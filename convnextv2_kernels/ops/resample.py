@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class _Downsample(torch.autograd.Function):
-    """LayerNorm and 2x2/2 convolution as one product; keeps only x and normalises it again in backward."""
+    """LayerNorm and 2x2/2 convolution as one GEMM; saves only x and normalises it again in backward."""
 
     @staticmethod
     def forward(ctx, x, ln_weight, ln_bias, weight, bias, eps, dtype, backend):
@@ -266,7 +266,7 @@ def _stem(
 def patch_embed(
     images: Tensor, weight: Tensor, bias: Tensor | None = None, layout: PatchLayout | None = None
 ) -> Tensor:
-    """The stem: 4x4 convolution of stride 4 over the visible patches as one matrix product.
+    """The stem: 4x4 convolution of stride 4 over the visible patches as one GEMM.
 
     Args:
         images: NCHW ``[N, in, H, W]``; with a layout, H and W are the grid times a patch side that is a multiple of 4,
@@ -297,7 +297,7 @@ def patch_embed_layer_norm(
     layout: PatchLayout | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """LayerNorm of :func:`patch_embed` as one autograd node that keeps nothing but the images.
+    """LayerNorm of :func:`patch_embed` as one autograd node that saves only the images.
 
     ``ln_weight``, ``ln_bias``: ``[C]``. Shapes, dtypes and errors as there.
     """

@@ -1,4 +1,4 @@
-// Calls every CPU kernel once on fixed data, so that bench/regression_gate.py can count its instructions under
+// Calls every CPU kernel once on fixed data, so that bench/gate/instructions.py can count its instructions under
 // callgrind.
 //
 //   instructions [avx2 | baseline | avx512]

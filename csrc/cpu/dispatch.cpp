@@ -33,10 +33,10 @@ const KernelTable* find_kernels(const char* isa) {
 }
 
 static const KernelTable& choose() {
-  const char* wish = std::getenv("CONVNEXTV2_KERNELS_CPU_ISA");
-  bool allowed = !wish || !*wish;
+  const char* requested = std::getenv("CONVNEXTV2_KERNELS_CPU_ISA");
+  bool allowed = !requested || !*requested;
   for (const char* isa : {"avx512", "avx2", "baseline"}) {
-    allowed = allowed || !std::strcmp(wish, isa);
+    allowed = allowed || !std::strcmp(requested, isa);
     const KernelTable* table = find_kernels(isa);
     if (allowed && table) return *table;
   }

@@ -1,7 +1,7 @@
 """GRN with another aggregation, normaliser or no skip (ablations of ConvNeXt V2, Table 2a-c), and the block around it.
 
 Plain PyTorch. A map is packed ``[P, s, s, C]`` with a layout, or dense ``[N, H, W, C]`` without one; of a dense map
-``keep [N, H, W, 1]`` (1 = visible, 0 = hidden) can hide sites, and the features at these are then zero.
+``visible [N, H, W, 1]`` (1 = visible, 0 = hidden) can hide sites, and the features at these are then zero.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ AGGREGATIONS = ("l2", "l1", "mean")
 NORMALIZERS = ("divisive", "standardize", "inverse")
 
 
-def aggregate(x: Tensor, layout: PatchLayout | None, scope: str, kind: str, keep: Tensor | None = None) -> Tensor:
+def aggregate(x: Tensor, layout: PatchLayout | None, scope: str, kind: str, visible: Tensor | None = None) -> Tensor:
     """``G(x) [N, C]`` over the visible sites of each image, or ``[1, C]`` over those of the batch (Table 2a).
 
-    "l2" and "l1" are norms; "mean" is global average pooling and keeps its sign. x is zero where ``keep`` is. An image
-    without visible sites has G = 0.
+    "l2" and "l1" are norms; "mean" is global average pooling and keeps its sign. x is zero where ``visible`` is. An
+    image without visible sites has G = 0.
     """
     x = x.to(statistics_dtype(x.dtype))
     if kind == "l2":
         return safe_sqrt(image_sums(x.square(), layout, scope))
     if kind == "l1":
         return image_sums(x.abs(), layout, scope)
-    ones = x.new_ones(*x.shape[:-1], 1) if keep is None else keep.to(x.dtype)
+    ones = x.new_ones(*x.shape[:-1], 1) if visible is None else visible.to(x.dtype)
     return image_sums(x, layout, scope) / image_sums(ones, layout, scope).clamp(min=1)
 
 
@@ -60,15 +60,15 @@ def global_response_norm(
     aggregation: str,
     normalizer: str,
     skip: bool,
-    keep: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """``x + gamma * (x * N(G(x))) + beta``, or ``gamma * (x * N(G(x))) + beta`` without ``skip`` (Table 2c).
 
-    Statistics and arithmetic are float32, float64 for float64 features; the result has the dtype of x. With ``keep``, x
-    is zero at hidden sites, and what the result holds there means nothing.
+    Statistics and arithmetic are float32, float64 for float64 features; the result has the dtype of x. With ``visible``,
+    x is zero at hidden sites, and what the result holds there means nothing.
     """
     stat = statistics_dtype(x.dtype)
-    scale = gamma.reshape(-1).to(stat) * normalize(aggregate(x, layout, scope, aggregation, keep), normalizer, eps)
+    scale = gamma.reshape(-1).to(stat) * normalize(aggregate(x, layout, scope, aggregation, visible), normalizer, eps)
     scale = spread_over_rows(1.0 + scale if skip else scale, x, layout)
     return (x * scale + beta.reshape(-1).to(stat)).to(x.dtype)
 
@@ -94,21 +94,22 @@ def convnextv2_block(
     aggregation: str,
     normalizer: str,
     skip: bool,
-    keep: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """The block of :func:`.rows.convnextv2_block` around any GRN; on a dense map with ``keep``, the masked dense block.
+    """The block of :func:`.mlp.convnextv2_block` around any GRN; on a dense map with ``visible``, the masked dense
+    block.
 
     The mask comes after the convolution (paper A.2) and the block, and after GELU, where hidden sites would be in GRN's
-    statistics: GELU(b1) is not 0. Matrix products run in ``dtype``.
+    statistics: GELU(b1) is not 0. GEMMs run in ``dtype``.
     """
-    y = layer_norm(_masked(depthwise_conv2d(x, dw_weight, dw_bias, layout), keep), ln_weight, ln_bias, eps)
-    h = _masked(F.gelu(F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))), keep)
-    h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, keep)
+    y = layer_norm(_masked(depthwise_conv2d(x, dw_weight, dw_bias, layout), visible), ln_weight, ln_bias, eps)
+    h = _masked(F.gelu(F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))), visible)
+    h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, visible)
     y = linear(h, w2, b2, dtype).to(x.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
-    return x + _masked(y, keep)
+    return x + _masked(y, visible)
 
 
-def _masked(x: Tensor, keep: Tensor | None) -> Tensor:
-    return x if keep is None else x * keep.to(x.dtype)
+def _masked(x: Tensor, visible: Tensor | None) -> Tensor:
+    return x if visible is None else x * visible.to(x.dtype)

@@ -32,7 +32,7 @@ def pointwise_mlp(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``residual + drop_path * (GRN(act(x W1' + b1)) W2' + b2)``; matrix products in ``dtype``."""
+    """``residual + drop_path * (GRN(act(x W1' + b1)) W2' + b2)``; GEMMs in ``dtype``."""
     a = F.linear(x.to(dtype), w1.to(dtype), b1.to(dtype))
     h = F.gelu(a, approximate=gelu_form(act))
     h = global_response_norm(h, gamma, beta, layout, scope, eps)

@@ -28,7 +28,7 @@ def patch_pixels(images: Tensor, layout: PatchLayout | None) -> Tensor:
 def patch_embed(
     images: Tensor, weight: Tensor, bias: Tensor | None, layout: PatchLayout | None, dtype: torch.dtype
 ) -> Tensor:
-    """4x4 convolution of stride 4 as one matrix product over visible pixels only."""
+    """4x4 convolution of stride 4 as one GEMM over visible pixels only."""
     return linear(patch_pixels(images, layout), weight.reshape(weight.shape[0], -1), bias, dtype)
 
 

@@ -77,9 +77,8 @@ class Shape(NamedTuple):
     rows_each: int
 
 
+# set by assumed_family() and using()
 _assumed: str | None = None
-
-
 _given: Plan | None = None
 
 
