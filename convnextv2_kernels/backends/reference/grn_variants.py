@@ -64,8 +64,8 @@ def global_response_norm(
 ) -> Tensor:
     """``x + gamma * (x * N(G(x))) + beta``, or ``gamma * (x * N(G(x))) + beta`` without ``skip`` (Table 2c).
 
-    Statistics and arithmetic are float32, float64 for float64 features; the result has the dtype of x. With ``visible``,
-    x is zero at hidden sites, and what the result holds there means nothing.
+    Statistics and arithmetic are float32, float64 for float64 features; the result has the dtype of x. With
+    ``visible``, x is zero at hidden sites, and what the result holds there means nothing.
     """
     stat = statistics_dtype(x.dtype)
     scale = gamma.reshape(-1).to(stat) * normalize(aggregate(x, layout, scope, aggregation, visible), normalizer, eps)
