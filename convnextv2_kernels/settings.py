@@ -32,7 +32,7 @@ def _one_of(*words: str) -> tuple[Callable[[str], Any], str]:
 
 
 def _positive(text: str) -> int | None:
-    return int(text) if text.isdigit() and int(text) >= 1 else None
+    return int(text) if text.isascii() and text.isdigit() and int(text) >= 1 else None
 
 
 def _existing(text: str) -> Path | None:
@@ -97,6 +97,10 @@ current = Settings.read(os.environ)
 @contextlib.contextmanager
 def override(**values: Any) -> Iterator[None]:
     """Inside, attributes of :data:`current` have other values: ``override(save="hidden", chunk_bytes=1 << 20)``."""
+    for variable in VARIABLES:
+        value = values.get(variable.attribute)
+        if isinstance(value, str) and variable.parse(value) is None:
+            raise ValueError(f"{variable.attribute} must be {variable.expected}, got {value!r}")
     before = {name: getattr(current, name) for name in values}
     for name, value in values.items():
         setattr(current, name, value)

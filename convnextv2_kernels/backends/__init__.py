@@ -103,19 +103,19 @@ def unsupported_reason(name: str, device_type: str, dtype: torch.dtype, index: i
 
 def select(x: Tensor, op: str, gemm_dtype: torch.dtype | None = None) -> str:
     """Name of the backend that runs ``op`` on input ``x``, with GEMMs in ``gemm_dtype``."""
+    name = _state.forced
     if torch.compiler.is_compiling():
-        return _select(x, op, gemm_dtype)
-    key = (_state.forced, x.device, x.dtype, gemm_dtype)
-    name = _selected.get(key)
-    if name is None:
-        name = _selected[key] = _select(x, op, gemm_dtype)
-    return name
+        return _select(name, x, op, gemm_dtype)
+    key = (name, x.device, x.dtype, gemm_dtype)
+    selected = _selected.get(key)
+    if selected is None:
+        selected = _selected[key] = _select(name, x, op, gemm_dtype)
+    return selected
 
 
-def _select(x: Tensor, op: str, gemm_dtype: torch.dtype | None) -> str:
+def _select(name: str, x: Tensor, op: str, gemm_dtype: torch.dtype | None) -> str:
     device, dtype = x.device, x.dtype
     dtypes = (dtype,) if gemm_dtype is None or gemm_dtype is dtype else (dtype, gemm_dtype)
-    name = _state.forced
     if name == "auto":
         return automatic(device.type, dtypes, device.index)
     for each in dtypes:

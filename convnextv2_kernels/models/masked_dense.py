@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layout import PatchLayout
+from ..nn import Downsample, PatchEmbed
 from ..ops._checks import check_images, check_layout_of_images
-from ..ops._dispatch import plain_pytorch
+from ..ops._dispatch import require_reference
 from .backbone import Backbone
 
 
@@ -26,18 +27,18 @@ def masked_dense_features(encoder: Backbone, images: Tensor, layout: PatchLayout
         TypeError, ValueError: images of another shape or dtype; a layout of other images.
         RuntimeError: another backend than the reference is forced.
     """
+    require_reference("the encoding 'masked_dense'")
     check_images(images, encoder.in_chans, 32)
     check_layout_of_images(layout, images)
     hidden = layout.hidden_mask()
-    with plain_pytorch("the encoding 'masked_dense'"):
-        x = torch.where(_spread(hidden, images.shape[2]).unsqueeze(1), 0, images)
-        x = x if encoder.feature_dtype is None else x.to(encoder.feature_dtype)
-        for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
-            x = downsample(x)
-            visible = (~_spread(hidden, x.shape[1])).to(x.dtype).unsqueeze(-1)
-            x = x * visible
-            for block in cast("nn.ModuleList", stage):
-                x = block(x, visible=visible)
+    x = torch.where(_spread(hidden, images.shape[2]).unsqueeze(1), 0, images)
+    x = x if encoder.feature_dtype is None else x.to(encoder.feature_dtype)
+    for downsample, stage in zip(encoder.downsample_layers, encoder.stages, strict=True):
+        x = cast("PatchEmbed | Downsample", downsample).forward_plain(x)
+        visible = (~_spread(hidden, x.shape[1])).to(x.dtype).unsqueeze(-1)
+        x = x * visible
+        for block in cast("nn.Sequential", stage):
+            x = block(x, visible=visible)
     return x
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layout import PatchLayout
 from ..ops._checks import check_positive
+from ..ops.resample import plain_downsample, plain_stem
 from .init import init_linear_map
 from .layers import LayerNorm
 
@@ -36,6 +37,11 @@ class PatchEmbed(nn.Sequential):
         conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self)
         return ops.patch_embed_layer_norm(images, conv.weight, conv.bias, norm.weight, norm.bias, layout, eps=norm.eps)
 
+    def forward_plain(self, images: Tensor) -> Tensor:
+        """:meth:`forward` of whole images in plain PyTorch, whichever backend is forced."""
+        conv, norm = cast("tuple[nn.Conv2d, LayerNorm]", self)
+        return plain_stem(images, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+
 
 class Downsample(nn.Sequential):
     """LayerNorm (``.0``), then a 2x2 convolution of stride 2 (``.1``).
@@ -56,3 +62,8 @@ class Downsample(nn.Sequential):
         dim_in]`` -> ``[N, H//2, W//2, dim_out]``; both are computed in the same way."""
         norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self)
         return ops.downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, eps=norm.eps)
+
+    def forward_plain(self, x: Tensor) -> Tensor:
+        """:meth:`forward` in plain PyTorch, whichever backend is forced."""
+        norm, conv = cast("tuple[LayerNorm, nn.Conv2d]", self)
+        return plain_downsample(x, norm.weight, norm.bias, conv.weight, conv.bias, norm.eps)

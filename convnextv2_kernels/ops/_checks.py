@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -20,10 +21,12 @@ _MOST_PASSED = 4096
 
 def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> tuple:
     """All that the checks of an op look at."""
-    of = tuple(None if t is None else (t.shape, t.dtype, t.get_device(), t.requires_grad) for t in tensors)
+    of = tuple(None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
     first = tensors[0]
     kind = "cpu" if first is None else first.device.type
-    where = None if layout is None else (layout.num_patches, layout.num_images, layout.patch_of_slot.get_device())
+    where = (
+        None if layout is None else (type(layout), layout.num_patches, layout.num_images, layout.patch_of_slot.device)
+    )
     return of, where, settings, torch.is_autocast_enabled(kind)
 
 
@@ -43,7 +46,8 @@ def remember(tensors: Sequence[Tensor | None], layout: PatchLayout | None, setti
         return
     if len(_passed) >= _MOST_PASSED:
         _passed.clear()
-    _passed.add(_key(tensors, layout, settings))
+    with contextlib.suppress(TypeError):  # symbolic sizes have no hash
+        _passed.add(_key(tensors, layout, settings))
 
 
 def check_float(x: Tensor, name: str) -> None:
@@ -161,6 +165,19 @@ def check_drop_path_scale(scale: Tensor | None, num_images: int, x: Tensor) -> N
         raise ValueError(f"drop_path_scale lies on {scale.device}, expected the device of the input, {x.device}")
     if scale.requires_grad:
         raise ValueError("drop_path_scale requires grad, expected a constant: no gradient is defined for it")
+
+
+def check_visible(visible: Tensor, x: Tensor, layout: PatchLayout | None) -> None:
+    """``visible [N, H, W, 1]`` hides sites of a dense map ``x [N, H, W, C]``."""
+    if layout is not None:
+        raise ValueError("visible must be None with a layout, whose packed maps have no hidden sites, got a tensor")
+    if not isinstance(visible, Tensor):
+        raise TypeError(f"visible must be a torch.Tensor or None, got {type(visible).__name__}")
+    expected = (*x.shape[:3], 1)
+    if tuple(visible.shape) != expected:
+        raise ValueError(f"visible has shape {list(visible.shape)}, expected {list(expected)}, one value per site")
+    if visible.device != x.device:
+        raise ValueError(f"visible lies on {visible.device}, expected the device of the input, {x.device}")
 
 
 # -- arguments of layers and models

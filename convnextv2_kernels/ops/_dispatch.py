@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import backends
 
 _NOTHING = contextlib.nullcontext()
+# other subclasses may bring a dispatch mode of their own
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
@@ -47,7 +49,7 @@ def traced() -> bool:
 
 def composite(operator: Callable[..., Any], function: Callable[..., Any], arguments: Any) -> Any:
     """Calls a composite operator, or outside of tracing the function of the schedule that it runs."""
-    if traced():
+    if traced() or type(arguments[0]) not in _PLAIN:
         return operator(*arguments)
     with no_autocast(arguments[0]):
         return function(backends.get(arguments.backend), arguments)
@@ -62,14 +64,6 @@ def require_reference(what: str) -> None:
 def reference_forced() -> bool:
     """Whether ops are to run in plain PyTorch throughout, so that they have higher derivatives."""
     return backends.forced() == "reference"
-
-
-@contextlib.contextmanager
-def plain_pytorch(what: str) -> Iterator[None]:
-    """Runs every op inside by the reference. Raises RuntimeError where another backend is forced."""
-    require_reference(what)
-    with backends.use_backend("reference"):
-        yield
 
 
 def once_differentiable(backward):

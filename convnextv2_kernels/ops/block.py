@@ -134,12 +134,14 @@ def convnextv2_block(
     variant = GRNVariant.of(grn)
     if not variant.enabled:
         params = (*params[:6], *variant.affine(gamma, beta), w2, b2)
+    if visible is not None:
+        check.check_visible(visible, x, layout)
     if not variant.fused or visible is not None:
         what = "a masked dense block" if variant.fused else f"a block with the GRN variant '{variant}'"
         require_reference(f"{what} in plain PyTorch")
         with no_autocast(x):
             return reference.grn_variants.convnextv2_block(
-                x, *params, layout, drop_path_scale, scope, eps, grn_eps, dtype, *variant.formula, visible
+                x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype, *variant.formula, visible
             )
 
     def kernel(backend: str) -> Tensor:

@@ -14,7 +14,7 @@ from ..dtypes import as_statistics, gemm_dtype
 from ..layout import PatchLayout
 from . import _checks as check
 from . import _operators
-from ._dispatch import dispatch, once_differentiable
+from ._dispatch import dispatch, no_autocast, once_differentiable
 
 
 class _Linear(torch.autograd.Function):
@@ -316,3 +316,22 @@ def patch_embed_layer_norm(
         kernel=lambda backend: _stem(images, (weight, bias), (ln_weight, ln_bias), layout, eps, dtype, backend),
         gemm_dtype=dtype,
     )
+
+
+def plain_stem(
+    images: Tensor, weight: Tensor, bias: Tensor | None, ln_weight: Tensor, ln_bias: Tensor, eps: float
+) -> Tensor:
+    """:func:`patch_embed_layer_norm` of whole images by the reference, whichever backend is forced."""
+    dtype = gemm_dtype(images)
+    with no_autocast(images):
+        y = reference.resample.patch_embed(images, weight, bias, None, dtype)
+        return reference.norm.layer_norm(y, ln_weight, ln_bias, eps)
+
+
+def plain_downsample(
+    x: Tensor, ln_weight: Tensor, ln_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> Tensor:
+    """:func:`downsample` by the reference, whichever backend is forced."""
+    dtype = gemm_dtype(x)
+    with no_autocast(x):
+        return reference.resample.downsample(x, ln_weight, ln_bias, weight, bias, eps, dtype)

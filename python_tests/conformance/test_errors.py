@@ -227,3 +227,60 @@ def test_a_forced_backend_refuses_another_device():
 def test_environment_variables(variable, value, message):
     with pytest.raises(ValueError, match=f"{variable} {message}"):
         Settings.read({variable: value})
+
+
+# -- checks that are remembered: a good call must not let a bad one through
+
+
+def block(x, params, **options):
+    return ck.ops.convnextv2_block(x, *params, **options)
+
+
+@pytest.fixture
+def passed():
+    """Arguments of a block after a call with them."""
+    c = 6
+    shapes = [(c, 1, 7, 7), (c,), (c,), (c,), (4 * c, c), (4 * c,), (4 * c,), (4 * c,), (c, 4 * c), (c,)]
+    x, params = torch.randn(2, 4, 4, c), [torch.randn(shape) for shape in shapes]
+    block(x, params)
+    return x, params
+
+
+@pytest.mark.parametrize("index", range(10))
+def test_a_parameter_on_another_device_after_a_good_call(passed, index):
+    x, params = passed
+    params[index] = params[index].to("meta")
+    with pytest.raises(ValueError, match="lies on meta, expected the device of the input, cpu"):
+        block(x, params)
+
+
+def test_other_bad_arguments_after_a_good_call(passed):
+    x, params = passed
+    factors = torch.ones(2)
+    block(x, params, drop_path_scale=factors)
+    with pytest.raises(ValueError, match="drop_path_scale requires grad"):
+        block(x, params, drop_path_scale=factors.requires_grad_())
+    with pytest.raises(ValueError, match="drop_path_scale has shape"):
+        block(x, params, drop_path_scale=torch.ones(3))
+    with pytest.raises(ValueError, match="scope must be"):
+        block(x, params, scope="images")
+    with pytest.raises(TypeError, match="dtype"):
+        block(x, [params[0].double(), *params[1:]])
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 1), (), (1, 4, 4, 1), (2, 4, 4)])
+def test_a_mask_of_another_shape(passed, shape):
+    x, params = passed
+    with pytest.raises(ValueError, match=r"visible has shape .*expected \[2, 4, 4, 1\], one value per site"):
+        block(x, params, visible=torch.ones(shape))
+
+
+def test_symbolic_sizes_are_not_remembered(passed):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    x, params = passed
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(p, static_shapes=True) for p in params]
+    with mode:
+        assert block(mode.from_tensor(x, static_shapes=False), fakes).dim() == 4

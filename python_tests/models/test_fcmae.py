@@ -179,6 +179,7 @@ def test_autocast_keeps_dtypes(images, dtype):
 
 
 def test_compiles_in_one_graph(images):
+    torch.compiler.reset()  # shapes that other tests have compiled for would make these dynamic
     m = model()
     compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
     torch.manual_seed(7)

@@ -202,3 +202,26 @@ def test_errors():
     with pytest.raises(ValueError, match="layout is of 3 images, but images holds 2"):
         masked_dense_features(dense.encoder, images, other)
     assert "grn='default', encoding='masked_dense'" in repr(dense) and dense.grn == GRNVariant()
+
+
+def test_threads_leave_the_choice_of_backend_alone():
+    import sys
+    import threading
+
+    from convnextv2_kernels import backends, models
+
+    model = models.FCMAE((1,) * 4, (8,) * 4, img_size=64, decoder_embed_dim=8, encoding="masked_dense").eval()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=lambda: [model(torch.randn(1, 3, 64, 64)) for _ in range(4)]) for _ in range(4)
+        ]
+        before = backends.forced()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert backends.forced() == before
+    finally:
+        sys.setswitchinterval(interval)

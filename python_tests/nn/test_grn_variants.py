@@ -47,7 +47,7 @@ def by_variant_code(block):
     def forward(x, layout):
         dtype = gemm_dtype(x)
         with no_autocast(x):
-            settings = (None, block.grn.scope, block.norm.eps, block.grn.eps, dtype, *block.grn.variant.formula)
+            settings = (None, block.grn.scope, "gelu", block.norm.eps, block.grn.eps, dtype, *block.grn.variant.formula)
             return grn_variants.convnextv2_block(x, *block._parameters_in_order(), layout, *settings)
 
     return forward
@@ -256,3 +256,13 @@ def test_brute_force_knows_the_default():
     for scope in ("image", "batch"):
         want = brute_force.global_response_norm(x, gamma, beta, mask.numpy(), scope)
         np.testing.assert_allclose(grn(x, gamma, beta, mask, scope, ("l2", "divisive", True)), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"grn": "l1"}, {"visible": torch.ones(2, 4, 4, 1)}], ids=("variant", "masked"))
+def test_the_form_of_gelu_reaches_plain_blocks(options):
+    block = randomised(cnn.ConvNeXtV2Block(6))
+    x = torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    exact, tanh = (
+        ck.ops.convnextv2_block(x, *block._parameters_in_order(), act=act, **options) for act in ("gelu", "gelu_tanh")
+    )
+    assert 0 < (exact - tanh).abs().max() < 1e-2

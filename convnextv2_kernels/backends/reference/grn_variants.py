@@ -13,6 +13,7 @@ from torch import Tensor
 from ...dtypes import statistics_dtype
 from ...layout import PatchLayout
 from .conv import depthwise_conv2d
+from .mlp import gelu_form
 from .norm import image_sums, layer_norm, safe_sqrt, spread_over_rows
 from .resample import linear
 
@@ -88,6 +89,7 @@ def convnextv2_block(
     layout: PatchLayout | None,
     drop_path_scale: Tensor | None,
     scope: str,
+    act: str,
     eps: float,
     grn_eps: float,
     dtype: torch.dtype,
@@ -103,7 +105,8 @@ def convnextv2_block(
     statistics: GELU(b1) is not 0. GEMMs run in ``dtype``.
     """
     y = layer_norm(_masked(depthwise_conv2d(x, dw_weight, dw_bias, layout), visible), ln_weight, ln_bias, eps)
-    h = _masked(F.gelu(F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))), visible)
+    a = F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))
+    h = _masked(F.gelu(a, approximate=gelu_form(act)), visible)
     h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, visible)
     y = linear(h, w2, b2, dtype).to(x.dtype)
     if drop_path_scale is not None:

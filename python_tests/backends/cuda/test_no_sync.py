@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from convnextv2_kernels import backends, models, use_backend
 from convnextv2_kernels.backends import cuda
-from convnextv2_kernels.ops import _operators, block
+from convnextv2_kernels.ops import _dispatch, _operators
 from convnextv2_kernels.settings import current
 
 pytestmark = pytest.mark.skipif(cuda.load_error() is not None, reason=str(cuda.load_error()))
@@ -47,7 +47,7 @@ def test_a_training_step_never_waits(save, scope, monkeypatch):
     # a dispatch mode does not see into an operator, so the composite ones are called as functions
     for name in ("linear", "linear_input_grad", "linear_weight_grad"):
         monkeypatch.setattr(_operators, name, lambda *a, name=name: getattr(backends.get(a[-1]), name)(*a[:-1]))
-    monkeypatch.setattr(block, "traced", lambda: False)
+    monkeypatch.setattr(_dispatch, "traced", lambda: False)
     model = models.FCMAE((1, 1, 1, 1), (8, 8, 12, 8), img_size=64, decoder_embed_dim=16, grn_scope=scope)
     model.to(cuda.CUDABackend.device_type)
     images = torch.randn(2, 3, 64, 64, device=cuda.CUDABackend.device_type)
