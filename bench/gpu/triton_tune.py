@@ -30,7 +30,7 @@ def find(shape, images: int, setting: Setting) -> dict:
         calls = (case.kernel(name, tile) for name in KERNELS for tile in tune.CANDIDATES[name])
         compile_ahead(filter(None, calls))
         del case
-    finding = measure([shape], images, say=lambda text: None, keep=False, **more)[shape]
+    finding = measure([shape], images, say=lambda text: None, save=False, **more)[shape]
     return {
         "won": _named(finding.plan, KERNELS),
         "committed": _named(tiles.plan, KERNELS),
