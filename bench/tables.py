@@ -28,6 +28,7 @@ FUSED_OTHER = next(
     RESULTS / "cpu_fused_malloc.json",
 )
 FIGURE6_DEFAULT = RESULTS / "cpu_figure6_default_allocator.json"
+FIGURE6_CONSTANT = RESULTS / "cpu_figure6_constant_allocator.json"
 CHOICES = RESULTS / "cpu_choices.json"
 CHOICES_INTEL = RESULTS / "cpu_choices_intel.json"
 RESOURCES = RESULTS / "cuda_resources.json"
@@ -223,6 +224,7 @@ def contents() -> list[tuple[str, str, str]]:
         ("README.md", "figure6", figure6_summary(figure6)),
         ("README.md", "fused", fused(results.read(FUSED))),
         ("docs/benchmarks.md", "figure6", figure6_details(figure6)),
+        ("docs/benchmarks.md", "figure6_constant", figure6_summary(results.read(FIGURE6_CONSTANT))),
         ("docs/benchmarks.md", "figure6_default", figure6_default()),
         ("docs/benchmarks.md", "figure6_intel", figure6_summary(results.read(FIGURE6_INTEL))),
         ("docs/benchmarks.md", "ops", ops(measured_ops)),
