@@ -60,6 +60,7 @@ def test_a_stage_that_raises_is_recorded_and_the_rest_goes_on(run_stages):
     assert stages["good"]["status"] == "done" and stages["good"]["result"] == {"value": 1.235}
 
 
+@pytest.mark.thorough
 def test_cases_survive_errors_crashes_and_hangs_of_others(run_stages):
     source = """
 import os, time

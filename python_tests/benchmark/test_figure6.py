@@ -169,6 +169,7 @@ def starve(monkeypatch, fails):
     monkeypatch.setattr(figure6, "make_dense", starved)
 
 
+@pytest.mark.thorough
 def test_an_arm_without_memory_does_not_cost_the_size(tmp_path, monkeypatch, capsys):
     starve(monkeypatch, lambda variant: variant.pointwise == "plain" or variant.layout == "nchw")
     code, result = run(tmp_path, "--models", "atto", "--batch-size", "3")

@@ -41,6 +41,7 @@ def test_without_a_baseline_ours_is_its_own_control(sparse, batch):
     assert found.control.of == "sparse" and ratios(found.rows(), "sparse") == {}
 
 
+@pytest.mark.thorough
 def test_a_wrong_loss_ends_the_comparison_or_is_skipped(sparse, batch):
     (dense,) = make_dense(sparse, [LINEAR])
     right = dense.model
