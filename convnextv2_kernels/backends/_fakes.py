@@ -15,7 +15,10 @@ _FAKES: dict[str, Callable] = {}
 def register(namespace: str, *names: str) -> None:
     """Registers the fakes of operators of ``torch.ops.<namespace>``, all of them unless named."""
     for name in names or _FAKES:
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name])
+        operator = f"{namespace}::{name}"
+        if operator not in _registered:
+            torch.library.register_fake(operator, _FAKES[name])
+            _registered.add(operator)
 
 
 def _fake(name: str):
