@@ -10,6 +10,7 @@ from torch import Tensor
 from ..dtypes import statistics_dtype
 
 _FAKES: dict[str, Callable] = {}
+_registered: set[str] = set()  # backends may share a namespace
 
 
 def register(namespace: str, *names: str) -> None:
