@@ -99,7 +99,7 @@ def override(**values: Any) -> Iterator[None]:
     """Inside, attributes of :data:`current` have other values: ``override(save="hidden", chunk_bytes=1 << 20)``."""
     for variable in VARIABLES:
         value = values.get(variable.attribute)
-        if isinstance(value, str) and variable.parse(value) is None:
+        if value is not None and variable.parse(str(value)) is None:
             raise ValueError(f"{variable.attribute} must be {variable.expected}, got {value!r}")
     before = {name: getattr(current, name) for name in values}
     for name, value in values.items():

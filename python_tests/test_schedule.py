@@ -265,3 +265,6 @@ def test_a_new_policy_or_chunk_size_applies_at_once():
             assert schedule.save_policy("cpu") == schedule.save_policy("cuda") == "normalized"
             assert schedule.chunk_bytes("cpu") == 123
         assert schedule.save_policy("cpu") == "inputs", "an override ends with its block"
+    for values in ({"save": "everything"}, {"chunk_bytes": 0}):
+        with pytest.raises(ValueError, match="must be"), override(**values):
+            pass

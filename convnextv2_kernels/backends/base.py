@@ -332,6 +332,18 @@ class KernelBackend(Backend):
         return ds, da_sum, dgamma, dw2
 
 
+def mismatch(
+    device_type: str, dtype: torch.dtype, own_device: str | None, own_dtypes: tuple[torch.dtype, ...], kind: str
+) -> str | None:
+    """Why tensors of a device and dtype are not those of a backend's kernels, or None. ``kind``: subject and verb."""
+    if device_type != own_device:
+        return f"its {kind} tensors on {own_device}, and the input lies on {device_type}"
+    if dtype not in own_dtypes:
+        *names, last = (str(known).removeprefix("torch.") for known in own_dtypes)
+        return f"its kernels serve {', '.join(names)} and {last}, and the input is {dtype}"
+    return None
+
+
 def statistics_gemm(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y``, batched or not, in the statistics dtype: accumulators are not rounded to the operands' dtype."""
     stat = statistics_dtype(x.dtype)

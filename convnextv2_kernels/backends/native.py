@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..params import MLPOptions, Segments
 from . import _fakes
-from .base import KernelBackend
+from .base import KernelBackend, mismatch
 
 
 def _built_for() -> str:
@@ -73,12 +73,7 @@ class NativeBackend(KernelBackend):
     def unsupported_reason(self, device_type: str, dtype: torch.dtype, index: int | None = None) -> str | None:
         if (error := self.load_error()) is not None:
             return error
-        if device_type != self.device_type:
-            return f"its {self.kind} tensors on {self.device_type}, and the input lies on {device_type}"
-        if dtype not in self.dtypes:
-            *names, last = (str(known).removeprefix("torch.") for known in self.dtypes)
-            return f"its kernels serve {', '.join(names)} and {last}, and the input is {dtype}"
-        return None
+        return mismatch(device_type, dtype, self.device_type, self.dtypes, self.kind)
 
     @property
     def kind(self) -> str:

@@ -13,6 +13,7 @@ import shutil
 import torch
 
 from ...settings import current
+from ..base import mismatch
 
 INTERPRETED = current.triton_interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -81,10 +82,6 @@ def unsupported_reason(device_type: str, dtype: torch.dtype, index: int | None =
     """Why Triton's kernels cannot run on tensors of this device and dtype, or None."""
     if _load_error is not None:
         return _load_error
-    if device_type != DEVICE:
-        kind = "interpreted kernels serve" if INTERPRETED else "kernels serve"
-        return f"its {kind} tensors on {DEVICE}, and the input lies on {device_type}"
-    if dtype not in DTYPES:
-        names = [str(known).removeprefix("torch.") for known in DTYPES]
-        return f"its kernels serve {', '.join(names[:-1])} and {names[-1]}, and the input is {dtype}"
-    return _device_error(index)
+    kind = "interpreted kernels serve" if INTERPRETED else "kernels serve"
+    reason = mismatch(device_type, dtype, DEVICE, DTYPES, kind)
+    return _device_error(index) if reason is None else reason
