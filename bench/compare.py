@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convnextv2_kernels._atomic_io import write_json
+from convnextv2_kernels._files import write_json
 from convnextv2_kernels.benchmark import results
 from convnextv2_kernels.benchmark.report import make_console
 from convnextv2_kernels.benchmark.timing import control_sentence

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from convnextv2_kernels._atomic_io import write_json
+from convnextv2_kernels._files import write_json
 from convnextv2_kernels.benchmark import machine, results
 
 SIZE = 96

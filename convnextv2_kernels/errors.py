@@ -1,4 +1,4 @@
-"""The one exception whose text is meant for the person at the terminal, and other exceptions in a few words."""
+"""Exceptions whose text is meant for a person, and other exceptions in a few words."""
 
 import textwrap
 
@@ -16,6 +16,10 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple:
         return type(self), (str(self), self.code)
+
+
+class FileError(ValueError):
+    """A file that is not read: one sentence that names it and says why."""
 
 
 def describe_error(error: Exception) -> str:

@@ -72,7 +72,8 @@ def test_no_function_has_more_than_eight_parameters():
 
 # Who may import whom: a module of a layer takes from layers above it in this table, and from its own.
 LAYERS = (
-    ("version", "errors", "_atomic_io", "_progress", "layout", "params", "dtypes", "settings"),
+    ("version", "errors", "_console"),
+    ("_files", "_progress", "layout", "params", "dtypes", "settings"),
     ("backends", "checkpoints"),
     ("schedule",),
     ("ops",),
@@ -90,8 +91,8 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 ONLY = {
     "nn": {"nn", "ops", "layout", "params", "dtypes", "settings"},
     "models": {"models", "nn", "ops", "layout", "params", "dtypes", "settings", "version"},
-    "checkpoints": {"checkpoints", "_atomic_io", "version"},
-    "data": {"data", "errors", "_atomic_io", "_progress", "layout"},
+    "checkpoints": {"checkpoints", "errors", "_files", "version"},
+    "data": {"data", "errors", "_files", "_console", "_progress", "layout"},
 }
 # know torch and each other
 BOTTOM = ("layout", "params", "dtypes", "settings")

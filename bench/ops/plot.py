@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from convnextv2_kernels._atomic_io import atomic_file
+from convnextv2_kernels._files import atomic_file
 from convnextv2_kernels.benchmark.report import machine_line
 from convnextv2_kernels.benchmark.variants import SPARSE
 

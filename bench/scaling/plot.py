@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from convnextv2_kernels._atomic_io import atomic_file
+from convnextv2_kernels._files import atomic_file
 from convnextv2_kernels.benchmark.report import machine_line, short
 from convnextv2_kernels.benchmark.variants import SPARSE
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from convnextv2_kernels._atomic_io import atomic_file
+from convnextv2_kernels._files import atomic_file
 from convnextv2_kernels.benchmark.report import mebibytes
 from convnextv2_kernels.benchmark.variants import SPARSE
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from ..data.rng import ORDER, numpy_stream
 from .channels import DEAD, SATURATED, channels_near_constant, channels_near_zero, rows_by_image
 from .features import TAPS, block_names, check_taps, tapped

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from .cosine import LayerCosine
 from .features import TAPS
 from .selectivity import LayerSelectivity, selectivity_density

@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from .. import backends
-from .._atomic_io import atomic_file, write_json
+from .._files import atomic_file, write_json
 from ..version import __version__
 
 

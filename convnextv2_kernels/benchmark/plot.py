@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .. import backends
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from .report import machine_line, short, title
 from .step import peak_of
 from .timing import control_sentence

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from . import allocator
 from .step import NOT_REQUESTED, peak_of
 from .timing import control_sentence

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .._atomic_io import atomic_file, write_json
+from .._files import atomic_file, write_json
 from .._progress import count
 from ..errors import UserError, describe_error
 from .images import open_rgb

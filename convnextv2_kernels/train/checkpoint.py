@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from ..errors import UserError, describe_error
 from .distributed import World
 from .optim import Average

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .._atomic_io import write_json
+from .._files import write_json
 from .._progress import format_seconds
 from ..backends import use_backend
 from ..data.images import RepeatedCrops, load_crop

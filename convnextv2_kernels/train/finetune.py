@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from .._atomic_io import write_json
+from .._files import write_json
 from .._progress import count
 from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from ..errors import UserError
 
 

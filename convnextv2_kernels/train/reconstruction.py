@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._atomic_io import atomic_file
+from .._files import atomic_file
 from ..data.images import denormalize, normalize
 from ..data.rng import MASK_EVAL, torch_stream
 from ..layout import random_mask

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .._atomic_io import write_json
+from .._files import write_json
 from ..data.folder import fingerprint
 from ..errors import UserError
 from ..models import FCMAE, create_fcmae

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.training import CONFIG, tiny_model
 
-from convnextv2_kernels import _atomic_io
+from convnextv2_kernels import _files
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import checkpoint
 from convnextv2_kernels.train.loggers import StepLog
@@ -83,7 +83,7 @@ def test_bytes_are_on_disk_before_the_name_is(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync") or fsync(fd))
     monkeypatch.setattr(os, "replace", lambda a, b: calls.append("replace") or replace(a, b))
-    with _atomic_io.atomic_file(tmp_path / "x") as file:
+    with _files.atomic_file(tmp_path / "x") as file:
         file.write(b"1")
         assert not (tmp_path / "x").exists()
     assert calls == ["fsync", "replace", "fsync"]

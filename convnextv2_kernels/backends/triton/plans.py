@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..._atomic_io import write_json
+from ..._files import write_json
 from ...settings import current
 from ...version import __version__
 from .availability import INTERPRETED, version
