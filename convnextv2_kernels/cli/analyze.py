@@ -21,6 +21,7 @@ from .types import (
     nonnegative_int,
     positive_float,
     positive_int,
+    seconds,
     share,
     share_or_zero,
 )
@@ -280,6 +281,7 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
             metavar="N",
             help="threads that decode images (default: one per core, 4 at most)",
         )
+        _add_loader_timeout(parser)
 
 
 def _add_labelled(parser: argparse.ArgumentParser) -> None:
@@ -312,6 +314,19 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
+    )
+    _add_loader_timeout(parser)
+
+
+def _add_loader_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add ``--loader-timeout``."""
+    parser.add_argument(
+        "--loader-timeout",
+        type=seconds,
+        default=300.0,
+        metavar="S",
+        help="end where no image could be read for S seconds, as on a network file system that hangs (default: "
+        "%(default)g)",
     )
 
 
