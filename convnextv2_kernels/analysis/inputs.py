@@ -5,8 +5,10 @@ threads to centred crops.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -23,7 +25,6 @@ from ..data.sample_photos import load_photos
 from ..errors import UserError, describe_error
 from ..models import get_config
 from ..train.distributed import resolve_device
-from ..train.loading import TIMEOUT, Loading, in_threads
 from ..train.setup import prepare_output
 from .networks import Network, load_network, untrained_network
 
@@ -51,8 +52,7 @@ class Crops:
     """Batches of the largest centred crops of ``sources``, resized to ``size`` = (H, W).
 
     A source that cannot be read is left out and the next one takes its place; ``failures`` holds (name, reason).
-    ``limit``: how many images at most. ``workers`` threads decode them; where they finish nothing for
-    ``timeout`` seconds, iteration ends with a UserError.
+    ``limit``: how many images at most.
     """
 
     sources: Sequence[Source]
@@ -60,7 +60,6 @@ class Crops:
     batch_size: int
     limit: int | None = None
     workers: int = 1
-    timeout: float = TIMEOUT
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[int]]]:
@@ -87,14 +86,23 @@ class Crops:
             raise UserError(f"none of the {len(self.sources)} images can be read{first}.")
 
     def _decoded(self) -> Iterator[tuple[int, Tensor]]:
-        loading = Loading(self.workers, self.timeout)
-        crops = in_threads(lambda source: load_crop(source, self.size, None), self.sources, AHEAD, loading)
-        with closing(crops):
-            for index, crop in enumerate(crops):
-                if isinstance(crop, Exception):
-                    self.failures.append((str(self.sources[index]), describe_error(crop)))
+        waiting, queue = deque(), iter(enumerate(self.sources))
+        pool = ThreadPoolExecutor(max(1, self.workers))
+        try:
+            while True:
+                while len(waiting) < AHEAD and (one := next(queue, None)) is not None:
+                    waiting.append((one[0], pool.submit(load_crop, one[1], self.size, None)))
+                if not waiting:
+                    return
+                index, future = waiting.popleft()
+                try:
+                    crop = future.result()
+                except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
+                    self.failures.append((str(self.sources[index]), describe_error(error)))
                 else:
                     yield index, crop
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
@@ -137,8 +145,7 @@ def images_of(args: Namespace, spread: bool = True) -> tuple[list[str], list[Sou
 
 def crops_of(args: Namespace, networks: list[Network], sources: list[Source]) -> Crops:
     """Centred crops of the sources, in the requested size, or the size of the first network's training."""
-    size = args.img_size or networks[0].img_size
-    return Crops(sources, size, args.batch_size, args.images, args.workers, args.loader_timeout)
+    return Crops(sources, args.img_size or networks[0].img_size, args.batch_size, args.images, args.workers)
 
 
 def run_batches(

@@ -281,7 +281,6 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
             metavar="N",
             help="threads that decode images (default: one per core, 4 at most)",
         )
-        _add_loader_timeout(parser)
 
 
 def _add_labelled(parser: argparse.ArgumentParser) -> None:
@@ -315,11 +314,6 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
     )
-    _add_loader_timeout(parser)
-
-
-def _add_loader_timeout(parser: argparse.ArgumentParser) -> None:
-    """Add ``--loader-timeout``."""
     parser.add_argument(
         "--loader-timeout",
         type=seconds,

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import UserError, describe_error
+from .._interrupts import STOPPING
+from ..errors import UserError
 from ..nn import ConvNeXtV2Block
 from .peers import ANSWER, TIMEOUT, PeerLost, Watch, exit_at_the_end
-from .signals import STOPPING
 
 PARALLEL = ("ddp", "fsdp")
 # Of control messages, during which Watch sees whether the others live: the first process may check a folder of millions
@@ -121,7 +121,9 @@ class World:
             raise
 
     def _lost(self, error: RuntimeError) -> PeerLost:
-        found = PeerLost(f"another process of the run has ended or cannot be reached ({describe_error(error)}).")
+        late = "imed out" in str(error) or "imeout" in str(error)
+        what = "lets this one wait for too long in an exchange" if late else "has ended or cannot be reached"
+        found = PeerLost(f"another process of the run {what}.")
         if self.watch is not None:
             self.watch.give_up(found)
             return self.watch.lost or found

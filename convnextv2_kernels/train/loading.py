@@ -290,60 +290,6 @@ class Loader:
         return f"{text}{self._name(number)} waits for{self._reading(number, ' ')}; does its file system answer?"
 
 
-def in_threads(
-    load: Callable[[Any], Any], sources: Sequence[Any], ahead: int, loading: Loading
-) -> Iterator[Any | Exception]:
-    """Yield ``load(source)``, or the exception it raised, of each source in order, ``ahead`` of them in the making.
-
-    The threads (as many as ``loading.workers``, at least one) end with the program, whatever they wait for. Raises
-    LoaderError where none of them finishes anything for ``loading.timeout`` seconds.
-    """
-    tasks: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-    over = threading.Event()
-
-    def work() -> None:
-        while (place := tasks.get()) is not None and not over.is_set():
-            try:
-                results.put((place, load(sources[place])))
-            except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-                results.put((place, error))
-
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, loading.workers))]
-    for thread in threads:
-        thread.start()
-    found: dict[int, Any] = {}
-    sent = 0
-    try:
-        for place in range(len(sources)):
-            while sent < min(len(sources), place + ahead):
-                tasks.put(sent)
-                sent += 1
-            while place not in found:
-                number, value = _patient_get(results, loading.timeout, sources[place])
-                found[number] = value
-            yield found.pop(place)
-    finally:
-        over.set()
-        for _ in threads:
-            tasks.put(None)
-
-
-def _patient_get(results: queue.SimpleQueue, timeout: float, source: Any) -> Any:
-    waited, last = 0.0, time.monotonic()
-    while True:
-        try:
-            return results.get(timeout=POLL)
-        except queue.Empty:
-            now = time.monotonic()
-            waited, last = waited + min(now - last, 5 * POLL), now
-        if waited > timeout:
-            raise LoaderError(
-                f"{visible(str(source))} could not be read within {timeout:g} s (--loader-timeout); does its file "
-                "system answer?"
-            )
-
-
 def _failed_start(error: Exception) -> Exception:
     if isinstance(error, OSError):
         return LoaderError(f"the loaders cannot be started ({describe_error(error)}); try fewer --workers, or 0")

@@ -20,8 +20,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from .._interrupts import STOPPING
 from ..errors import UserError
-from .signals import STOPPING, StopRequest
+from .signals import StopRequest
 
 TIMEOUT = 60.0  # without a sign of life
 ANSWER = 10  # times that: how long a process that is alive may let others wait in an exchange
@@ -124,8 +125,9 @@ class Watch:
                     self._peer_signum = self._peer_signum or int(signum)
                 if silent and self.rank:
                     self._silent = [int(word) for word in silent.split(",")]
-        with contextlib.suppress(Exception):
-            self._store.set(f"beat/{self.rank}", "done;0;0;")
+        if self.lost is None:
+            with contextlib.suppress(Exception):
+                self._store.set(f"beat/{self.rank}", "done;0;0;")
 
     def _judge(self) -> None:
         others = range(1, self.size) if self.rank == 0 else [0]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from .._interrupts import STOPPING
 from ..errors import UserError
 
 try:
@@ -17,8 +18,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# What a terminal that closes, a user, a batch system and a machine that goes down send; Windows knows two of them.
-STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 _PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 

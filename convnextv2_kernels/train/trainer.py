@@ -247,7 +247,7 @@ class Trainer:
                 self.note(f"note: {text}")
             known = {name: state[name] for name in ("step", "rng", "task")}
             # Of older checkpoints, which were written after the evaluation, it is not recorded.
-            return {"path": path, **known, "pending": bool(state.get("pending", False))}
+            return {"path": path, **known, "pending": bool(state.get("evaluation_pending", False))}
 
         found = self.world.from_main(find)
         if found is None:
@@ -352,7 +352,7 @@ class Trainer:
         self.log.sync()
         self.metrics.sync()
         extra = {"epoch": epoch, "position": position, "rng": rng_state(), "task": self.task.state()}
-        extra.update(config=config.to_dict(), environment=self.environment, pending=self.pending)
+        extra.update(config=config.to_dict(), environment=self.environment, evaluation_pending=self.pending)
         path = write_checkpoint(self.storage.output, outcome.step, {**state, **extra})
         prune_checkpoints(self.storage.output, outcome.step, self.storage.max_checkpoints)
         return path
