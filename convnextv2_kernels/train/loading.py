@@ -287,7 +287,7 @@ class Loader:
         if not busy:
             return f"{text}the loaders do not answer"
         number = min(busy, key=lambda n: self._board[_FIELDS * n + _SINCE])
-        return f"{text}{self._name(number)} waits for{self._reading(number, ' ')}; does its file system answer?"
+        return f"{text}{self._name(number)} waits for{self._reading(number, ' ')}, whose file system may hang"
 
 
 def _failed_start(error: Exception) -> Exception:
