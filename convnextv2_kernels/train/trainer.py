@@ -245,6 +245,8 @@ class Trainer:
             require_same_config(state["config"], self.task.config, str(path))
             for text in environment_notes(state.get("environment", {}), self.environment):
                 self.note(f"note: {text}")
+            # A kill may have come between the writing of a checkpoint and this.
+            prune_checkpoints(self.storage.output, state["step"], self.storage.max_checkpoints)
             known = {name: state[name] for name in ("step", "rng", "task")}
             # Of older checkpoints, which were written after the evaluation, it is not recorded.
             return {"path": path, **known, "pending": bool(state.get("evaluation_pending", False))}

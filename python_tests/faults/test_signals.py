@@ -95,7 +95,7 @@ def test_the_verdicts_on_images_are_kept(name, code, word, tmp_path, photos, mon
     assert calls[-1] == 4 and not (tmp_path / "out" / "log.jsonl").exists()
 
 
-@pytest.mark.parametrize("phase", ["export_encoder", "save_picture"])
+@pytest.mark.parametrize("phase", ["export_encoder", pytest.param("save_picture", marks=pytest.mark.thorough)])
 def test_an_end_that_is_interrupted_is_done_by_the_next_call(phase, tmp_path, photos, monkeypatch, capsys):
     """After the last step, in the middle of what is written then."""
     make_networks_tiny(monkeypatch)
@@ -139,7 +139,7 @@ def finished(classes, tmp_path_factory):
     return state_of(output)
 
 
-@pytest.mark.parametrize("evaluation", [1, 2, 4])
+@pytest.mark.parametrize("evaluation", [2, *(pytest.param(n, marks=pytest.mark.thorough) for n in (1, 4))])
 def test_an_evaluation_that_is_cut_short_is_done_again(evaluation, classes, finished, tmp_path, monkeypatch, capsys):
     """The epoch's checkpoint is there before it; two evaluations an epoch, of the weights and of their average."""
     done, update = [], evaluate.TopK.update
