@@ -329,7 +329,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Do what the task does after an epoch; return False where a signal came first."""
         try:
-            with self.unsettled:
+            with self.unsettled, self.world.exchanges():
                 self.task.epoch_done(self, self.outcome.step // self.task.config.steps_per_epoch - 1)
         except Stopped as stopped:
             self.outcome.stop_signal = stopped.signum
@@ -362,10 +362,11 @@ class Trainer:
     def _save_alone(self) -> str:
         """Where another process is lost, save what this one can without it; return where the run stands.
 
-        Copies of the model are whole in every process, shards are not. May be called while the main thread waits inside
-        PyTorch for the lost process, before it touches the weights.
+        Copies of the model are whole in every process, shards are not. May be called by another thread while the main
+        one waits inside PyTorch for the lost process, before it touches the weights; a GPU would be waited for too.
         """
         able = self.world.is_main and self.split.parallel == "ddp" and self.storage.checkpoints and not self.saved
+        able &= self.device.type == "cpu" or threading.current_thread() is threading.main_thread()
         if able and self.unsettled.acquire(timeout=1):
             try:
                 state = gather_state(self.task.model, self.optimizer, self.average)
