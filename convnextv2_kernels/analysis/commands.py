@@ -17,6 +17,7 @@ from ..data.folder import CACHE_NAME, fingerprint
 from ..data.images import load_crop, normalize
 from ..data.labelled import EvalDataset
 from ..data.rng import ORDER, numpy_stream
+from ..train.loading import Loading, require_shared_memory
 from ..train.reconstruction import (
     Reconstruction,
     describe_errors,
@@ -331,7 +332,8 @@ def _features(
 ) -> tuple[Tensor, Tensor]:
     dataset = EvalDataset(found.paths(), found.labels, eval_transform(size, args.crop_pct))
     device = next(network.model.parameters()).device
-    batches = labelled_loader(dataset, args.batch_size, args.workers, pin_memory=device.type == "cuda")
+    require_shared_memory(args.workers, args.batch_size * 3 * 4 * size[0] * size[1])  # float32
+    batches = labelled_loader(dataset, args.batch_size, Loading(args.workers, args.loader_timeout), device)
     with Progress(f"features of {network.label}", len(found.images)) as progress:
         features, labels = extract_features(network.model, batches, device, progress.update, failures=failures)
     return features, labels

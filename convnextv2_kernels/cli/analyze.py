@@ -21,6 +21,7 @@ from .types import (
     nonnegative_int,
     positive_float,
     positive_int,
+    seconds,
     share,
     share_or_zero,
 )
@@ -312,6 +313,14 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--loader-timeout",
+        type=seconds,
+        default=300.0,
+        metavar="S",
+        help="end where no image could be read for S seconds, as on a network file system that hangs (default: "
+        "%(default)g)",
     )
 
 

@@ -8,7 +8,17 @@ from typing import Any
 
 from .. import settings
 from ..train.recipes import Resolved
-from .types import BACKENDS, decay, image_size, nonnegative_float, nonnegative_int, positive_float, positive_int, share
+from .types import (
+    BACKENDS,
+    decay,
+    image_size,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    seconds,
+    share,
+)
 
 BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
 # Options that say where a run lives and on what it runs; those a recipe holds are not among them.
@@ -19,6 +29,8 @@ PLACES: dict[str, Any] = {
     "grn": "default",
     "seed": 0,
     "workers": min(4, os.cpu_count() or 1),
+    "loader_timeout": 300.0,
+    "peer_timeout": 60.0,
     "save_every": 0,
     "keep": 3,
     "max_steps": None,
@@ -147,6 +159,20 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         type=nonnegative_int,
         metavar="N",
         help="processes that load images, for each process that trains (default: one per core, 4 at most)",
+    )
+    group.add_argument(
+        "--loader-timeout",
+        type=seconds,
+        metavar="S",
+        help="end the run, with a checkpoint, where a batch is waited for and no image was begun for S seconds, as on "
+        f"a network file system that hangs (default: {PLACES['loader_timeout']:g})",
+    )
+    group.add_argument(
+        "--peer-timeout",
+        type=seconds,
+        metavar="S",
+        help="with torchrun: end the run where a process gives no sign of life for S seconds, or lets others wait for "
+        f"its numbers 10 times as long (default: {PLACES['peer_timeout']:g})",
     )
     group.add_argument(
         "--parallel",

@@ -30,6 +30,8 @@ class TrainOptions:
     device: str
     output: Path
     workers: int
+    loader_timeout: float
+    peer_timeout: float
     save_every: int
     keep: int
     max_steps: int | None

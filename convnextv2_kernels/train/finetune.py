@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,6 +31,7 @@ from .checkpoint import export_weights, load_checkpoint, whole_model
 from .config import FinetuneConfig, FinetuneOptions
 from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
+from .loading import require_shared_memory
 from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
 from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
@@ -99,10 +101,12 @@ class FinetuneTask:
         for block, scale in zip(self._blocks, self._drop_path_scale[1], strict=True):
             block.given_drop_path = scale[span.begin : span.end]
 
+    def evaluates(self, epoch: int) -> bool:
+        """Every ``eval_every`` epochs, and after the last."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.config.epochs
+
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
         """Evaluate, log, and keep the weights if they are the best so far."""
-        if (epoch + 1) % self.eval_every and epoch + 1 != self.config.epochs:
-            return
         results = {"": self._evaluate(trainer)}
         if trainer.average is not None:
             with trainer.average.applied(self.model):
@@ -126,9 +130,10 @@ class FinetuneTask:
             self.held_out,
             batch_size=max(1, trainer.share // trainer.split.accumulate),
             world=trainer.world,
-            workers=trainer.split.workers,
+            loading=trainer.split.loading,
             precision=self.config.precision,
             note=trainer.note,
+            signum=trainer.signum,
         )
 
     def _keep_best(self, trainer: Trainer) -> None:
@@ -188,7 +193,8 @@ VALUES = (
 def run_finetune(options: FinetuneOptions) -> int:
     """Train or evaluate a classifier on ``options.data``; return the exit code of the process."""
     device = resolve_device(options.device)
-    with processes(device) as world:
+    with processes(device, options.peer_timeout) as world:
+        _require_shared_memory(options, world)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
@@ -196,6 +202,20 @@ def run_finetune(options: FinetuneOptions) -> int:
                 return _run(options, device, world)
             except ValueError as error:  # what a layer, a transform or a loss says of an argument
                 raise UserError(str(error)) from error
+
+
+def _require_shared_memory(options: FinetuneOptions, world: World) -> None:
+    image = 3 * 4 * math.prod(options.img_size)  # float32
+    if options.eval_only:
+        require_shared_memory(options.workers, _eval_batch(options, world) * image)
+        return
+    # The loaders of an evaluation work beside those of the training.
+    share = options.batch_size // world.size
+    require_shared_memory(options.workers, share * image, max(1, share // options.accumulate) * image)
+
+
+def _eval_batch(options: FinetuneOptions, world: World) -> int:
+    return max(1, min(options.batch_size // world.size, 64))
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
@@ -303,9 +323,8 @@ def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
 
 
 def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World) -> int:
-    batch = max(1, min(options.batch_size // world.size, 64))
     precision = options.resolved.values["precision"]
-    result = evaluate(model, pictures, batch, world, options.workers, precision)
+    result = evaluate(model, pictures, _eval_batch(options, world), world, split_of(options, world).loading, precision)
     if world.is_main:
         print(
             f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "

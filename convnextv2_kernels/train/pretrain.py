@@ -1,5 +1,6 @@
 """FCMAE pre-training: the :class:`~.trainer.Task`, and ``pretrain --data FOLDER``, from scan to export."""
 
+import math
 import shlex
 import signal
 import sys
@@ -21,6 +22,7 @@ from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes, resolve_device
+from .loading import require_shared_memory
 from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
 from .setup import build_fcmae, parameters_of, prepare_output, pretrain_config, split_of, storage_of, write_settings
@@ -54,8 +56,12 @@ class PretrainTask:
         loss, _, _ = network(normalize(pixels).to(self.config.dtype), mask)
         return loss
 
+    def evaluates(self, epoch: int) -> bool:
+        """Never: the log has the losses."""
+        return False
+
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
-        """Nothing to do: the log has the losses."""
+        """Nothing to do."""
 
     def state(self) -> dict[str, Any]:
         """Nothing to remember: masks and crops are functions of the step."""
@@ -77,7 +83,8 @@ NUM_PICTURES = 8
 def run_folder(options: PretrainOptions) -> int:
     """Pre-train on ``options.data``; return the exit code of the process."""
     device = resolve_device(options.device)
-    with processes(device) as world:
+    with processes(device, options.peer_timeout) as world:
+        require_shared_memory(options.workers, options.batch_size // world.size * 3 * math.prod(options.img_size))
         model = build_fcmae(options, device)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
@@ -175,7 +182,8 @@ def print_stopped(options: TrainOptions, outcome: Outcome) -> None:
     """Say what a signal left, and how to resume."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)
-    print(f"Stopped by {name} after step {outcome.step} of {outcome.total_steps}, which is saved.")
+    after = f"after step {outcome.step} of {outcome.total_steps}, which is saved" if outcome.step else "before step 1"
+    print(f"Stopped by {name} {after}.")
     print(f"To resume from there, run the same command again:\n  {command}")
 
 

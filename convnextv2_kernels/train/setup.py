@@ -104,7 +104,7 @@ def storage_of(options: TrainOptions) -> Storage:
 
 def split_of(options: TrainOptions, world: World) -> Spread:
     """How the run's steps are split."""
-    return Spread(world, options.parallel, options.accumulate, options.workers)
+    return Spread(world, options.parallel, options.accumulate, options.workers, options.loader_timeout)
 
 
 def write_settings(options: TrainOptions, config: RunConfig) -> None:
@@ -122,7 +122,17 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
                 "another --output to start afresh."
             ) from error
         require_same_config(saved, config, str(path))
-    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
+    rest = (
+        "workers",
+        "loader_timeout",
+        "peer_timeout",
+        "save_every",
+        "keep",
+        "max_steps",
+        "tensorboard",
+        "parallel",
+        "accumulate",
+    )
     resolved = {
         "config": config.to_dict(),
         "recipe": {"name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins},
