@@ -95,8 +95,8 @@ def check_settings(state: dict[str, Any], config: RunConfig) -> None:
 
 def check_state(state: dict[str, Any], step: int, run: Expected) -> None:
     """Raise ValueError, in a sentence that names the field, what it holds and what was expected, where a checkpoint of
-    ``step``, which has passed :func:`check_settings` and has the settings of the run, is not one that the run could have
-    written."""
+    ``step``, which has passed :func:`check_settings` and has the settings of the run, is none that the run could write.
+    """
     _check_place(state, step, run.config)
     _check_environment(state.get("environment", {}))
     check_rng(state["rng"])

@@ -163,8 +163,8 @@ class FinetuneTask:
 
 
 def check_best(best: Any, step: int, config: FinetuneConfig) -> None:
-    """Raise ValueError, in a sentence that names the field, where ``best`` is no :attr:`FinetuneTask.best` that a run has
-    after ``step`` steps."""
+    """Raise ValueError, in a sentence that names the field, where ``best`` is none of :attr:`FinetuneTask.best` after
+    ``step`` steps."""
     require(isinstance(best, dict), "task.best", best, "a dict")
     if not best:
         return
