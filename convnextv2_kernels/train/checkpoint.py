@@ -246,8 +246,11 @@ def export_encoder(path: Path, model: nn.Module, model_name: str, weights: Mappi
 
 
 def export_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write tensors as safetensors with metadata; return how many."""
+    """Write tensors as safetensors with metadata; return how many. Raises UserError where they cannot be written."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as file:
-        file.write(save(plain, metadata={"format": "pt", **metadata}))
+    try:
+        with atomic_file(path) as file:
+            file.write(save(plain, metadata={"format": "pt", **metadata}))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return len(plain)

@@ -22,7 +22,7 @@ from .optim import Average
 
 FORMAT = 2
 REQUIRED = ("format", "step", "epoch", "position", "config", "rng", "task", "model", "optimizer")
-OPTIONAL = ("environment",)
+OPTIONAL = ("environment", "evaluation_pending")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _LAST_STEP = 1 << 24  # where AdamW's counter in float32 stops
 _LONGEST_RNG = 1 << 13  # bytes of the state of PyTorch's generators, at most
@@ -230,6 +230,9 @@ def _check_place(state: Mapping[str, Any], step: int, config: RunConfig) -> None
     of = f"of step {step} with {config.steps_per_epoch} steps an epoch"
     for name, wanted in (("epoch", epoch), ("position", position)):
         require(type(state[name]) is int and state[name] == wanted, name, state[name], f"{wanted}, that {of}")
+    pending = state.get("evaluation_pending", False)
+    fits = type(pending) is bool and (not pending or position == 0)
+    require(fits, "evaluation_pending", pending, "True or False" if position == 0 else "False within an epoch")
 
 
 def _check_environment(found: Any) -> None:

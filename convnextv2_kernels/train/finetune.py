@@ -138,14 +138,8 @@ class FinetuneTask:
         else:
             with trainer.average.applied(self.model):
                 weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
-        trainer.world.from_main(lambda: self._write_best(weights))
-
-    def _write_best(self, weights: dict[str, Tensor]) -> None:
-        path = self.output / "best.safetensors"
-        try:
-            export_weights(path, weights, metadata_of(self.config, self.best))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        about = metadata_of(self.config, self.best)
+        trainer.world.from_main(lambda: export_weights(self.output / "best.safetensors", weights, about))
 
     def state(self) -> dict[str, Any]:
         """The best result so far."""

@@ -124,7 +124,10 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }
-    write_json(path, resolved)
+    try:
+        write_json(path, resolved)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
@@ -132,7 +135,8 @@ def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
     try:
         content = read_json(path)
         require(isinstance(content, dict), "the content", content, "an object")
-        require("config" in content, "config", None, "the settings of a run")
+        if "config" not in content:
+            raise ValueError("config is missing")
         check_config(content["config"], config)
     except (OSError, ValueError) as error:
         reason = visible(getattr(error, "strerror", None) or str(error))

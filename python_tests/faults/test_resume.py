@@ -3,26 +3,32 @@ sentence that names the field; or the run goes on with bitwise the right losses.
 
 import copy
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.pictures import nested_folder
+from helpers.pictures import class_folder, nested_folder
 from helpers.training import CONFIG, losses, run_tiny, tiny_model
 from train.two_processes import join, needs_gloo, spawn
 
+from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import checkpoint, trainer
+from convnextv2_kernels.train.config import require_same_config
 from convnextv2_kernels.train.distributed import processes
 from convnextv2_kernels.train.finetune import check_best
 from convnextv2_kernels.train.optim import make_optimizer, parameter_groups
 from convnextv2_kernels.train.pretrain import PretrainTask
+from convnextv2_kernels.train.setup import write_settings
 from convnextv2_kernels.train.trainer import Spread, Storage, Trainer
 
 from .damages import DAMAGES, PASSED_OVER, PROJ, REFUSED, put, tensor_damages, without_stage_3
@@ -424,3 +430,113 @@ def test_two_processes_pass_over_the_same_checkpoint(original, content, photos, 
         assert refused[0] == refused[1] and "seed: 8 in the checkpoint, 7 now" in refused[0]
         expected = losses(folders[-2])
         assert len(expected) == 8 and all(losses(folder) == expected for folder in folders[:3])
+
+
+@contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """No file grows beyond ``most`` bytes, as on a disk that is full."""
+    import resource  # of POSIX
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits are POSIX")
+@pytest.mark.parametrize("what", ["checkpoint-6.pt", "model.safetensors", "encoder.safetensors", "config.json"])
+@pytest.mark.parametrize("most", [0, 700])
+def test_a_disk_that_is_full_is_called_so(tmp_path, content, what, most):
+    options = SimpleNamespace(output=tmp_path, resolved=SimpleNamespace(recipe="x", note="", origins={}))
+    options.__dict__.update(dict.fromkeys(("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel"), 0))
+    options.accumulate = 1
+    write = {
+        "checkpoint-6.pt": lambda path: checkpoint.write_checkpoint(tmp_path, 6, content),
+        "model.safetensors": lambda path: checkpoint.export_weights(path, content["model"], {}),
+        "encoder.safetensors": lambda path: checkpoint.export_encoder(path, tiny_model(), "x"),
+        "config.json": lambda path: write_settings(options, CONFIG),
+    }[what]
+    path = tmp_path / what
+    path.write_text("as before")
+    with small_files(most), pytest.raises(UserError) as refused:
+        write(path)
+    assert str(refused.value) == f"cannot write {path}: File too large"
+    assert path.read_text() == "as before" and [p.name for p in tmp_path.iterdir()] == [what]
+
+
+# -- the commands
+
+
+def finetune(photos: Path, output: Path, *more: str) -> int:
+    words = "finetune --model convnextv2_atto --img-size 32 --epochs 3 --batch-size 4 --mixup 0 --cutmix 0".split()
+    words += "--val-share 0.34 --workers 0 --device cpu --ema-decay 0.5 --keep 9".split()
+    return main([*words, "--data", str(photos), "--output", str(output), *more])
+
+
+@pytest.mark.thorough
+def test_fine_tuning_passes_over_a_best_result_that_cannot_be(tmp_path, capsys):
+    photos, output = class_folder(tmp_path / "photos", 2, 6), tmp_path / "run"
+    assert finetune(photos, output, "--max-steps", "4") == 0
+    shutil.copytree(output, tmp_path / "straight")
+    assert finetune(photos, tmp_path / "straight") == 0
+    newest = output / "checkpoint-4.pt"
+    content = torch.load(newest, weights_only=True)
+    assert content["task"]["best"]["epoch"] in (0, 1)
+    content["task"]["best"]["top1"] = 1000.0
+    torch.save(content, newest)
+    capsys.readouterr()
+    assert finetune(photos, output) == 0
+    said = capsys.readouterr().out
+    assert "task.best.top1 is 1000.0, expected a share in percent; it is passed over" in said
+    assert losses(output) == losses(tmp_path / "straight")
+
+
+SETTINGS = {
+    "no JSON": ("{", "is not valid JSON"),
+    "deep": ("[" * 100_000, "is nested more than"),
+    "a huge integer": ('{"config": ' + "9" * 400 + "}", "beyond 64 bits"),
+    "a list": ("[]", "the content is [], expected an object"),
+    "no settings": ("{}", "config is missing"),
+    "settings of None": ('{"config": null}', "config is None, expected a dict"),
+    "empty settings": ('{"config": {}}', "config.model is missing"),
+    "a text for epochs": ({"epochs": "3"}, "config.epochs is '3', expected an integer"),
+    "True for epochs": ({"epochs": True}, "config.epochs is True, expected an integer"),
+    "NaN": ({"lr": float("nan")}, "config.lr is nan, expected a finite number"),
+    "a list for the model": ({"model": ["a"]}, "config.model is ['a'], expected a text"),
+    "one side": ({"img_size": [64]}, "config.img_size is [64], expected [an integer, an integer]"),
+    "an unknown setting": ({"more": 1}, "config.more is there"),
+    "another seed": ({"seed": 9}, "seed: 9 in the checkpoint, 7 now"),
+    "a surrogate": ({"model": "\udc80\x1b[2J"}, r"model: \udc80\x1b[2J in the checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_were_edited_are_refused_in_a_sentence(name, tmp_path):
+    (tmp_path / "checkpoint-1.pt").touch()
+    content, says = SETTINGS[name]
+    if isinstance(content, dict):
+        content = json.dumps({"config": {**CONFIG.to_dict(), **content}})
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError) as refused:
+        write_settings(SimpleNamespace(output=tmp_path), CONFIG)
+    said = str(refused.value)
+    assert "config.json" in said and says in said and said.isprintable()
+    assert (tmp_path / "config.json").read_text() == content
+
+
+@pytest.mark.skipif(os.name != "posix", reason="such files are POSIX")
+def test_settings_that_are_no_file_are_refused(tmp_path):
+    (tmp_path / "checkpoint-1.pt").touch()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="is a FIFO, expected a regular file"):
+        write_settings(SimpleNamespace(output=tmp_path), CONFIG)
+
+
+def test_settings_older_than_a_setting_have_its_default(tmp_path):
+    saved = CONFIG.to_dict()
+    del saved["encoding"], saved["hflip"]
+    require_same_config(saved, CONFIG, "here")
+    with pytest.raises(UserError, match=r"encoding: sparse in the checkpoint, masked_dense now"):
+        require_same_config(saved, dataclasses.replace(CONFIG, encoding="masked_dense"), "here")
