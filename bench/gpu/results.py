@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from convnextv2_kernels._files import atomic_file, read_json
+from convnextv2_kernels.errors import FileError, UserError
+
 from .setting import Setting, Skip, first_line, significant
 
 NAME = "results.json"
@@ -35,14 +38,21 @@ class Results:
         self.reload()
 
     def reload(self) -> None:
-        """Takes over what is on disk, if it is readable."""
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        """Takes over what is on disk, if there is any; raises UserError where it is no such file."""
+        if not self.path.exists():
+            return
+        try:
+            data = read_json(self.path)
+        except (OSError, FileError) as error:
+            raise UserError(f"{error}; give another --out") from error
+        stages = data.get("stages") if isinstance(data, dict) else None
+        if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
+            raise UserError(f"{self.path} holds no stages by name; give another --out")
+        self.data = data
 
     def save(self, indent: int | None = None) -> None:
-        temporary = self.path.with_name(f".{NAME}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.data, indent=indent) + "\n")
-        temporary.replace(self.path)
+        with atomic_file(self.path) as file:
+            file.write((json.dumps(self.data, indent=indent) + "\n").encode())
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.data["stages"].setdefault(name, {"status": "running", "result": {}})
