@@ -12,9 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convnextv2_kernels._files import atomic_file, read_json
-from convnextv2_kernels.errors import FileError, UserError
-
 from .setting import Setting, Skip, first_line, significant
 
 NAME = "results.json"
@@ -42,17 +39,20 @@ class Results:
         if not self.path.exists():
             return
         try:
-            data = read_json(self.path)
-        except (OSError, FileError) as error:
-            raise UserError(f"{error}; give another --out") from error
-        stages = data.get("stages") if isinstance(data, dict) else None
-        if not isinstance(stages, dict) or not all(isinstance(stage, dict) for stage in stages.values()):
-            raise UserError(f"{self.path} holds no stages by name; give another --out")
+            data = json.loads(self.path.read_text()) if self.path.is_file() else None
+            usable = isinstance(data, dict) and all(isinstance(stage, dict) for stage in data["stages"].values())
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+            usable = False
+        if not usable:
+            from convnextv2_kernels.errors import UserError  # late: a stage need not import PyTorch
+
+            raise UserError(f"{self.path} holds no stages of an earlier run; give another --out")
         self.data = data
 
     def save(self, indent: int | None = None) -> None:
-        with atomic_file(self.path) as file:
-            file.write((json.dumps(self.data, indent=indent) + "\n").encode())
+        temporary = self.path.with_name(f".{NAME}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.data, indent=indent) + "\n")
+        temporary.replace(self.path)
 
     def stage(self, name: str) -> dict[str, Any]:
         return self.data["stages"].setdefault(name, {"status": "running", "result": {}})

@@ -5,14 +5,18 @@ import json
 import math
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bench import RESULTS, tables
 from bench.compare import main as compare
 from bench.gate.command import BadInput, read_baseline
+from bench.gpu.results import Results
 from convnextv2_kernels import backends
 from convnextv2_kernels.analysis.results import file_name, write_rows
 from convnextv2_kernels.backends import native
@@ -349,3 +353,62 @@ def test_tune_says_that_it_replaces_what_cannot_be_used(cache, monkeypatch):
     monkeypatch.setattr(backends, "automatic", lambda *_: "reference")
     tuning.tune([], 1, said.append)
     assert len(said) == 1 and "will be replaced" in said[0] and str(cache) in said[0]
+
+
+# -- anything
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+ANY = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner))
+
+
+def anywhere(value: object, change: object, draw) -> object:
+    """``value`` with one place of it changed."""
+    if isinstance(value, (dict, list)) and value and draw(st.integers(0, 4)):
+        value = dict(value) if isinstance(value, dict) else list(value)
+        key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+        value[key] = anywhere(value[key], change, draw)
+        return value
+    return change
+
+
+@pytest.mark.thorough
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_whatever_a_result_holds_is_compared_or_refused(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("any")
+    one = step_result()
+    one["step"][0]["control"] = {"of": "x", "ratio": 1.2, "tolerance": 0.03, "valid": False}
+    a = write(folder / "a.json", json.dumps(anywhere(one, data.draw(ANY), data.draw)))
+    b = write(folder / "b.json", step_result())
+    for pair in ((a, b), (b, a)):
+        try:
+            assert compare([*map(str, pair), "--json", str(folder / "c.json")]) in (0, 1)
+        except UserError as error:
+            assert str(error).isprintable()
+    with suppress(results.ResumeError):
+        results.resume(a, step_result(), restart=False)
+
+
+@pytest.mark.thorough
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_whatever_a_cache_holds_is_used_as_it_is_or_ignored(cache, data):
+    content = anywhere({"machine": HERE, "plans": [ROW]}, data.draw(ANY), data.draw)
+    write(cache, json.dumps(content))
+    plans._read.cache_clear()
+    plans.forget()
+    fault = plans.fault()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = plans.choose(SHAPE)
+    assert len(said) == (fault is not None) and (fault is None or fault.isprintable())
+    for tile in filter(None, (found.first, found.second)):
+        assert all(type(side) is int for side in tile) and 16 <= min(tile[:3]) <= max(tile[:3]) <= 256
+        assert 1 <= tile.warps <= 16 and 1 <= tile.stages <= 6
+
+
+def test_results_of_a_gpu_that_are_none(tmp_path):
+    for text, _ in TEXTS.values():
+        write(tmp_path / "results.json", text)
+        with pytest.raises(UserError, match="holds no stages of an earlier run; give another --out"):
+            Results(tmp_path)

@@ -4,12 +4,15 @@ sentence that names the field; or the run goes on with bitwise the right losses.
 import copy
 import dataclasses
 import json
+import math
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.train import checkpoint, trainer
+from convnextv2_kernels.train.checkpoint_checks import Expected, check_format, check_settings, check_state
 from convnextv2_kernels.train.config import require_same_config
 from convnextv2_kernels.train.distributed import processes
 from convnextv2_kernels.train.finetune import check_best
@@ -31,7 +35,7 @@ from convnextv2_kernels.train.pretrain import PretrainTask
 from convnextv2_kernels.train.setup import write_settings
 from convnextv2_kernels.train.trainer import Spread, Storage, Trainer
 
-from .damages import DAMAGES, PASSED_OVER, PROJ, REFUSED, put, tensor_damages, without_stage_3
+from .damages import DAMAGES, PASSED_OVER, PROJ, REFUSED, drop, put, tensor_damages, without_stage_3
 
 # what the reader of files refuses before it is content
 UNREAD = ("a setting beyond what is read",)
@@ -540,3 +544,62 @@ def test_settings_older_than_a_setting_have_its_default(tmp_path):
     require_same_config(saved, CONFIG, "here")
     with pytest.raises(UserError, match=r"encoding: sparse in the checkpoint, masked_dense now"):
         require_same_config(saved, dataclasses.replace(CONFIG, encoding="masked_dense"), "here")
+
+
+# -- anything
+
+JUNK = (
+    None, True, False, 0, 1, -1, 2**70, 1e308, math.nan, math.inf, "", "x", "\udc80", b"x", [], {}, (), [1], {"a": 1},
+    {1: 2}, (1, 2, 3), torch.tensor(1.0), torch.zeros(0), torch.zeros(3), torch.zeros(3).to_sparse(), torch.float32,
+    torch.zeros(3, device="meta"), torch.Size([1]), 1j, set(), range(3),
+)  # fmt: skip
+# What a run may resume with, as it decides no loss: settings and PyTorch's defaults stand in for it.
+HARMLESS = re.compile(
+    r"environment.*|config\.\w+(\.\d)?|optimizer\.param_groups\.\d\.(lr|maximize|amsgrad|foreach|capturable|differentiable)"
+)
+
+
+def places(value: object, path: tuple = ()) -> Iterator[tuple]:
+    yield path
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*path, key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from places(item, (*path, index))
+
+
+@pytest.mark.thorough
+def test_whatever_is_put_anywhere_is_refused_or_harmless(folder, content):
+    """Three thousand changes of a place, at most two a time; every kind of place as often as any other."""
+    (folder / NEWEST).unlink()
+    run, _ = resumed(folder)
+    expected = Expected.of(run.task, run.optimizer, run.average)
+    kinds: dict[str, list[tuple]] = {}
+    for path in places(content):
+        kinds.setdefault(re.sub(r"[\w.]*\.[\w.]*|mask_token", "*", " ".join(map(str, path))), []).append(path)
+    del kinds[""]
+    draw = random.Random(0)
+    for _ in range(3000):
+        changed, paths = containers(content), []
+        for _ in range(draw.choice((1, 1, 2))):
+            paths.append(path := draw.choice(kinds[draw.choice(list(kinds))]))
+            with suppress(KeyError, IndexError, TypeError):  # where the first change left no such place
+                draw.choice((put(*path, to=draw.choice(JUNK)), drop(*path)))(changed)
+        try:
+            check_format(changed)
+            check_settings(changed, run.task.config)
+            require_same_config(changed["config"], run.task.config, "it")
+            check_state(changed, 6, expected)
+        except (ValueError, UserError) as error:
+            assert type(error) in (ValueError, UserError) and str(error).isprintable() and len(str(error)) < 2000
+        else:
+            used = [path for path in paths if not HARMLESS.fullmatch(".".join(map(str, path)))]
+            assert all(unchanged(content, changed, path) for path in used), used
+
+
+def unchanged(before: object, after: object, path: tuple) -> bool:
+    """Whether a place holds what it held, or what equals it."""
+    for key in path:
+        before, after = before[key], after[key]
+    return equal(before, after)
