@@ -206,7 +206,9 @@ def _matches(value: Any, hint: Any) -> bool:
         return type(value) in (int, float) and abs(value) <= 1e300
     if hint is int:
         return type(value) is int and abs(value) < 1 << 63
-    return value is None if hint is type(None) else type(value) is hint
+    if hint is type(None):
+        return value is None
+    return type(value) is hint if hint in (str, bool) else _is_plain(value)
 
 
 def _in_words(hint: Any) -> str:

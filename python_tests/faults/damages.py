@@ -19,7 +19,7 @@ class Damage(NamedTuple):
     also: str = ""
 
 
-HUGE = 10**600
+HUGE = 10**300  # of a few hundred bits, which files may hold
 ONE = torch.ones
 BIAS, CONV, TOKEN = "encoder.stages.3.0.pwconv1.bias", "encoder.stages.0.0.dwconv.weight", "mask_token"
 PROJ = "encoder.stages.3.0.pwconv1.weight"
