@@ -176,6 +176,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         cause = recorded.error if recorded is not None else None
+        for failed in (error, cause):
+            if isinstance(failed, OSError) and failed.filename is None:
+                failed.filename = str(path)  # a failed write knows only a number
         if cause is not None and error is not cause and isinstance(error, Exception):
             raise cause from error
         raise

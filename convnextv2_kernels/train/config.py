@@ -1,12 +1,14 @@
 """What the command line asks for, the settings a run resolves it to, and the comparison that guards a resume."""
 
 import platform
-from dataclasses import asdict, dataclass
+import textwrap
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._console import visible
 from ..errors import UserError
 from .recipes import Resolved
 
@@ -126,7 +128,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, as stored in checkpoints and in config.json."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +181,18 @@ class FinetuneConfig(RunConfig):
 
 
 def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -> None:
-    """Raise UserError naming each setting in which a checkpoint differs from this run."""
+    """Raise UserError naming each setting in which a checkpoint differs from this run.
+
+    A field that the checkpoint lacks, because it is older than the field, has its default.
+    """
     now = current.to_dict()
+    before = {field.name: _plain(field.default) for field in fields(current) if field.default is not MISSING} | saved
     differences = [
-        f"{name}: {saved.get(name, 'not recorded')} in the checkpoint, {value} now"
+        f"{name}: {_said(before.get(name, 'not recorded'))} in the checkpoint, {_said(value)} now"
         for name, value in now.items()
-        if saved.get(name) != value and name != "images_sha256"
+        if before.get(name) != value and name != "images_sha256"
     ]
-    if saved.get("images_sha256") != now["images_sha256"]:
+    if before.get("images_sha256") != now["images_sha256"]:
         differences.append("images: the list of files is not that of the checkpoint")
     if differences:
         raise UserError(
@@ -194,6 +200,14 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
             + "; ".join(differences)
             + ". Restore these settings, or give a new --output."
         )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _said(value: Any) -> str:
+    return visible(textwrap.shorten(str(value), 300, placeholder=" ..."))
 
 
 def environment() -> dict[str, Any]:
@@ -209,7 +223,7 @@ def environment() -> dict[str, Any]:
 def environment_notes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return a note for each part of the environment that is not what it was."""
     return [
-        f"{name} was {saved.get(name)} and is {value} now: losses may differ in their last digits"
+        f"{name} was {_said(saved.get(name))} and is {value} now: losses may differ in their last digits"
         for name, value in current.items()
         if name != "python" and saved.get(name) != value
     ]

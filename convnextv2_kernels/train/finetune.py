@@ -28,6 +28,7 @@ from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
 from ..nn import ConvNeXtV2Block, GRNVariant
 from .checkpoint import export_weights, load_checkpoint, whole_model
+from .checkpoint_checks import require, require_names
 from .config import FinetuneConfig, FinetuneOptions
 from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
@@ -142,22 +143,42 @@ class FinetuneTask:
         else:
             with trainer.average.applied(self.model):
                 weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
-        trainer.world.from_main(lambda: self._write_best(weights))
-
-    def _write_best(self, weights: dict[str, Tensor]) -> None:
-        path = self.output / "best.safetensors"
-        try:
-            export_weights(path, weights, metadata_of(self.config, self.best))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        about = metadata_of(self.config, self.best)
+        trainer.world.from_main(lambda: export_weights(self.output / "best.safetensors", weights, about))
 
     def state(self) -> dict[str, Any]:
         """The best result so far."""
         return {"best": self.best}
 
+    def check(self, state: Any, step: int) -> None:
+        """A best result that this run can have."""
+        require(isinstance(state, dict), "task", state, "a dict")
+        require_names("task", state, ("best",), self.state())
+        check_best(state["best"], step, self.config)
+
     def restore(self, state: dict[str, Any]) -> None:
         """Take the best result so far."""
         self.best = dict(state["best"])
+
+
+def check_best(best: Any, step: int, config: FinetuneConfig) -> None:
+    """Raise ValueError, in a sentence that names the field, where ``best`` is none of :attr:`FinetuneTask.best` after
+    ``step`` steps."""
+    require(isinstance(best, dict), "task.best", best, "a dict")
+    if not best:
+        return
+    require_names("task.best", best, ("top1", "epoch", "step"), ("averaged",))  # files may be older than "averaged"
+    top1, epoch, averaged = best["top1"], best["epoch"], best.get("averaged", False)
+    require(type(top1) in (int, float) and 0 <= top1 <= 100, "task.best.top1", top1, "a share in percent")
+    done = step // config.steps_per_epoch
+    fits = type(epoch) is int and 0 <= epoch < done
+    require(fits, "task.best.epoch", epoch, f"one of the {done} epochs that are done, from 0 on")
+    last = (epoch + 1) * config.steps_per_epoch
+    fits = type(best["step"]) is int and best["step"] == last
+    require(fits, "task.best.step", best["step"], f"{last}, the last of epoch {epoch}")
+    wanted = "False" if config.ema_decay is None else "True or False"
+    fits = type(averaged) is bool and (config.ema_decay is not None or not averaged)
+    require(fits, "task.best.averaged", averaged, wanted)
 
 
 def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ..data.rng import MASK, torch_stream
 from ..layout import random_mask
 from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
+from .checkpoint_checks import require, require_names
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes, resolve_device
 from .loading import require_shared_memory
@@ -66,6 +67,11 @@ class PretrainTask:
     def state(self) -> dict[str, Any]:
         """Nothing to remember: masks and crops are functions of the step."""
         return {}
+
+    def check(self, state: Any, step: int) -> None:
+        """An empty dict."""
+        require(isinstance(state, dict), "task", state, "a dict")
+        require_names("task", state, ())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing was remembered."""

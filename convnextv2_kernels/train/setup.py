@@ -1,18 +1,19 @@
 """The steps that every run begins with: device, model, output folder, settings."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .._files import write_json
+from .._console import visible
+from .._files import read_json, write_json
 from ..data.folder import fingerprint
 from ..errors import UserError
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
+from .checkpoint_checks import check_config, require
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions, environment, require_same_config
 from .distributed import World
 from .trainer import Spread, Storage
@@ -114,13 +115,7 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
     """
     path = options.output / "config.json"
     if list_checkpoints(options.output):
-        try:
-            saved = json.loads(path.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{options.output} holds checkpoints, but config.json beside them cannot be read ({error}); give "
-                "another --output to start afresh."
-            ) from error
+        saved = _saved_settings(path, config)
         require_same_config(saved, config, str(path))
     rest = (
         "workers",
@@ -139,7 +134,27 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }
-    write_json(path, resolved)
+    try:
+        write_json(path, resolved)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The settings in config.json, which may have been edited."""
+    try:
+        content = read_json(path)
+        require(isinstance(content, dict), "the content", content, "an object")
+        if "config" not in content:
+            raise ValueError("config is missing")
+        check_config(content["config"], config)
+    except (OSError, ValueError) as error:
+        reason = visible(getattr(error, "strerror", None) or str(error))
+        raise UserError(
+            f"{path.parent} holds checkpoints, but config.json beside them cannot be read ({reason}); give another "
+            "--output to start afresh."
+        ) from error
+    return content["config"]
 
 
 def prepare_output(path: Path) -> None:

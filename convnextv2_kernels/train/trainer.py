@@ -34,6 +34,7 @@ from .checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
+from .checkpoint_checks import Expected, check_settings, check_state
 from .config import RunConfig, environment, environment_notes, require_same_config
 from .distributed import World, gradient_sync, spread
 from .loading import TIMEOUT, Loader, LoaderError, Loading
@@ -96,6 +97,10 @@ class Task(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember of the task."""
+
+    def check(self, state: Any, step: int) -> None:
+        """Raise ValueError, in a sentence that names the field, where ``state`` is nothing that :meth:`state` returns
+        after ``step`` steps."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what :meth:`state` returned."""
@@ -233,16 +238,21 @@ class Trainer:
         if not self.storage.checkpoints:
             return
         state: dict[str, Any] | None = None
+        expected = Expected.of(self.task, self.optimizer, self.average)
+
+        def check(found: dict[str, Any], step: int, path: Path) -> None:
+            check_settings(found, self.task.config)
+            require_same_config(found["config"], self.task.config, str(path))
+            check_state(found, step, expected)
 
         def find() -> dict[str, Any] | None:
             nonlocal state
             remove_temporaries(self.storage.output)
-            state, path, warnings = newest_valid(self.storage.output)
+            state, path, warnings = newest_valid(self.storage.output, check)
             for warning in warnings:
                 self.note(f"warning: {warning}")
             if state is None:
                 return None
-            require_same_config(state["config"], self.task.config, str(path))
             for text in environment_notes(state.get("environment", {}), self.environment):
                 self.note(f"note: {text}")
             # A kill may have come between the writing of a checkpoint and this.
