@@ -16,6 +16,7 @@ from typing import Any
 from .exit_codes import require_packages, user_errors
 from .types import (
     BACKENDS,
+    add_decoding,
     image_size,
     nonnegative_float,
     nonnegative_int,
@@ -261,6 +262,7 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
         metavar="S|HxW",
         help="pixels of the centred crops (default: those of the first checkpoint's training, else 224)",
     )
+    add_decoding(parser)
     if several:
         order = "one of each subfolder by turns" if photos else "one of each class by turns"
         parser.add_argument(
@@ -313,6 +315,7 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
     )
+    add_decoding(parser)
 
 
 def _add_tap(parser: argparse.ArgumentParser, default: str) -> None:

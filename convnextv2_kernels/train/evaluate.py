@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from .._console import visible
 from ..data.labelled import NO_LABEL, EvalDataset, LabelledSample, collate_labelled
+from ..errors import UserError
 from .distributed import World
 from .signals import ignore_signals
 
@@ -88,7 +90,7 @@ def evaluate(
     note: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Return ``{"top1", "top5"`` in percent, ``"loss", "images"}`` of a classifier on ``dataset``, the same in all
-    processes; all must call it. Images that cannot be read are named and left out."""
+    processes; all must call it. Images that cannot be read are named and left out; UserError where these are all."""
     world = world or World()
     parameter = next(model.parameters())
     device = parameter.device
@@ -112,6 +114,11 @@ def evaluate(
     finally:
         model.train(training)
     total = world.gather(counter.counts().tolist()).sum(0)
-    for name, reason in (f for part in world.gather_objects(failures) for f in part):
+    lost = [failure for part in world.gather_objects(failures) for failure in part]
+    result = TopK().merge(total).result()
+    if not result["images"]:
+        first = f" (the first: {visible(lost[0][0])}, {visible(lost[0][1])})" if lost else ""
+        raise UserError(f"none of the {len(dataset)} images to evaluate on can be read{first}.")
+    for name, reason in lost:
         note(f"warning: {name} cannot be read ({reason}); it is left out of the evaluation")
-    return TopK().merge(total).result()
+    return result

@@ -7,9 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .._files import write_json
+from .._files import read_json, write_json
 from ..data.folder import fingerprint
-from ..errors import UserError
+from ..data.value_range import Range, range_of
+from ..errors import FileError, UserError
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
@@ -77,7 +78,13 @@ def make_config(
 
 
 def pretrain_config(
-    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str], processes: int = 1
+    options: PretrainOptions,
+    device: str,
+    patch_size: int,
+    data: str,
+    images: list[str],
+    processes: int = 1,
+    value_range: Range | None = None,
 ) -> PretrainConfig:
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
@@ -93,6 +100,7 @@ def pretrain_config(
         patch_size=patch_size,
         encoding=options.encoding,
         micro_batch=micro_batch,
+        value_range=value_range,
         **{name: values[name] for name in own},
     )
 
@@ -122,7 +130,7 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
                 "another --output to start afresh."
             ) from error
         require_same_config(saved, config, str(path))
-    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
+    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate", "max_pixels")
     resolved = {
         "config": config.to_dict(),
         "recipe": {"name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins},
@@ -130,6 +138,14 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
         "storage": {name: getattr(options, name) for name in rest},
     }
     write_json(path, resolved)
+
+
+def kept_range(output: Path) -> Range | None:
+    """The value range that a run began with, by its config.json."""
+    try:
+        return range_of(read_json(output / "config.json")["config"]["value_range"])
+    except (OSError, FileError, KeyError, TypeError):
+        return None  # where that matters, write_settings says what is wrong with the file
 
 
 def prepare_output(path: Path) -> None:
