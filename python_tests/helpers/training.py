@@ -67,3 +67,15 @@ def losses(output: Path) -> list[tuple[int, float, float]]:
     records = lines(output / "log.jsonl")
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     return [(r["epoch"], r["loss"], r["lr"]) for r in records]
+
+
+def command(name: str, data: Path, output: Path, *more: str) -> list[str]:
+    """A short run of ``pretrain`` or ``finetune`` on the command line, in this process."""
+    size = {"pretrain": "64", "finetune": "32"}[name]
+    fixed = ["--img-size", size, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
+    return [name, "--data", str(data), "--output", str(output), *fixed, *more]
+
+
+def config_of(output: Path) -> dict:
+    """The settings of a run that decide its losses."""
+    return json.loads((output / "config.json").read_text())["config"]
