@@ -30,6 +30,7 @@ from .folder import (
     sort_out,
     traits_of,
     verify_files,
+    writing,
 )
 from .rng import SPLIT, numpy_stream
 
@@ -222,7 +223,8 @@ def save_split(output: Path, training: ClassFolder, held_out: ClassFolder, share
     :func:`reopen_split`."""
     lists = [{"images": found.images, "skipped": found.skipped} for found in (training, held_out)]
     record = {"classes": training.classes, "val_share": share, "training": lists[0], "held_out": lists[1]}
-    write_json(output / IMAGES_NAME, record)
+    with writing(output / IMAGES_NAME):
+        write_json(output / IMAGES_NAME, record)
 
 
 def held_out_share(data: Path, val: Path | None, share: float, output: Path) -> float | None:

@@ -92,20 +92,20 @@ def opened(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
         PIL.UnidentifiedImageError: none of :data:`FORMATS`. Pillow raises others for damaged headers.
         OSError: the file cannot be read.
     """
-    with open_regular(path) as file, _identified(file, max_pixels) as image:
+    with open_regular(path) as file, _identified(path, file, max_pixels) as image:
         pixels = image.width * image.height
         deep = _stored_type(image) != ""
         if pixels * (1 + deep) > max_pixels:
-            how = " of more than 8 bits, which count double," if deep else ""
+            how = " of more than 8 bits, which count double" if deep else ""
             raise FileError(
-                f"its {image.width}x{image.height} pixels{how} are above the limit of {max_pixels} (--max-pixels)"
+                f"{path} has {image.width}x{image.height} pixels{how}, above the limit of {max_pixels} (--max-pixels)"
             )
         if Image.MAX_IMAGE_PIXELS is not None and pixels > Image.MAX_IMAGE_PIXELS:
             Image.MAX_IMAGE_PIXELS = max_pixels  # decoders ask again, and would warn
         yield image
 
 
-def _identified(file: Any, max_pixels: int) -> Image.Image:
+def _identified(path: Path, file: Any, max_pixels: int) -> Image.Image:
     """``Image.open`` without its limit on pixels, which is a global of the process and half a warning."""
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels
@@ -121,8 +121,8 @@ def _identified(file: Any, max_pixels: int) -> Image.Image:
         except (SyntaxError, IndexError, TypeError, struct.error):
             continue  # as in Image.open: not this format after all
         except Image.DecompressionBombError as error:
-            raise FileError(f"it has more pixels than the limit of {max_pixels} (--max-pixels)") from error
-    raise UnidentifiedImageError(f"no image, or not one of the formats {', '.join(_formats())}")
+            raise FileError(f"{path} has more pixels than the limit of {max_pixels} (--max-pixels)") from error
+    raise UnidentifiedImageError(f"{path} is no image of the formats {', '.join(_formats())}")
 
 
 def open_rgb(path: Path, decoding: Decoding = PLAIN) -> Image.Image:
@@ -220,10 +220,10 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> Traits | None:
     with opened(path, max_pixels) as image:
         stored, oddities = _stored_type(image), _oddities(image)
         image.load()
-        _refuse_own(image)
+        _refuse_own(path, image)
         ImageOps.exif_transpose(image, in_place=True)
         if min(image.size) == 0:
-            raise FileError("the image has no pixels")
+            raise FileError(f"{path} has no pixels")
         if stored:
             low, high, finite = _extremes(image, stored)
             oddities += [] if finite else ["not finite"]
@@ -238,14 +238,14 @@ def inspect(path: Path, max_pixels: int = MAX_PIXELS) -> Traits | None:
 def header_traits(path: Path, max_pixels: int = MAX_PIXELS) -> Traits | None:
     """:func:`inspect` by the header alone: without extremes, and nothing else is known to be sound."""
     with opened(path, max_pixels) as image:
-        _refuse_own(image)
+        _refuse_own(path, image)
         stored, oddities = _stored_type(image), _oddities(image)
     return Traits(stored, 0.0, 0.0, tuple(oddities)) if stored or oddities else None
 
 
-def _refuse_own(image: Image.Image) -> None:
+def _refuse_own(path: Path, image: Image.Image) -> None:
     if image.format == "PNG" and image.info.get("Software") == PNG_METADATA["Software"]:
-        raise FileError(OWN_PICTURE)
+        raise FileError(f"{path} is {OWN_PICTURE}")
 
 
 def sample_values(path: Path, count: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:

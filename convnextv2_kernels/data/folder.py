@@ -8,13 +8,13 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._console import visible
-from .._files import atomic_file, open_regular, read_json, write_json
+from .._files import MAX_JSON_BYTES, atomic_file, open_regular, read_bytes, read_json, write_json
 from .._progress import count
 from ..errors import FileError, UserError, describe_error
 from . import MAX_PIXELS
@@ -45,6 +45,7 @@ CACHE_FORMAT = 2
 CACHE_EVERY = 30.0  # seconds between two writes of what is known so far; a killed run loses no more
 IMAGES_NAME = "images.json"
 SKIPPED_NAME = "skipped_files.txt"
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # What runs and analyses of this program record, see is_record.
 RECORDS = (
     "config.json",
@@ -210,11 +211,8 @@ def verify_files(
     def write() -> None:
         entries = {n: _entry(stamps[n], r) for n, r in results.items() if r.lasting}
         content = json.dumps({"format": CACHE_FORMAT, "max_pixels": max_pixels, "files": entries})
-        try:
-            with atomic_file(cache_path) as file:
-                file.write(content.encode())
-        except OSError as error:
-            raise UserError(f"cannot write {cache_path}: {error.strerror or error}") from error
+        with writing(cache_path), atomic_file(cache_path) as file:
+            file.write(content.encode())
 
     due = time.monotonic() + CACHE_EVERY
     try:
@@ -329,7 +327,8 @@ def open_folder(
             f"--data {folder}: {len(images)} readable images{because} are too few for one batch of "
             f"{batch_size}; {lower}add images."
         )
-    write_json(output / IMAGES_NAME, {"images": images, "skipped": skipped})
+    with writing(output / IMAGES_NAME):
+        write_json(output / IMAGES_NAME, {"images": images, "skipped": skipped})
     return FolderImages(folder, images, skipped, traits_of(results), drawn_note(sorted(drawn + own)))
 
 
@@ -423,13 +422,25 @@ def fingerprint(images: list[str]) -> str:
 
 
 def append_skipped(path: Path, skipped: Iterable[tuple[str, str]]) -> None:
-    """Add one line 'name <tab> reason' for each file that is not listed yet."""
+    """Add one line 'name <tab> reason' for each file that is not listed yet; control characters are escaped."""
     try:
-        text = path.read_bytes().decode("utf-8", "surrogateescape")
+        text = read_bytes(path, MAX_JSON_BYTES).decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         text = ""
-    listed = {line.split("\t")[0] for line in text.splitlines()}
-    lines = [f"{name}\t{reason}\n" for name, reason in skipped if name not in listed]
+    except FileError as error:
+        raise UserError(f"{error}.") from error
+    listed = {line.split("\t")[0] for line in text.split("\n")}
+    named = [(_CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), name), reason) for name, reason in skipped]
+    lines = [f"{name}\t{reason}\n" for name, reason in named if name not in listed]
     if lines:
-        with atomic_file(path) as file:
+        with writing(path), atomic_file(path) as file:
             file.write((text + "".join(lines)).encode("utf-8", "surrogateescape"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make one sentence of a failure to write ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}.") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.limits import within
 from helpers.pictures import class_folder, nested_folder, picture
 from helpers.training import command, config_of, losses
 from PIL import PngImagePlugin
@@ -24,6 +25,8 @@ from convnextv2_kernels.data.classes import open_classes, split_train_val
 from convnextv2_kernels.data.folder import (
     CACHE_NAME,
     IMAGES_NAME,
+    SKIPPED_NAME,
+    append_skipped,
     check_image,
     open_folder,
     reopen_folder,
@@ -115,6 +118,27 @@ def test_what_was_checked_is_written_on_the_way(data, tmp_path, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_one_sentence(data, tmp_path):
     with pytest.raises(UserError, match="cannot write .*nowhere.*No such file"):
         verify_files(data, ["0.png"], tmp_path / "nowhere" / CACHE_NAME)
+
+
+def test_names_with_control_characters_keep_their_lines(data, tmp_path):
+    for name in ("a\nb.png", "a\tb.png", "a\x1b[2Jb.png", "a\x85b.png"):
+        (data / name).write_text("no picture")
+    for _ in range(2):
+        open_folder(data, tmp_path / "run", 2)
+        reopen_folder(data, tmp_path / "run")
+        lines = (tmp_path / "run" / SKIPPED_NAME).read_text().strip("\n").split("\n")
+        assert sorted(line.split("\t")[0] for line in lines) == [
+            "a\\nb.png",
+            "a\\tb.png",
+            "a\\x1b[2Jb.png",
+            "a\x85b.png",
+        ]
+
+
+def test_a_list_of_skipped_files_that_is_a_fifo(data, tmp_path):
+    os.mkfifo(tmp_path / SKIPPED_NAME)
+    with pytest.raises(UserError, match="is a FIFO, expected a regular file"):
+        within(10, lambda: append_skipped(tmp_path / SKIPPED_NAME, [("a", "b")]))
 
 
 def test_a_file_that_never_comes_is_named_and_holds_nobody_up():
