@@ -16,6 +16,7 @@ from typing import Any
 from .exit_codes import require_packages, user_errors
 from .types import (
     BACKENDS,
+    add_decoding,
     image_size,
     nonnegative_float,
     nonnegative_int,
@@ -262,6 +263,7 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
         metavar="S|HxW",
         help="pixels of the centred crops (default: those of the first checkpoint's training, else 224)",
     )
+    add_decoding(parser)
     if several:
         order = "one of each subfolder by turns" if photos else "one of each class by turns"
         parser.add_argument(
@@ -322,6 +324,7 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
         help="end where no image could be read for S seconds, as on a network file system that hangs (default: "
         "%(default)g)",
     )
+    add_decoding(parser)
 
 
 def _add_tap(parser: argparse.ArgumentParser, default: str) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
+from ..data import MAX_PIXELS
 from ..train.recipes import Resolved
 from .types import (
     BACKENDS,
+    add_decoding,
     decay,
     image_size,
     nonnegative_float,
@@ -37,6 +39,8 @@ PLACES: dict[str, Any] = {
     "tensorboard": False,
     "parallel": "ddp",
     "accumulate": 1,
+    "value_range": None,
+    "max_pixels": MAX_PIXELS,
 }
 
 
@@ -62,6 +66,11 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "the first two run as plain PyTorch (default: default)",
     )
     return group
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how image files are decoded."""
+    add_decoding(parser.add_argument_group("image files"))
 
 
 def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> None:

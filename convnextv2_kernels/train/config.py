@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .._console import visible
+from ..data import MAX_PIXELS
 from ..errors import UserError
 from .recipes import Resolved
 
@@ -20,6 +21,7 @@ class TrainOptions:
     """What every kind of training asks for, defaults filled in; see ``pretrain --help``.
 
     ``resolved`` are the values that recipes hold, by option name; the rest says where a run lives and on what it runs.
+    ``value_range`` and ``max_pixels``: see :func:`convnextv2_kernels.data.value_range.choose_range`.
     """
 
     data: Path | None
@@ -41,6 +43,8 @@ class TrainOptions:
     parallel: str
     accumulate: int
     command: tuple[str, ...]
+    value_range: tuple[float, float] | str | None = None
+    max_pixels: int = MAX_PIXELS
 
     @property
     def batch_size(self) -> int:
@@ -82,8 +86,10 @@ class RunConfig:
     What only decides how far it goes, how it is stored and on how many processes it runs (workers, checkpoints, a limit
     of steps, accumulation) is not in here, and may change on a resume.
 
-    ``batch_size`` counts the images of an optimiser step, over all processes. ``lr`` is the peak of the schedule, which
-    ends at ``min_lr``. ``precision``: "bfloat16" is autocast over float32 weights, the others are the dtype of all.
+    ``value_range`` is that of :class:`convnextv2_kernels.data.decoding.Decoding`, None where no image has more than 8
+    bits. ``batch_size`` counts the images of an optimiser step, over all processes. ``lr`` is the peak of the schedule,
+    which ends at ``min_lr``. ``precision``: "bfloat16" is autocast over float32 weights, the others are the dtype of
+    all.
     """
 
     model: str
@@ -105,6 +111,7 @@ class RunConfig:
     data: str
     num_images: int
     images_sha256: str
+    value_range: tuple[float, float] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -190,7 +197,7 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
     differences = [
         f"{name}: {_said(before.get(name, 'not recorded'))} in the checkpoint, {_said(value)} now"
         for name, value in now.items()
-        if before.get(name) != value and name != "images_sha256"
+        if before.get(name) != value and name != "images_sha256" and not _old_range(name, saved, value)
     ]
     if before.get("images_sha256") != now["images_sha256"]:
         differences.append("images: the list of files is not that of the checkpoint")
@@ -208,6 +215,11 @@ def _plain(value: Any) -> Any:
 
 def _said(value: Any) -> str:
     return visible(textwrap.shorten(str(value), 300, placeholder=" ..."))
+
+
+def _old_range(name: str, saved: dict[str, Any], value: Any) -> bool:
+    """Whether this is the range that 16-bit values were mapped from before it was recorded."""
+    return name == "value_range" and saved.get(name) is None and value == [0, 2**16 - 1]
 
 
 def environment() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from .._console import visible
 from ..data.labelled import NO_LABEL, EvalDataset, LabelledBatch, LabelledSample, collate_labelled
 from ..errors import UserError
 from .distributed import World
@@ -94,7 +95,7 @@ def evaluate(
     processes; all must call it. Images that cannot be read are named and left out.
 
     ``signum`` returns a signal to stop where one came. Raises :class:`.signals.Stopped` where it does in some process,
-    and UserError where loaders of images die or stay silent.
+    and UserError where no image can be read, or loaders of images die or stay silent.
     """
     world = world or World()
     parameter = next(model.parameters())
@@ -114,9 +115,14 @@ def evaluate(
     finally:
         model.train(training)
     total = world.gather(counter.counts().tolist()).sum(0)
-    for name, reason in (f for part in world.gather_objects(failures) for f in part):
+    lost = [failure for part in world.gather_objects(failures) for failure in part]
+    result = TopK().merge(total).result()
+    if not result["images"]:
+        first = f" (the first: {visible(lost[0][0])}, {visible(lost[0][1])})" if lost else ""
+        raise UserError(f"none of the {len(dataset)} images to evaluate on can be read{first}.")
+    for name, reason in lost:
         note(f"warning: {name} cannot be read ({reason}); it is left out of the evaluation")
-    return TopK().merge(total).result()
+    return result
 
 
 def _batches(loader: Loader, world: World, signum: Callable[[], int | None]) -> Iterator[LabelledBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,17 @@ from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights
 from ..checkpoints.storage import read_file
 from ..data.augment import eval_transform, train_transform
-from ..data.classes import ClassFolder, open_split
-from ..data.folder import SKIPPED_NAME, append_skipped
+from ..data.classes import ClassFolder, held_out_share, open_split, reopen_split, save_split
+from ..data.decoding import Decoding
+from ..data.folder import IMAGES_NAME, SKIPPED_NAME, append_skipped
 from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
 from ..data.mixing import Mixing, criterion
 from ..data.rng import DROP_PATH, torch_stream
+from ..data.value_range import Range, choose_range, differing_range, range_of, range_text
 from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
 from ..nn import ConvNeXtV2Block, GRNVariant
-from .checkpoint import export_weights, load_checkpoint, whole_model
+from .checkpoint import export_weights, list_checkpoints, load_checkpoint, whole_model
 from .checkpoint_checks import require, require_names
 from .config import FinetuneConfig, FinetuneOptions
 from .distributed import World, processes, resolve_device
@@ -35,7 +37,7 @@ from .evaluate import evaluate
 from .loading import require_shared_memory
 from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
-from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
+from .setup import kept_range, make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 
@@ -184,6 +186,8 @@ def check_best(best: Any, step: int, config: FinetuneConfig) -> None:
 def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:
     """What a file of weights says about itself."""
     about = {"model": config.model, "grn": config.grn, "num_classes": str(config.num_classes)}
+    if config.value_range is not None:
+        about["value_range"] = range_text(config.value_range)
     return {**about, **{f"best_{name}": str(value) for name, value in (best or {}).items()}}
 
 
@@ -240,12 +244,11 @@ def _eval_batch(options: FinetuneOptions, world: World) -> int:
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
-    training, held_out = world.from_main(
-        lambda: open_split(options.data, options.val, options.val_share, options.seed, options.output)
-    )
+    training, held_out, decoding = world.from_main(lambda: _open(options))
     values = options.resolved.values
     model = _build(options, device, len(training.classes))
-    pictures = EvalDataset(held_out.paths(), held_out.labels, eval_transform(options.img_size, options.crop_pct))
+    transform = eval_transform(options.img_size, options.crop_pct)
+    pictures = EvalDataset(held_out.paths(), held_out.labels, transform, decoding)
     if options.eval_only:
         return _evaluate_only(options, model, pictures, world)
     parts = world.size * options.accumulate
@@ -260,6 +263,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         init=_origin(options, model),
         micro_batch=options.batch_size // parts if mixing else None,
         crop_pct=options.crop_pct,
+        value_range=decoding.value_range,
         **{name: values[name] for name in VALUES},
     )
     if config.micro_batch is not None and config.micro_batch % 2:
@@ -275,6 +279,9 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
 
     def settle() -> None:
         write_settings(options, config)  # refuses before anything of another run is touched
+        if not list_checkpoints(options.output) or not (options.output / IMAGES_NAME).exists():
+            share = held_out_share(options.data, options.val, options.val_share, options.output)
+            save_split(options.output, training, held_out, share)
         append_skipped(options.output / SKIPPED_NAME, [*training.skipped, *held_out.skipped])
         write_json(options.output / "classes.json", training.classes)
 
@@ -289,12 +296,33 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         scale=(config.crop_scale, 1.0),
         reprob=config.reprob,
     )
-    dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed)
+    dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed, decoding)
     task = FinetuneTask(model, dataset, config, pictures, options.output, options.eval_every)
     outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
     if world.is_main:
         _conclude(options, config, outcome, task)
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
+
+
+def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder, Decoding]:
+    """Both parts of the images, and how they are decoded."""
+    where = options.data, options.val, options.val_share
+    found, kept = None, None
+    if not options.eval_only and list_checkpoints(options.output):
+        found, kept = reopen_split(*where, options.output, options.max_pixels), kept_range(options.output)
+    training, held_out = found or open_split(*where, options.seed, options.output, options.max_pixels)
+    traits = {**training.traits_by_path(), **held_out.traits_by_path()}
+    recorded = _recorded_range(options)
+    chosen = choose_range(options.value_range, traits, recorded, kept, options.max_pixels)
+    notes = [f"note: {text}" for text in (*training.notes, *held_out.notes)]
+    for text in [*notes, *chosen.notes, *differing_range(chosen.value_range, recorded, f"--init {options.init}")]:
+        print(text)
+    return training, held_out, Decoding(chosen.value_range, options.max_pixels)
+
+
+def _recorded_range(options: FinetuneOptions) -> Range | None:
+    """The value range that ``--init`` was trained on, where it says so."""
+    return None if options.init is None else range_of(_about(options.init).get("value_range"))
 
 
 def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV2:
@@ -318,17 +346,23 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
 
 def _require_grn(options: FinetuneOptions) -> None:
     """Weights trained with one GRN mean nothing under another, and their names are the same."""
-    try:
-        with safetensors.safe_open(options.init, "pt") as file:
-            about = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        try:
-            about = read_file(options.init).get("config") or {}
-        except (OSError, ValueError):
-            about = {}  # load_weights says what is wrong with the file
+    about = _about(options.init)
     stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
     if str(GRNVariant.of(stored)) != wanted:
         raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
+
+
+def _about(weights: Path) -> Mapping[str, Any]:
+    """The metadata of a safetensors file, or the config of a training checkpoint; empty where there are none."""
+    try:
+        with safetensors.safe_open(weights, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        try:
+            about = read_file(weights).get("config")
+        except (OSError, ValueError):
+            return {}  # load_weights says what is wrong with the file
+    return about if isinstance(about, Mapping) else {}
 
 
 def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:

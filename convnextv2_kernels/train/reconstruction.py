@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .._files import atomic_file
+from .._files import PNG_METADATA, atomic_file
 from ..data.images import denormalize, normalize
 from ..data.rng import MASK_EVAL, torch_stream
 from ..layout import random_mask
@@ -148,4 +148,4 @@ def save_picture(path: Path, result: Reconstruction, title: str) -> None:
             axis.imshow(image.numpy())
             axis.set_axis_off()
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata=PNG_METADATA)

@@ -9,7 +9,8 @@ from torch import nn
 from .._console import visible
 from .._files import read_json, write_json
 from ..data.folder import fingerprint
-from ..errors import UserError
+from ..data.value_range import Range, range_of
+from ..errors import FileError, UserError
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
@@ -78,7 +79,13 @@ def make_config(
 
 
 def pretrain_config(
-    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str], processes: int = 1
+    options: PretrainOptions,
+    device: str,
+    patch_size: int,
+    data: str,
+    images: list[str],
+    processes: int = 1,
+    value_range: Range | None = None,
 ) -> PretrainConfig:
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
@@ -94,6 +101,7 @@ def pretrain_config(
         patch_size=patch_size,
         encoding=options.encoding,
         micro_batch=micro_batch,
+        value_range=value_range,
         **{name: values[name] for name in own},
     )
 
@@ -127,6 +135,7 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
         "tensorboard",
         "parallel",
         "accumulate",
+        "max_pixels",
     )
     resolved = {
         "config": config.to_dict(),
@@ -155,6 +164,14 @@ def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
             "--output to start afresh."
         ) from error
     return content["config"]
+
+
+def kept_range(output: Path) -> Range | None:
+    """The value range that a run began with, by its config.json."""
+    try:
+        return range_of(read_json(output / "config.json")["config"]["value_range"])
+    except (OSError, FileError, KeyError, TypeError):
+        return None  # where that matters, write_settings says what is wrong with the file
 
 
 def prepare_output(path: Path) -> None:

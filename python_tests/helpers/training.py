@@ -80,3 +80,15 @@ def make_networks_tiny(patch: pytest.MonkeyPatch) -> None:
         return ConvNeXtV2(num_classes=num_classes, **sizes)
 
     patch.setattr(finetune, "create_model", classifier)
+
+
+def command(name: str, data: Path, output: Path, *more: str) -> list[str]:
+    """A short run of ``pretrain`` or ``finetune`` on the command line, in this process."""
+    size = {"pretrain": "64", "finetune": "32"}[name]
+    fixed = ["--img-size", size, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
+    return [name, "--data", str(data), "--output", str(output), *fixed, *more]
+
+
+def config_of(output: Path) -> dict:
+    """The settings of a run that decide its losses."""
+    return json.loads((output / "config.json").read_text())["config"]
