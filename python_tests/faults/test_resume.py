@@ -253,7 +253,7 @@ FILES = {
     "a folder": (Path.mkdir, "is a folder, expected a regular file"),
     "a device": (link_to("/dev/zero"), "is a device, expected a regular file"),
     "a link to itself": (link_to(NEWEST), "Too many levels"),
-    "a link to nothing": (link_to("nowhere"), "No such file"),
+    "a link to nothing": (link_to("nowhere"), "o such file"),
     "empty": (Path.touch, "is not a readable checkpoint"),
     "a text": (lambda path: path.write_text("[1, 2]"), "is not a readable checkpoint"),
 }
