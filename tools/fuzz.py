@@ -360,7 +360,11 @@ def read_plans(path: Path) -> None:
 def record_seeds() -> dict[str, bytes]:
     from convnextv2_kernels.data.folder import CACHE_FORMAT
 
-    files = {"a.png": [10, 20, None], "b.png": [1, 2, "broken"]}
+    files = {
+        "a.png": [10, 20, None, None],
+        "b.png": [1, 2, "broken", None],
+        "c.png": [3, 4, None, ["uint16", 0, 9, []]],
+    }
     verified = {"format": CACHE_FORMAT, "max_pixels": 1000, "files": files}
     images = {"images": ["a.png", "c/d.png"], "skipped": [["b.png", "broken"]]}
     log = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "lo'
@@ -376,8 +380,9 @@ def read_records(path: Path) -> None:
     from convnextv2_kernels.errors import UserError
     from convnextv2_kernels.train.loggers import StepLog
 
-    cache = folder._read_cache(path, 1000)
-    assert isinstance(cache, dict)
+    for entry in folder._read_cache(path, 1000).values():
+        checked = folder._known(entry, entry[:2] if isinstance(entry, list) else [])
+        assert checked is None or checked.reason is None or isinstance(checked.reason, str)
     copy = path.with_name(folder.IMAGES_NAME)
     copy.write_bytes(path.read_bytes())
     try:
