@@ -58,7 +58,7 @@ SMALLER = {
     "--img-sizes": "fewer points",
     "--mask-ratios": "fewer points",
 }
-PRETRAIN = "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu"
+PRETRAIN = "--epochs 1 --batch-size 12 --img-size 64 --workers 0 --device cpu"
 FINETUNE = "--epochs 1 --batch-size 5 --img-size 32 --workers 0 --device cpu"
 PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
 ANALYZE = "--img-size 64 --device cpu"
