@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from .._files import write_json
 from .._progress import count
 from ..backends import use_backend
-from ..checkpoints import load_checkpoint as load_weights
-from ..checkpoints.storage import read_file
 from ..data.augment import eval_transform, train_transform
 from ..data.classes import ClassFolder, open_split
 from ..data.folder import SKIPPED_NAME, append_skipped
@@ -25,9 +21,9 @@ from ..data.mixing import Mixing, criterion
 from ..data.rng import DROP_PATH, torch_stream
 from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
-from ..nn import ConvNeXtV2Block, GRNVariant
+from ..nn import ConvNeXtV2Block
 from .checkpoint import export_weights, load_checkpoint, whole_model
-from .config import FinetuneConfig, FinetuneOptions
+from .config import FinetuneConfig, FinetuneOptions, in_options
 from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
 from .optim import layer_decay_groups
@@ -35,6 +31,7 @@ from .pretrain import print_paused, print_stopped, print_summary
 from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
+from .weights import Weights, compare, describe, digest, read_weights
 
 
 class FinetuneTask:
@@ -42,7 +39,7 @@ class FinetuneTask:
 
     ``best`` is the best top-1 so far, in percent, its epoch, and whether the averaged weights had it. An
     image's drop path is a function of (seed, step, image); Mixup and CutMix are drawn once for the images of a
-    micro-batch, as the official code does for those of a GPU.
+    micro-batch, as the official code does for those of a GPU. ``classes``: names of the classes, by label.
     """
 
     def __init__(
@@ -52,6 +49,7 @@ class FinetuneTask:
         config: FinetuneConfig,
         held_out: EvalDataset,
         output: Path,
+        classes: Sequence[str],
         eval_every: int = 1,
         note: Callable[[str], None] = print,
     ):
@@ -62,6 +60,7 @@ class FinetuneTask:
             config.mixup, config.cutmix, config.mix_prob, config.switch_prob, config.smoothing, config.num_classes
         )
         self.criterion = criterion(self.mixing)
+        self.about = describe(config, classes)
         self.best: dict[str, Any] = {}
         self._blocks = [m for m in model.modules() if isinstance(m, ConvNeXtV2Block) and m.drop_path > 0]
         self._drop_path_scale: tuple[int, Tensor] | None = None
@@ -142,23 +141,17 @@ class FinetuneTask:
     def _write_best(self, weights: dict[str, Tensor]) -> None:
         path = self.output / "best.safetensors"
         try:
-            export_weights(path, weights, metadata_of(self.config, self.best))
+            export_weights(path, weights, self.about | {f"best_{k}": str(v) for k, v in self.best.items()})
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def state(self) -> dict[str, Any]:
-        """The best result so far."""
-        return {"best": self.best}
+        """The best result so far, and what the weights are of."""
+        return {"best": self.best, "about": self.about}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the best result so far."""
         self.best = dict(state["best"])
-
-
-def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:
-    """What a file of weights says about itself."""
-    about = {"model": config.model, "grn": config.grn, "num_classes": str(config.num_classes)}
-    return {**about, **{f"best_{name}": str(value) for name, value in (best or {}).items()}}
 
 
 def _summary_line(item: tuple[str, dict[str, float]]) -> str:
@@ -167,6 +160,7 @@ def _summary_line(item: tuple[str, dict[str, float]]) -> str:
     return f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}"
 
 
+LEAST_SIDE = 32
 VALUES = (
     "drop_path",
     "layer_decay",
@@ -195,18 +189,32 @@ def run_finetune(options: FinetuneOptions) -> int:
             try:
                 return _run(options, device, world)
             except ValueError as error:  # what a layer, a transform or a loss says of an argument
-                raise UserError(str(error)) from error
+                raise UserError(in_options(str(error))) from error
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
+    if min(options.img_size) < LEAST_SIDE:
+        height, width = options.img_size
+        raise UserError(f"--img-size {height}x{width} must have sides of at least {LEAST_SIDE} pixels.")
+    weights = None if options.init is None else read_weights(options.init, options.use_ema)
+    if weights is not None:
+        weights.require(options.model, options.grn)
+        if options.eval_only:
+            weights.require_head()
     training, held_out = world.from_main(
         lambda: open_split(options.data, options.val, options.val_share, options.seed, options.output)
     )
     values = options.resolved.values
-    model = _build(options, device, len(training.classes))
+    say = print if world.is_main else lambda text: None
+    notes = []
+    if options.eval_only:
+        weights.require_head(len(training.classes), training.folder)
+        about = describe(options, training.classes)
+        notes = compare(weights.about, about, weights.what, training.folder)
+    model, origin = _build(options, device, weights, len(training.classes), say)
     pictures = EvalDataset(held_out.paths(), held_out.labels, eval_transform(options.img_size, options.crop_pct))
     if options.eval_only:
-        return _evaluate_only(options, model, pictures, world)
+        return _evaluate_only(options, model, pictures, world, notes)
     parts = world.size * options.accumulate
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
     config = make_config(
@@ -216,7 +224,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         str(options.data.resolve()),
         training.images,
         num_classes=len(training.classes),
-        init=_origin(options, model),
+        init=origin,
         micro_batch=options.batch_size // parts if mixing else None,
         crop_pct=options.crop_pct,
         **{name: values[name] for name in VALUES},
@@ -249,14 +257,17 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         reprob=config.reprob,
     )
     dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed)
-    task = FinetuneTask(model, dataset, config, pictures, options.output, options.eval_every)
+    task = FinetuneTask(model, dataset, config, pictures, options.output, training.classes, options.eval_every)
     outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
     if world.is_main:
         _conclude(options, config, outcome, task)
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV2:
+def _build(
+    options: FinetuneOptions, device: str, weights: Weights | None, num_classes: int, say: Callable[[str], None]
+) -> tuple[ConvNeXtV2, str]:
+    """The model of a run, and which weights it starts from."""
     torch.manual_seed(options.seed)
     values = options.resolved.values
     model = create_model(
@@ -266,52 +277,28 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
         head_init_scale=values["head_init_scale"],
         grn=options.grn,
     )
-    if options.init is not None:
-        _require_grn(options)
-        try:
-            load_weights(model, options.init, skip_head=not options.eval_only, use_ema=options.use_ema)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--init {options.init}: {error}") from error
-    return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
+    if weights is not None:
+        loaded = weights.load_into(model, skip_head=not options.eval_only)
+        say(f"{'evaluating' if options.eval_only else 'first weights:'} {loaded}")
+    model = model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
+    return model, "random" if weights is None else digest(model)
 
 
-def _require_grn(options: FinetuneOptions) -> None:
-    """Weights trained with one GRN mean nothing under another, and their names are the same."""
-    try:
-        with safetensors.safe_open(options.init, "pt") as file:
-            about = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        try:
-            about = read_file(options.init).get("config") or {}
-        except (OSError, ValueError):
-            about = {}  # load_weights says what is wrong with the file
-    stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
-    if str(GRNVariant.of(stored)) != wanted:
-        raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
-
-
-def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
-    """Which weights a run starts from: their digest, for a path may hold others tomorrow, and a file that is written
-    again may hold the same in other bytes."""
-    if options.init is None:
-        return "random"
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return f"sha256 {digest.hexdigest()}"
-
-
-def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World) -> int:
+def _evaluate_only(
+    options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World, notes: list[str]
+) -> int:
     batch = max(1, min(options.batch_size // world.size, 64))
     precision = options.resolved.values["precision"]
+    for note in notes if world.is_main else ():
+        print(f"note: {note}")
     result = evaluate(model, pictures, batch, world, options.workers, precision)
     if world.is_main:
         print(
             f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
             f"loss {result['loss']:.4f}"
         )
-        write_json(options.output / "evaluation.json", {"init": str(options.init), **result})
+        about = {"init": str(options.init), "img_size": list(options.img_size), "notes": notes}
+        write_json(options.output / "evaluation.json", {**about, **result})
     return 0
 
 
@@ -360,5 +347,5 @@ def _conclude(options: FinetuneOptions, config: FinetuneConfig, outcome: Outcome
     for key, name in (("model", "model"), ("model_ema", "model_ema")):
         if key in state:
             path = options.output / f"{name}.safetensors"
-            export_weights(path, state[key], metadata_of(config))
+            export_weights(path, state[key], task.about)
             print(f"{'averaged weights' if key == 'model_ema' else 'weights'}: {path}")

@@ -16,22 +16,39 @@ from ..backends import use_backend
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
 from ..data.images import Batch, CropDataset, collate, load_crop, normalize
 from ..data.rng import MASK, torch_stream
-from ..layout import random_mask
+from ..errors import UserError
+from ..layout import mask_fault, random_mask
 from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes, resolve_device
 from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
-from .setup import build_fcmae, parameters_of, prepare_output, pretrain_config, split_of, storage_of, write_settings
+from .setup import (
+    build_fcmae,
+    hidden_share,
+    parameters_of,
+    prepare_output,
+    pretrain_config,
+    split_of,
+    storage_of,
+    write_settings,
+)
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
+from .weights import describe, digest, read_weights
 
 
 class PretrainTask:
-    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image)."""
+    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image).
+
+    Raises:
+        UserError: the masks would hide all or none of an image's patches.
+    """
 
     def __init__(self, model: FCMAE, dataset: CropDataset, config: PretrainConfig):
+        if (fault := mask_fault(config.grid, config.mask_ratio, config.patch_size)) is not None:
+            raise UserError(f"{fault}.")
         self.model, self.dataset, self.config = model, dataset, config
         self.collate = collate
         self._mask: tuple[int, Tensor] | None = None
@@ -58,11 +75,11 @@ class PretrainTask:
         """Nothing to do: the log has the losses."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing to remember: masks and crops are functions of the step."""
-        return {}
+        """What the weights are of; masks and crops are functions of the step."""
+        return {"about": describe(self.config)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""
+        """Nothing of it changes a loss."""
 
 
 def draw_mask(config: PretrainConfig, num_images: int, step: int) -> Tensor:
@@ -79,10 +96,11 @@ def run_folder(options: PretrainOptions) -> int:
     device = resolve_device(options.device)
     with processes(device) as world:
         model = build_fcmae(options, device)
+        origin = _first_weights(options, model, world)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
-            found, config = world.from_main(lambda: _open(options, device, model, world))
+            found, config = world.from_main(lambda: _open(options, device, origin, world))
             if world.is_main:
                 _describe(options, config, model, found, world)
             task = PretrainTask(model, CropDataset(found.paths(), config.img_size, config.seed, config.hflip), config)
@@ -92,11 +110,25 @@ def run_folder(options: PretrainOptions) -> int:
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> tuple[FolderImages, PretrainConfig]:
+def _first_weights(options: PretrainOptions, model: FCMAE, world: World) -> str:
+    """Load ``--init`` into the model, where it is given; return which weights the run starts from."""
+    if options.init is None:
+        return "random"
+    values = options.resolved.values
+    weights = read_weights(options.init, options.use_ema)
+    weights.require(options.model, options.grn)
+    weights.require_decoder(values["decoder_depth"], values["decoder_embed_dim"])
+    loaded = weights.load_into(model)
+    if world.is_main:
+        print(f"first weights: {loaded}")
+    return digest(model)
+
+
+def _open(options: PretrainOptions, device: str, origin: str, world: World) -> tuple[FolderImages, PretrainConfig]:
     folder, output = options.data, options.output
 
     def settle(images: list[str]) -> PretrainConfig:
-        config = pretrain_config(options, device, model.patch_size, str(folder.resolve()), images, world.size)
+        config = pretrain_config(options, device, str(folder.resolve()), images, world.size, origin)
         write_settings(options, config)
         return config
 
@@ -121,7 +153,7 @@ def _describe(
     height, width = config.img_size
     print(
         f"{config.model}, {parameters_of(model)} with decoder, {height}x{width} px, "
-        f"{config.mask_ratio:.0%} hidden, backend {config.backend} on {config.device}"
+        f"{hidden_share(config)}, backend {config.backend} on {config.device}"
         + (f", {world.size} processes ({options.parallel})" if world.size > 1 else "")
     )
     print(
@@ -193,11 +225,12 @@ def _finish(
     model = build_fcmae(options, device)
     model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"
-    export_encoder(encoder, model, config.model)
+    about = describe(config)
+    export_encoder(encoder, model, about)
     print(f"encoder: {encoder}")
     if "model_ema" in state:
         averaged = options.output / "encoder_ema.safetensors"
-        export_encoder(averaged, model, config.model, state["model_ema"])
+        export_encoder(averaged, model, about, state["model_ema"])
         print(f"encoder of averaged weights: {averaged}")
     if find_spec("matplotlib") is None:
         print("no picture was drawn: that needs matplotlib (pip install matplotlib)")

@@ -223,7 +223,7 @@ class Trainer:
                 self.note(f"warning: {warning}")
             if state is None:
                 return None
-            require_same_config(state["config"], self.task.config, str(path))
+            require_same_config(state["config"], self.task.config, str(path), path)
             for text in environment_notes(state.get("environment", {}), self.environment):
                 self.note(f"note: {text}")
             return {"path": path, **{name: state[name] for name in ("step", "rng", "task")}}

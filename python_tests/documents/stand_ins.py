@@ -84,6 +84,8 @@ RUN = {
         FINETUNE
     ),
     "python -m convnextv2_kernels pretrain --data FOLDER --output runs/pre": Run(PRETRAIN),
+    "python -m convnextv2_kernels pretrain --data FOLDER --init runs/pre/checkpoint-8000.pt --seed 1 "
+    "--output runs/more": Run(PRETRAIN, put={"runs/pre/checkpoint-8000.pt": "runs/pre/checkpoint-1.pt"}),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine": Run(
         FINETUNE
     ),
