@@ -190,7 +190,7 @@ class Weights:
         there, here = self.parts, _parts(read_state(model.state_dict(), "model").tensors)
         taken = [part for part in here if part in there and not (skip_head and part == "head")]
         text = f"{_and(taken)} of {self.path} ({self.state.format.name} names)"
-        for words, parts in (("random", here), ("left out", there)):
+        for words, parts in (("initial", here), ("left out", there)):
             rest = [part for part in parts if part not in taken]
             text += f"; {words}: {_and(rest)}" if rest else ""
         return text

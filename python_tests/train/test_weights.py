@@ -136,7 +136,7 @@ def test_an_autoencoder_takes_what_there_is(tmp_path, source):
     decoder = network if own else SimpleNamespace(state_dict=lambda: first)
     assert torch.equal(model.state_dict()["pred.weight"], decoder.state_dict()["pred.weight"])
     loaded = "encoder and decoder of" if own else "encoder of"
-    assert text.startswith(loaded) and ("; random: decoder" in text) == (not own)
+    assert text.startswith(loaded) and ("; initial: decoder" in text) == (not own)
     assert ("; left out: norm and head" in text) == (not own and source != "encoder")
     if own:
         with pytest.raises(
