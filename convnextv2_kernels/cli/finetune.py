@@ -2,11 +2,10 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..train import recipes
-from .exit_codes import require_packages
+from .exit_codes import printing_is_optional, require_packages
 from .training import (
     add_machine,
     add_model,
@@ -17,7 +16,7 @@ from .training import (
     places,
     require_warmup,
 )
-from .types import nonnegative_float, positive_float, positive_int, probability, share
+from .types import file_path, nonnegative_float, positive_float, positive_int, probability, share
 
 OUTPUT = "finetune_output"
 # Options that a recipe does not hold and that only fine-tuning has.
@@ -71,10 +70,10 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes, see above")
+    parser.add_argument("--data", type=file_path, required=True, metavar="FOLDER", help="folder of classes, see above")
     parser.add_argument(
         "--val",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="folder of classes to evaluate on (default: FOLDER/val, or a share of each class)",
     )
@@ -86,7 +85,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init",
-        type=Path,
+        type=file_path,
         metavar="WEIGHTS",
         help="weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official "
         "code, timm or transformers; its head is left out (default: random weights)",
@@ -94,7 +93,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
+    parser.add_argument("--output", type=file_path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
     parser.add_argument(
         "--eval-only", action="store_const", const=True, help="evaluate --init, head included, and train nothing"
     )
@@ -178,6 +177,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from ..train.config import FinetuneOptions
     from ..train.finetune import run_finetune
 
+    printing_is_optional()
     return run_finetune(FinetuneOptions(**values, command=args.words))
 
 

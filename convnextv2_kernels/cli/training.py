@@ -7,8 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
+from ..models import CONFIGS
 from ..train.recipes import Resolved
-from .types import BACKENDS, decay, image_size, nonnegative_float, nonnegative_int, positive_float, positive_int, share
+from .types import (
+    BACKENDS,
+    MODEL_PREFIX,
+    decay,
+    image_size,
+    nonnegative_float,
+    nonnegative_int,
+    positive_float,
+    positive_int,
+    share,
+    short_name,
+)
 
 BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
 # Options that say where a run lives and on what it runs; those a recipe holds are not among them.
@@ -34,7 +46,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge (default: {PLACES['model']})",
+        help=f"{MODEL_PREFIX} followed by {', '.join(map(short_name, CONFIGS))} (default: {PLACES['model']})",
     )
     group.add_argument(
         "--img-size",
