@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
-from ..errors import UserError
+from ..errors import UserError, describe_os_error
 from .checkpoint import (
     gather_state,
     newest_valid,
@@ -243,8 +243,8 @@ class Trainer:
         output, step = self.storage.output, self.outcome.step
 
         def enter() -> None:
-            self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step)))
-            self.metrics = stack.enter_context(closing(StepLog(output / "metrics.jsonl", step)))
+            self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step, self.note)))
+            self.metrics = stack.enter_context(closing(StepLog(output / "metrics.jsonl", step, self.note)))
             folder = output / "tensorboard" if self.storage.tensorboard else None
             self.board = stack.enter_context(closing(Board(folder, step)))
 
@@ -403,8 +403,22 @@ class Trainer:
         text = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {rate:.1f} images/s"
         self.progress.update(outcome.step, detail=text)
         record = {"step": outcome.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        self.log.write({**record, "seconds": round(outcome.seconds, 3)})
-        self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})
+        try:
+            self.log.write({**record, "seconds": round(outcome.seconds, 3)})
+            self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})
+        except OSError as error:
+            self._log_failed(error)
+
+    def _log_failed(self, error: OSError) -> None:
+        more = ""
+        if self.world.size == 1:  # else the others are on their way to the next step
+            try:
+                self.save()
+            except (UserError, OSError) as another:
+                more = f" Nor can it be saved: {another}."
+        raise UserError(
+            f"step {self.outcome.step} cannot be logged: {describe_os_error(error)}.{more} {self._saved_where()}"
+        ) from error
 
     def _save_due(self, stop: int) -> bool:
         step, every = self.outcome.step, self.storage.save_every

@@ -215,7 +215,7 @@ def test_a_bar_outlives_its_terminal(monkeypatch):
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dat\x1b[31mé")
     for name in (b"0.png", "é.png".encode(), b"\xff\xfe.png", b"\x1b[31m.png"):
-        picture(len(name), (64, 64)).save(os.path.join(os.fsencode(folder), name).decode(errors="surrogateescape"))
+        picture(len(name), (64, 64)).save(folder / os.fsdecode(name))
     (folder / "bad\x1b]0;t\x07.png").write_bytes(b"?")
     return folder
 
