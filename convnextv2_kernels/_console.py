@@ -32,6 +32,11 @@ def visible_lines(text: str) -> str:
     return "".join(c if c in "\n\t" else visible(c) for c in text)
 
 
+def plotted(text: str) -> str:
+    """:func:`visible_lines` for matplotlib, which would read a formula between two dollar signs."""
+    return visible_lines(text).replace("$", r"\$")
+
+
 class Destination:
     """Where a stream's text goes; writing never raises OSError.
 

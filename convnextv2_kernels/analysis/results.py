@@ -33,13 +33,13 @@ def versions() -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same keys as CSV, atomically; NaN is an empty field."""
+    """Write rows with the same keys as CSV, atomically; NaN is an empty field, bytes that are no UTF-8 are escapes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: "" if plain(value) is None else value for name, value in row.items()} for row in rows)
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def write_result(path: Path, analysis: str, settings: Mapping[str, Any], networks: Sequence[Any], results: Any) -> None:

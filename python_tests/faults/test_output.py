@@ -13,14 +13,17 @@ import threading
 import time
 
 import pytest
+import torch
 from helpers.pictures import picture
 from rich.table import Table
 
 from convnextv2_kernels import _console, cli
 from convnextv2_kernels._console import Output, protected_streams, visible, visible_lines
 from convnextv2_kernels._progress import Progress, Screen
+from convnextv2_kernels.analysis.results import write_rows
 from convnextv2_kernels.cli.exit_codes import exit_code
 from convnextv2_kernels.models import CONFIGS
+from convnextv2_kernels.train.reconstruction import Reconstruction, save_picture
 
 pty = pytest.importorskip("pty")
 NASTY = "a\x1b[31m\r\n\udcff\u202eé"
@@ -329,3 +332,19 @@ def test_help_names_every_size(capsys):
             cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         assert ", ".join(name.removeprefix("convnextv2_") for name in CONFIGS) in text
+
+
+def test_names_in_pictures_and_tables_of_numbers(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    names = ["x$\\frac.png", os.fsdecode(b"\xff.png"), "\x1b[31m$_.png"]
+    for number, name in enumerate(names):
+        picture(number, (64, 64)).save(folder / name)
+    words = ["--random", "--model", "convnextv2_atto", "--data", folder, "--img-size", 32, "--output", tmp_path / "out"]
+    for name in names:
+        assert cli.main(["analyze", "activations", *map(str, words), "--image", name, "--channels", "2"]) == 0
+    write_rows(tmp_path / "rows.csv", [{"image": name} for name in names])
+    assert "\\udcff.png" in (tmp_path / "rows.csv").read_text()
+    pixels = torch.zeros(1, 32, 32, 3)
+    save_picture(tmp_path / "a.png", Reconstruction(pixels, pixels, pixels, 0.0, 0.0, 0.0), f"{names[0]} {names[1]}")
+    assert (tmp_path / "a.png").is_file()
