@@ -30,7 +30,7 @@ CUDA_TESTS := $(SHARED_TESTS) python_tests/backends/cuda python_tests/fuse/test_
 	$(addprefix --ignore=python_tests/backends/cuda/,test_build.py test_resources.py)
 TRITON_TESTS := $(SHARED_TESTS) python_tests/backends/triton
 
-.PHONY: demo test test-all suites build gate test-emulated test-triton mutations gpu-check venv lint ctest sanitize \
+.PHONY: demo test test-all suites build gate test-emulated test-triton mutations fuzz gpu-check venv lint ctest sanitize \
 	format bench clean
 
 demo: venv
@@ -77,6 +77,11 @@ test-triton: venv
 # Breaks the kernels on purpose, in a copy, and shows that `make test` notices.
 mutations: build
 	$(BIN)/python tools/mutations.py $(MUTATIONS)
+
+# Feeds every reader of users' files with damaged ones for MINUTES; a finding ends in an error.
+fuzz: venv
+	$(BIN)/python -m pip install -q atheris
+	$(BIN)/python tools/fuzz.py --minutes $(or $(MINUTES),60)
 
 # On a machine with a GPU: build, tests, rooflines and the training step against masked dense PyTorch, in nine minutes.
 gpu-check:

@@ -125,7 +125,11 @@ def main(argv: Sequence[str]) -> int:
     args = build_parser().parse_args(argv)
     try:
         found = [results.read(path) for path in (args.a, args.b)]
-        a, b = (_chosen(result, path, args.only) for result, path in zip(found, (args.a, args.b), strict=True))
+        both = []
+        for result, path in zip(found, (args.a, args.b), strict=True):
+            with results.reading(path):
+                both.append(_chosen(result, path, args.only))
+        a, b = both
         if not a.keys() & b.keys():
             raise results.NotAResult(f"{args.a} and {args.b} have no number in common")
         differing = differences(*found)

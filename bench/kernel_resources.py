@@ -8,6 +8,7 @@ A source is compiled again only when it or a header changed (``build/resources``
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,9 @@ import subprocess
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from convnextv2_kernels._files import read_json, write_json
+from convnextv2_kernels.errors import FileError
 
 from . import RESULTS, ROOT
 
@@ -80,7 +84,8 @@ def measure(source: Path) -> list[dict]:
         digest.update(header.read_bytes())
     cached = _CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.json"
     if cached.exists():
-        return json.loads(cached.read_text())
+        with contextlib.suppress(FileError):  # compiled again
+            return read_json(cached)
     _CACHE.mkdir(parents=True, exist_ok=True)
     command = [compiler, *options, "-c", str(source), "-o", str(cached.with_suffix(".o"))]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -89,7 +94,7 @@ def measure(source: Path) -> list[dict]:
     rows = parse(done.stderr + done.stdout)
     for row, name in zip(rows, demangle([row["kernel"] for row in rows]), strict=True):
         row |= {"kernel": name, "source": source_name(source)}
-    cached.write_text(json.dumps(rows))
+    write_json(cached, rows)
     cached.with_suffix(".o").unlink()
     return rows
 

@@ -218,7 +218,12 @@ def fill(text: str, content: str, section: str) -> str:
 
 
 def contents() -> list[tuple[str, str, str]]:
-    """Document, section and text of every table."""
+    """Document, section and text of every table; raises NotAResult where a result lacks what a table shows."""
+    with results.reading(RESULTS):
+        return _contents()
+
+
+def _contents() -> list[tuple[str, str, str]]:
     figure6, measured_ops = results.read(FIGURE6), results.read(OPS)
     return [
         ("README.md", "figure6", figure6_summary(figure6)),

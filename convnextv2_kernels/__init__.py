@@ -1,5 +1,8 @@
 """Exact sparse ConvNeXt V2 and FCMAE: fused kernels over packed visible patches, forward and backward."""
 
+from . import _interrupts  # noqa: F401  (first: the imports that follow take seconds)
+
+# isort: split
 from . import models, nn, ops
 from ._info import info
 from .backends import use_backend

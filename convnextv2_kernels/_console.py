@@ -84,7 +84,7 @@ class Destination:
 
     def _write(self, data: bytes) -> None:
         if self._descriptor is not None:
-            self._write_to_descriptor(memoryview(data))
+            self._write_to(self._descriptor, memoryview(data))
         elif self.stream is None:
             raise OSError(errno.EBADF, "it is closed")
         else:
@@ -96,18 +96,18 @@ class Destination:
             except ValueError as error:  # of a closed file
                 raise OSError(errno.EBADF, "it is closed") from error
 
-    def _write_to_descriptor(self, data: memoryview) -> None:
+    def _write_to(self, descriptor: int, data: memoryview) -> None:
         # Past Python's buffers, which would keep what a full disk refused, and complain when the interpreter ends.
         begun = time.monotonic()
         while data:
             patience = None
             if self.optional:
                 patience = 0.0 if self._stalled else max(0.0, begun + PATIENCE - time.monotonic())
-            if not _ready(self._descriptor, patience):
+            if not _ready(descriptor, patience):
                 self._stalled = True
                 raise BlockingIOError(errno.EAGAIN, "nobody reads it")
             try:
-                data = data[os.write(self._descriptor, data[: self._chunk]) :]
+                data = data[os.write(descriptor, data[: self._chunk]) :]
             except BlockingIOError:
                 time.sleep(0.01)  # some sockets are called ready before they take this much
             else:
@@ -156,12 +156,12 @@ class Output(io.TextIOBase):
         return self.destination.stream.fileno()
 
     @property
-    def encoding(self) -> str:
+    def encoding(self) -> str:  # type: ignore[override]
         """Of the stream below."""
         return self.destination.encoding
 
     @property
-    def errors(self) -> str:
+    def errors(self) -> str:  # type: ignore[override]
         """What is done to characters that the encoding lacks."""
         return "backslashreplace"
 

@@ -16,6 +16,7 @@ from .errors import FileError
 
 MAX_JSON_BYTES = 256 << 20  # the list of images of a run on a hundred million files is far below
 MAX_JSON_DEPTH = 32
+PNG_METADATA = {"Software": "convnextv2_kernels"}  # of every picture written: a folder of images leaves them out
 _KINDS = (
     (stat.S_ISDIR, "folder"),
     (stat.S_ISFIFO, "FIFO"),

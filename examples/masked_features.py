@@ -15,13 +15,14 @@ import torch
 from PIL import Image
 
 import convnextv2_kernels as ck
+from convnextv2_kernels.data.decoding import open_rgb
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
 def load_image(path: Path, size: int) -> torch.Tensor:
     """``[1, 3, size, size]``, normalised as ImageNet models expect."""
-    image = Image.open(path).convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    image = open_rgb(path).resize((size, size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).float() / 255
     return ((pixels - MEAN) / STD).permute(2, 0, 1)[None]
 

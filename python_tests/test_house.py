@@ -72,7 +72,7 @@ def test_no_function_has_more_than_eight_parameters():
 
 # Who may import whom: a module of a layer takes from layers above it in this table, and from its own.
 LAYERS = (
-    ("version", "errors", "_console"),
+    ("version", "errors", "_console", "_interrupts"),
     ("_files", "_progress", "layout", "params", "dtypes", "settings"),
     ("backends", "checkpoints"),
     ("schedule",),

@@ -12,7 +12,6 @@ kernels if they are not built. Never a time.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -21,8 +20,10 @@ from pathlib import Path
 
 import torch
 
+from convnextv2_kernels._files import read_json
 from convnextv2_kernels.benchmark import machine, results
 from convnextv2_kernels.cli.exit_codes import USAGE, UserError
+from convnextv2_kernels.errors import FileError
 
 from .. import RESULTS, ROOT
 from . import host, instructions, operators, steps
@@ -66,11 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
 def read_baseline(path: Path) -> dict:
     """The committed result; raises BadInput with one sentence when it is not one."""
     try:
-        result = json.loads(path.read_text())
+        result = results.escaped(read_json(path))
     except OSError as error:
         raise BadInput(f"--baseline {path} cannot be read: {error.strerror}; {UPDATE} writes it") from error
-    except ValueError as error:
-        raise BadInput(f"--baseline {path} is not JSON: {error}") from error
+    except FileError as error:
+        raise BadInput(f"--baseline {error}") from error
     if not isinstance(result, dict) or result.get("kind") != KIND:
         raise BadInput(f"--baseline {path} is not a result of this gate, expected kind {KIND!r}")
     missing = [name for name in ("machine", "software", "parameters", *SECTIONS) if not result.get(name)]

@@ -35,9 +35,19 @@ class Results:
         self.reload()
 
     def reload(self) -> None:
-        """Takes over what is on disk, if it is readable."""
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text())
+        """Takes over what is on disk, if there is any; raises UserError where it is no such file."""
+        if not self.path.exists():
+            return
+        try:
+            data = json.loads(self.path.read_text()) if self.path.is_file() else None
+            usable = isinstance(data, dict) and all(isinstance(stage, dict) for stage in data["stages"].values())
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+            usable = False
+        if not usable:
+            from convnextv2_kernels.errors import UserError  # late: a stage need not import PyTorch
+
+            raise UserError(f"{self.path} holds no stages of an earlier run; give another --out")
+        self.data = data
 
     def save(self, indent: int | None = None) -> None:
         temporary = self.path.with_name(f".{NAME}.{os.getpid()}.tmp")

@@ -118,13 +118,16 @@ def _run(settings: scaling.ScalingSettings, args: argparse.Namespace, mode: str)
     }
     start = results.describe_run("scaling", parameters, mode, settings.device)
     result = results.resume(path, start, args.restart)
-    known = {series["axis"]: series["points"] for series in result.get("series", [])}
-    missing = {axis: _missing(axis, getattr(args, axis + "s"), settings, known) for axis in scaling.AXES}
+    with results.reading(path):
+        known = {series["axis"]: series["points"] for series in result.get("series", [])}
+        missing = {axis: _missing(axis, getattr(args, axis + "s"), settings, known) for axis in scaling.AXES}
+        controls = {series["axis"]: series.get("control") for series in result.get("series", [])}
+        left_out = {series["axis"]: dict(series["left_out"]) for series in result.get("series", [])}
+        for axis, points in known.items():
+            series_of(axis, points, left_out[axis], settings.torch_dtype.itemsize, save, args.tolerance)
     costs = {axis: sum(point.patches + point.visible for point in points) for axis, points in missing.items()}
-    controls = {series["axis"]: series.get("control") for series in result.get("series", [])}
     console, stderr = report.make_console(), report.make_console(stderr=True)
     budget = Budget(args.time_budget)
-    left_out = {series["axis"]: dict(series["left_out"]) for series in result.get("series", [])}
     with Progress("Scaling", sum(costs.values()), console=stderr, percent=True) as progress:
         warn_if_busy(start, progress.log)
         if any(missing.values()):

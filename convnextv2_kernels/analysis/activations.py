@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._console import plotted
-from .._files import atomic_file
+from .._files import PNG_METADATA, atomic_file
 from ..data.rng import ORDER, numpy_stream
 from .channels import DEAD, SATURATED, channels_near_constant, channels_near_zero, rows_by_image
 from .features import TAPS, block_names, check_taps, tapped
@@ -169,4 +169,4 @@ def save_activation_maps(path: Path, result: ActivationMaps, pixels: Tensor, tit
         frameon=False,
     )
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata=PNG_METADATA)

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from .._progress import Progress, count
+from ..data import MAX_PIXELS
 from ..data.augment import eval_transform
 from ..data.classes import ClassFolder, open_classes, open_split
+from ..data.decoding import Decoding
 from ..data.folder import CACHE_NAME, fingerprint
 from ..data.images import load_crop, normalize
 from ..data.labelled import EvalDataset
 from ..data.rng import ORDER, numpy_stream
+from ..train.loading import Loading, require_shared_memory
 from ..train.reconstruction import (
     Reconstruction,
     describe_errors,
@@ -30,8 +33,10 @@ from .activations import activation_maps, save_activation_maps
 from .cosine import CosineByLayer
 from .features import TAPS, block_names, extract_features, labelled_loader, tapped
 from .inputs import (
+    SURVEYED,
     backend,
     crops_of,
+    decoding_of,
     find_image,
     finish,
     images_of,
@@ -40,6 +45,7 @@ from .inputs import (
     settings_of,
     size_text,
     spread_over_folders,
+    survey,
 )
 from .knn import knn_classify
 from .linear_probe import linear_probe
@@ -79,12 +85,13 @@ def run_selectivity(args: Namespace) -> int:
     networks = open_networks(args)
     prepare_output(args.output)
     with Progress("verified", 0) as progress:
-        found = open_classes(args.data, args.output / CACHE_NAME, advance=progress.update, exclude=args.output)
-    if found.skipped:
-        print(f"{count(len(found.skipped), 'image')} left out (the first: {': '.join(found.skipped[0])})")
+        cache, limit = args.output / CACHE_NAME, args.max_pixels or MAX_PIXELS
+        found = open_classes(args.data, cache, None, "--data", progress.update, args.output, limit)
+    _say_left_out(found)
+    decoding = decoding_of(args, networks, found.traits_by_path())
     order = spread_over_folders(found.images, args.seed)
     paths, labels = found.paths(), torch.tensor([found.labels[index] for index in order])
-    crops = crops_of(args, networks, [paths[index] for index in order])
+    crops = crops_of(args, networks, [paths[index] for index in order], decoding)
     shuffled = labels[torch.from_numpy(numpy_stream(args.seed, ORDER, len(labels)).permutation(len(labels)))]
     kinds = {"": labels, " (labels shuffled)": shuffled} if args.shuffled else {"": labels}
     curves = {
@@ -154,7 +161,10 @@ def run_activations(args: Namespace) -> int:
     names, sources, data = images_of(args, spread=False)
     index = find_image(args.image, names)
     size = args.img_size or networks[0].img_size
-    pixels = load_crop(sources[index], size, None)
+    # The value range is the folder's, not that of the one image.
+    surveyed = [*sources[index : index + 1], *sources[:: max(1, -(-len(sources) // SURVEYED))]]
+    decoding = decoding_of(args, networks, survey(surveyed, args.max_pixels or MAX_PIXELS))
+    pixels = load_crop(sources[index], size, None, decoding=decoding)
     seed = args.seed if args.order == "random" else None
     rows, written = [], []
     with backend(args):
@@ -194,7 +204,7 @@ def run_activations(args: Namespace) -> int:
                 )
     keys = ("tap", "channels", "order", "scale", "dead", "saturated", "seed")
     settings = {key: getattr(args, key) for key in keys}
-    settings |= {"img_size": list(size), "data": {**data, "image": names[index]}}
+    settings |= {"value_range": decoding.value_range, "img_size": list(size), "data": {**data, "image": names[index]}}
     write_result(args.output / "activations.json", "activation maps", settings, networks, rows)
     return finish(args, [*written, "activations.json"])
 
@@ -272,12 +282,17 @@ def run_probe(args: Namespace) -> int:
 def _run(args: Namespace, name: str, title: str, settings: dict[str, Any], classify: Callable[..., Any]) -> int:
     networks = open_networks(args)
     prepare_output(args.output)
-    training, held_out = _open(args)
+    training, held_out, decoding = _open(args, networks)
     size = args.img_size or networks[0].img_size or (224, 224)
+    require_shared_memory(args.workers, args.batch_size * 3 * 4 * size[0] * size[1])  # float32
     rows, failures = [], []
     with backend(args):
         for network in networks:
-            features = [t for part in (training, held_out) for t in _features(args, network, part, size, failures)]
+            datasets = [
+                EvalDataset(part.paths(), part.labels, eval_transform(size, args.crop_pct), decoding)
+                for part in (training, held_out)
+            ]
+            features = [t for dataset in datasets for t in _features(args, network, dataset, failures)]
             rows.append({"network": network.label, **dataclasses.asdict(classify(*features))})
         unreadable = dict(failures)
         for path, reason in unreadable.items():
@@ -294,7 +309,8 @@ def _run(args: Namespace, name: str, title: str, settings: dict[str, Any], class
         }
         write_rows(args.output / f"{name}.csv", rows)
         about = {**settings, "pool": "mean", "img_size": list(size), "crop_pct": args.crop_pct}
-        about |= {"batch_size": args.batch_size, "val_share": args.val_share, "seed": args.seed, "data": data}
+        about |= {"value_range": decoding.value_range, "batch_size": args.batch_size, "val_share": args.val_share}
+        about |= {"seed": args.seed, "data": data}
         write_result(args.output / f"{name}.json", title, about, networks, rows)
     return finish(args, [f"{name}.csv", f"{name}.json"])
 
@@ -318,20 +334,27 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return shown + [f"note: {note}" for note in dict.fromkeys(notes)]
 
 
-def _open(args: Namespace) -> tuple[ClassFolder, ClassFolder]:
-    training, held_out = open_split(args.data, args.val, args.val_share, args.seed, args.output)
-    skipped = [*training.skipped, *held_out.skipped]
+def _open(args: Namespace, networks: list[Network]) -> tuple[ClassFolder, ClassFolder, Decoding]:
+    limit = args.max_pixels or MAX_PIXELS
+    training, held_out = open_split(args.data, args.val, args.val_share, args.seed, args.output, limit)
+    _say_left_out(training, held_out)
+    decoding = decoding_of(args, networks, {**training.traits_by_path(), **held_out.traits_by_path()})
+    return training, held_out, decoding
+
+
+def _say_left_out(*parts: ClassFolder) -> None:
+    skipped = [pair for part in parts for pair in part.skipped]
     if skipped:
         print(f"{count(len(skipped), 'image')} left out (the first: {': '.join(skipped[0])})")
-    return training, held_out
+    for note in (text for part in parts for text in part.notes):
+        print(f"note: {note}")
 
 
 def _features(
-    args: Namespace, network: Network, found: ClassFolder, size: tuple[int, int], failures: list[tuple[str, str]]
+    args: Namespace, network: Network, dataset: EvalDataset, failures: list[tuple[str, str]]
 ) -> tuple[Tensor, Tensor]:
-    dataset = EvalDataset(found.paths(), found.labels, eval_transform(size, args.crop_pct))
     device = next(network.model.parameters()).device
-    batches = labelled_loader(dataset, args.batch_size, args.workers, pin_memory=device.type == "cuda")
-    with Progress(f"features of {network.label}", len(found.images)) as progress:
+    batches = labelled_loader(dataset, args.batch_size, Loading(args.workers, args.loader_timeout), device)
+    with Progress(f"features of {network.label}", len(dataset)) as progress:
         features, labels = extract_features(network.model, batches, device, progress.update, failures=failures)
     return features, labels

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from .. import ops
 from ..data.labelled import NO_LABEL, EvalDataset, LabelledBatch, collate_labelled
@@ -21,7 +20,7 @@ from ..models.backbone import Backbone
 from ..models.fcmae import FCMAE
 from ..nn import ConvNeXtV2Block
 from ..ops._checks import check_images, check_layout_of_images
-from ..train.signals import ignore_signals
+from ..train.loading import Loader, Loading
 
 TAPS = {
     "act": "after GELU, before GRN, 4C channels",
@@ -182,15 +181,8 @@ def extract_features(
 
 
 def labelled_loader(
-    dataset: EvalDataset, batch_size: int = 64, workers: int = 0, pin_memory: bool = False
-) -> DataLoader:
-    """Batches of a dataset, in its order, loaded by ``workers`` processes."""
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate_labelled,
-        worker_init_fn=ignore_signals,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # keeps the loader from drawing its seed from the global stream
-    )
+    dataset: EvalDataset, batch_size: int = 64, loading: Loading | None = None, device: torch.device | None = None
+) -> Loader:
+    """Batches of a dataset for ``device``, in its order. Iterating over them raises
+    :class:`.train.loading.LoaderError` where loaders die or stay silent."""
+    return Loader(dataset, collate_labelled, loading or Loading(), device, batch_size=batch_size)

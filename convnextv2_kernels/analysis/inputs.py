@@ -5,12 +5,11 @@ threads to centred crops.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,17 +17,21 @@ from torch import Tensor
 
 from .._progress import Progress
 from ..backends import use_backend
-from ..data.folder import fingerprint, scan_folder
+from ..data import MAX_PIXELS
+from ..data.decoding import PLAIN, Decoding, Traits, header_traits, inspect
+from ..data.folder import drawn_note, find_images, fingerprint
 from ..data.images import Source, load_crop, normalize
 from ..data.rng import ORDER, numpy_stream
 from ..data.sample_photos import load_photos
+from ..data.threads import in_threads
+from ..data.value_range import choose_range, differing_range
 from ..errors import UserError, describe_error
 from ..models import get_config
 from ..train.distributed import resolve_device
 from ..train.setup import prepare_output
 from .networks import Network, load_network, untrained_network
 
-AHEAD = 64  # images decoded before they are needed
+SURVEYED = 1000  # images whose headers are read for the value range, where no limit says how many are taken
 
 
 def spread_over_folders(names: Sequence[str], seed: int) -> list[int]:
@@ -52,7 +55,7 @@ class Crops:
     """Batches of the largest centred crops of ``sources``, resized to ``size`` = (H, W).
 
     A source that cannot be read is left out and the next one takes its place; ``failures`` holds (name, reason).
-    ``limit``: how many images at most.
+    ``limit``: how many images at most. ``decoding``: how files become 8-bit RGB.
     """
 
     sources: Sequence[Source]
@@ -60,6 +63,7 @@ class Crops:
     batch_size: int
     limit: int | None = None
     workers: int = 1
+    decoding: Decoding = PLAIN
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[int]]]:
@@ -86,23 +90,16 @@ class Crops:
             raise UserError(f"none of the {len(self.sources)} images can be read{first}.")
 
     def _decoded(self) -> Iterator[tuple[int, Tensor]]:
-        waiting, queue = deque(), iter(enumerate(self.sources))
-        pool = ThreadPoolExecutor(max(1, self.workers))
-        try:
-            while True:
-                while len(waiting) < AHEAD and (one := next(queue, None)) is not None:
-                    waiting.append((one[0], pool.submit(load_crop, one[1], self.size, None)))
-                if not waiting:
-                    return
-                index, future = waiting.popleft()
-                try:
-                    crop = future.result()
-                except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
-                    self.failures.append((str(self.sources[index]), describe_error(error)))
-                else:
-                    yield index, crop
-        finally:
-            pool.shutdown(cancel_futures=True)
+        def decode(source: Source) -> Tensor:
+            if isinstance(source, Path) and source.suffix.lower() == ".png":
+                header_traits(source, self.decoding.max_pixels)  # refuses pictures that this program wrote
+            return load_crop(source, self.size, None, decoding=self.decoding)
+
+        for index, (source, crop) in enumerate(in_threads(decode, self.sources, self.workers)):
+            if isinstance(crop, Exception):  # Pillow's decoders raise whatever a broken file trips.
+                self.failures.append((str(source), describe_error(crop)))
+            else:
+                yield index, crop
 
 
 def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
@@ -136,16 +133,50 @@ def images_of(args: Namespace, spread: bool = True) -> tuple[list[str], list[Sou
     if args.photos:
         names, sources = load_photos()
         return names, sources, {"folder": "bundled photographs", "names_sha256": fingerprint(names)}
-    names = scan_folder(args.data, exclude=args.output)
+    names, drawn = find_images(args.data, exclude=args.output)
+    for note in drawn_note(drawn):
+        print(f"note: {note}")
     about = {"folder": args.data.resolve().name, "names_sha256": fingerprint(names)}
     if spread:
         names = [names[index] for index in spread_over_folders(names, args.seed)]
     return names, [args.data / name for name in names], about
 
 
-def crops_of(args: Namespace, networks: list[Network], sources: list[Source]) -> Crops:
-    """Centred crops of the sources, in the requested size, or the size of the first network's training."""
-    return Crops(sources, args.img_size or networks[0].img_size, args.batch_size, args.images, args.workers)
+def crops_of(
+    args: Namespace, networks: list[Network], sources: list[Source], decoding: Decoding | None = None
+) -> Crops:
+    """Centred crops of the sources, in the requested size, or the size of the first network's training.
+
+    ``decoding`` where the files have been verified; else their headers are read.
+    """
+    size, limit = args.img_size or networks[0].img_size, getattr(args, "images", None)
+    if decoding is None:
+        paths = [source for source in sources[: limit or SURVEYED] if isinstance(source, Path)]
+        decoding = decoding_of(args, networks, survey(paths, args.max_pixels or MAX_PIXELS))
+    return Crops(sources, size, args.batch_size, limit, args.workers, decoding)
+
+
+def survey(paths: Sequence[Path], max_pixels: int, threads: int = 4) -> dict[Path, Traits]:
+    """Traits of those files that hold more than 8-bit RGB: by their headers, with extremes where values have more than
+    8 bits. Files that cannot be read have none; they are reported when they are needed."""
+
+    def look(path: Path) -> Traits | None:
+        traits = header_traits(path, max_pixels)
+        return inspect(path, max_pixels) if traits is not None and traits.stored else traits
+
+    found = in_threads(look, paths, threads)
+    return {path: traits for path, traits in found if isinstance(traits, Traits)}
+
+
+def decoding_of(args: Namespace, networks: Sequence[Network], traits: Mapping[Path, Traits]) -> Decoding:
+    """How the images of a command line become 8-bit RGB; says what needs to be said of it."""
+    max_pixels = args.max_pixels or MAX_PIXELS
+    recorded = next((network.value_range for network in networks if network.value_range is not None), None)
+    chosen = choose_range(args.value_range, traits, recorded, None, max_pixels)
+    notes = [n for net in networks for n in differing_range(chosen.value_range, net.value_range, net.label)]
+    for text in [*chosen.notes, *notes]:
+        print(text)
+    return Decoding(chosen.value_range, max_pixels)
 
 
 def run_batches(
@@ -192,7 +223,8 @@ def find_image(wanted: str, names: list[str]) -> int:
 
 def settings_of(args: Namespace, crops: Crops) -> dict[str, Any]:
     """The settings that every result records."""
-    return {"img_size": list(crops.size), "seed": args.seed, "left_out": len(crops.failures)}
+    about = {"value_range": crops.decoding.value_range, "img_size": list(crops.size), "seed": args.seed}
+    return {**about, "left_out": len(crops.failures)}
 
 
 def size_text(size: tuple[int, int]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints import load_checkpoint
 from ..checkpoints.state import read_checkpoint, unwrap
 from ..checkpoints.storage import read_file
+from ..data.value_range import Range, range_of
 from ..models import CONFIGS, FCMAE, ConvNeXtV2Features, get_config
 
 IMG_SIZE = (224, 224)
@@ -28,7 +29,8 @@ class Network:
     """A network in evaluation mode under the name it has in a plot.
 
     ``about``: what it is, in plain types for a result file. ``img_size``, ``mask_ratio``: of its training where the
-    checkpoint tells, else the paper's 224 px and 0.6.
+    checkpoint tells, else the paper's 224 px and 0.6. ``value_range``: what its training mapped grey values of more
+    than 8 bits from, None where the checkpoint records nothing.
     """
 
     label: str
@@ -36,6 +38,7 @@ class Network:
     about: dict[str, Any]
     img_size: tuple[int, int] = IMG_SIZE
     mask_ratio: float = MASK_RATIO
+    value_range: Range | None = None
 
 
 def load_network(
@@ -108,7 +111,8 @@ def load_network(
         "step": content.get("step"),
         "norm_pix_loss": model.norm_pix_loss if decoder else None,
     }
-    return Network(label, model.eval().to(device), about, size, ratio)
+    value_range = range_of(settings.get("value_range"))
+    return Network(label, model.eval().to(device), about, size, ratio, value_range)
 
 
 def untrained_network(
@@ -153,7 +157,7 @@ def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
             return {}
     with safetensors.safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
-    return {name: metadata[name] for name in ("grn", "grn_scope") if name in metadata}
+    return {name: metadata[name] for name in ("grn", "grn_scope", "value_range") if name in metadata}
 
 
 def _digest(file: Path) -> str:

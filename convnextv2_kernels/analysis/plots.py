@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .._console import plotted
-from .._files import atomic_file
+from .._files import PNG_METADATA, atomic_file
 from .cosine import LayerCosine
 from .features import TAPS
 from .selectivity import LayerSelectivity, selectivity_density
@@ -125,4 +125,4 @@ def _figure(width: float, height: float, title: str):
 
 def _save(figure, path: Path) -> None:
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata=PNG_METADATA)

@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({name: "" if plain(value) is None else value for name, value in row.items()} for row in rows)
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode(errors="backslashreplace"))
+        file.write(text.getvalue().encode(errors="backslashreplace"))  # of names that are no UTF-8
 
 
 def write_result(path: Path, analysis: str, settings: Mapping[str, Any], networks: Sequence[Any], results: Any) -> None:
@@ -70,4 +70,4 @@ def plain(value: Any) -> Any:
 
 def file_name(text: str) -> str:
     """``text`` as part of a file name."""
-    return re.sub(r"[^\w.=-]+", "-", text).strip("-.") or "network"
+    return re.sub(r"[^\w.=-]+", "-", text).strip("-.")[:100] or "network"

@@ -4,7 +4,6 @@ the two backends whose kernels it holds."""
 from __future__ import annotations
 
 import importlib
-import json
 from abc import abstractmethod
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .._console import visible
+from .._files import read_json
+from ..errors import FileError
 from ..params import MLPOptions, Segments
 from . import _fakes
 from .base import KernelBackend, mismatch
@@ -21,10 +23,13 @@ from .base import KernelBackend, mismatch
 def _built_for() -> str:
     """What the module was compiled against, as far as the note beside it says."""
     try:
-        built = json.loads(Path(__file__).parent.with_name("_C.build.json").read_text())
-    except (OSError, ValueError):
+        built = read_json(Path(__file__).parent.with_name("_C.build.json"), limit=1 << 16)
+    except (OSError, FileError):
+        built = None
+    version, cuda = (built.get(name) for name in ("torch", "cuda")) if isinstance(built, dict) else (None, None)
+    if not isinstance(version, str) or not isinstance(cuda, str | None):
         return "an unknown PyTorch"
-    return _versions(built.get("torch"), built.get("cuda"))
+    return visible(_versions(version, cuda))
 
 
 def _versions(torch_version: str | None, cuda: str | None) -> str:

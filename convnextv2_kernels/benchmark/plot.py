@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .. import backends
-from .._files import atomic_file
+from .._files import PNG_METADATA, atomic_file
 from .report import machine_line, short, title
 from .step import peak_of
 from .timing import control_sentence
@@ -33,7 +33,7 @@ def save_steps(path: Path, result: dict) -> None:
         _draw_times(left, step)
         _draw_bytes(right, step)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png", dpi=130, metadata=PNG_METADATA)
 
 
 def _color(row: dict) -> str:
@@ -136,7 +136,7 @@ def save_figure6(path: Path, result: dict) -> None:
         names.append("saved for backward")
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
     with atomic_file(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+        figure.savefig(file, format="png", dpi=130, metadata=PNG_METADATA)
 
 
 def _relative_spread(row: dict) -> tuple[float, float]:

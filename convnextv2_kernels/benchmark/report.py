@@ -81,7 +81,7 @@ def write_csv(path: Path, result: dict) -> None:
     writer.writeheader()
     writer.writerows(csv_rows(result))
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode(errors="backslashreplace"))
 
 
 def title(result: dict) -> str:
@@ -121,6 +121,14 @@ def print_steps(console: Screen, result: dict, steps: list[dict]) -> None:
             console.print(f"{short(step['model'])}: {text}")
     print_allocator(console, result)
     console.print()
+
+
+def require_steps(result: dict, steps: list[dict]) -> None:
+    """Show steps to nobody: raises what is wrong with a result that a file held, before anything else is measured."""
+    silent = Screen()
+    with silent.capture():
+        print_steps(silent, result, steps)
+    csv_rows({**result, "sizes": steps})
 
 
 def lines_of(step: dict) -> list[str]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import atomic_file
-from ..errors import UserError
+from .._console import visible
+from .._files import atomic_file, read_json
+from ..errors import FileError, UserError
 from . import allocator, machine
 
 FORMAT = 2
@@ -33,6 +35,8 @@ KINDS = {
 }
 # Kinds whose times are compared, and that say how the allocator was.
 TIMED = ("step", "figure6", "ops", "scaling", "fused", "cpu_choices")
+# Kinds whose parts are lists of what was measured.
+_LISTS = ("step", "figure6", "ops", "scaling", "fused")
 # What figures of one file must have in common.
 SAME = ("cpu", "gpu", "threads", "torch", "package", "environment", "backends")
 
@@ -76,33 +80,57 @@ def write(path: Path, result: dict) -> None:
 
 
 def read(path: Path) -> dict:
-    """A result file in today's format; raises NotAResult where it is missing, no JSON, or something else."""
+    """A result file in today's format; raises NotAResult where it is missing, no JSON, or something else.
+
+    Characters that would steer a terminal, or that no encoding has, are escaped in all texts.
+    """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path)
     except OSError as error:
-        raise NotAResult(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise NotAResult(f"{path} is not JSON: {error}") from error
+        raise NotAResult(visible(f"{path} cannot be read: {error.strerror}")) from error
+    except FileError as error:
+        raise NotAResult(visible(str(error))) from error
+    with reading(path):
+        return upgraded(escaped(result))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, parts of a result are read that may be anything; raises NotAResult where they are not as expected."""
     try:
-        return upgraded(result)
-    except ValueError as error:
-        raise NotAResult(f"{path} is not a result of this benchmark, {error}") from error
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+        reason = str(error) if type(error) is ValueError else f"of whose parts one is missing or another: {error!r}"
+        raise NotAResult(visible(f"{path} is not a result of this benchmark, {reason}")) from error
+
+
+def escaped(value: Any) -> Any:
+    """A value of JSON in whose texts nothing but printable characters and newlines is left."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "\n".join(map(visible, value.split("\n")))
+    if isinstance(value, dict):
+        return {escaped(key): escaped(item) for key, item in value.items()}
+    return [escaped(item) for item in value] if isinstance(value, list) else value
 
 
 def upgraded(result: Any) -> dict:
     """A result of any format in today's; raises ValueError where it is none."""
     if not isinstance(result, dict):
         raise ValueError("expected an object")
+    _require_controls(result)
     kind = _kind_of(result)
     missing = [name for name in KINDS[kind] if name not in result]
     if missing:
         raise ValueError(f"expected the keys {', '.join(missing)} in a result of kind {kind!r}")
-    for name in ("machine", "parameters"):
+    for name in ("machine", "parameters", "allocator"):
         if not isinstance(result.get(name, {}), dict):
             raise ValueError(f"expected an object under {name!r}")
+    for name in ("step", "sizes", "series"):
+        if kind in _LISTS and name in result and not _is_list_of_objects(result[name]):
+            raise ValueError(f"expected a list of objects under {name!r}")
     if result.get("format") == FORMAT:
         return result
-    if kind in ("step", "figure6", "ops", "scaling", "fused"):
+    if kind in _LISTS:
         result = _renamed(result)
         if kind in ("step", "ops"):
             result = {**result, "step": [_with_ratios(step) for step in result["step"]]}
@@ -116,8 +144,33 @@ def upgraded(result: Any) -> dict:
     return {**result, **head}
 
 
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _require_controls(value: Any) -> None:
+    """Controls are read wherever they are."""
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, (dict, list)):
+            _require_controls(item)
+    control = value.get("control") if isinstance(value, dict) else None
+    if isinstance(control, dict) and not _is_control(control):
+        raise ValueError("expected of, ratio, tolerance and valid under 'control'")
+
+
+def _is_control(value: dict) -> bool:
+    number = (int, float)
+    if not (type(value.get("valid")) is bool and isinstance(value.get("of"), str) and "ratio" in value):
+        return False
+    if value["ratio"] is None:
+        return value["valid"] or isinstance(value.get("reason"), str)
+    return type(value["ratio"]) in number and type(value.get("tolerance")) in number
+
+
 def _kind_of(result: Mapping[str, Any]) -> str:
     kind = result.get("kind")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"expected a text under 'kind', found a {type(kind).__name__}")
     if kind == "bench":  # format 1, which had both in one file
         return "step" if result.get("step") else "ops"
     if kind in KINDS:
@@ -185,8 +238,9 @@ def resume(path: Path, start: dict, restart: bool) -> dict:
         old = read(path)
         if old["kind"] != start["kind"]:
             raise ResumeError(f"{path} is a result of kind {old['kind']!r}, expected {start['kind']!r}{way_out}")
-        pairs = {key: (old["parameters"].get(key), value) for key, value in start["parameters"].items()}
-        pairs |= {key: (old["machine"].get(key), start["machine"].get(key)) for key in SAME}
+        now = escaped(json.loads(json.dumps(start)))
+        pairs = {key: (old["parameters"].get(key), value) for key, value in now["parameters"].items()}
+        pairs |= {key: (old["machine"].get(key), now["machine"].get(key)) for key in SAME}
     except NotAResult as error:
         raise ResumeError(f"{error}{way_out}") from error
     for key, (before, now) in pairs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from argparse import Namespace
@@ -13,7 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._files import atomic_file
+from .._files import atomic_file, open_regular
+from ..errors import FileError
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
@@ -39,8 +41,33 @@ def read_file(path: Path) -> Mapping[str, Any]:
         path = path / names[0]
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
+    content = _read(path, lambda: _READERS[_kind(path)](path))
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict or a dict around one")
+    return content
+
+
+def load_torch(path: Path, expect_bytes: int | None = None) -> Any:
+    """The content of a file of ``torch.save``, on the CPU: tensors and plain containers, whose checksums are right.
+
+    ``expect_bytes``: the most that the file may hold.
+
+    Raises:
+        FileError: anything but a regular file, or a larger one.
+        ValueError: a file that is damaged, or could only be read by running its code.
+        OSError: a file that cannot be read.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+    if expect_bytes is not None and size > expect_bytes:
+        raise FileError(f"{path} holds {size} bytes, expected at most {expect_bytes}")
+    return _read(path, lambda: _read_torch(path))
+
+
+def _read(path: Path, read: Callable[[], Any]) -> Any:
+    """What ``read`` returns of the file; whatever it raises becomes one sentence."""
     try:
-        content = _READERS[_kind(path)](path)
+        return read()
     except Exception as error:  # A damaged file makes the unpickler and the archive readers raise anything.
         if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ValueError(
@@ -49,9 +76,6 @@ def read_file(path: Path) -> Mapping[str, Any]:
                 "the state_dict"
             ) from None
         raise ValueError(f"{path} is not a readable checkpoint: {_reason(error)}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state_dict or a dict around one")
-    return content
 
 
 def _kind(path: Path) -> str:

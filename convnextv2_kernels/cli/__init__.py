@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .._interrupts import raised_signals
 from . import analyze, bench, convert, finetune, info, pretrain, tune
 from .exit_codes import exit_code
 
@@ -37,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words[:1] == ["bench"]:
-        return bench.main(words[1:])
-    args = build_parser().parse_args(words)
-    args.words = (*PROG.split(), *words)
-    return args.run(args)
+    with raised_signals():
+        if words[:1] == ["bench"]:
+            return bench.main(words[1:])
+        args = build_parser().parse_args(words)
+        args.words = (*PROG.split(), *words)
+        return args.run(args)

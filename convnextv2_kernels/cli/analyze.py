@@ -15,12 +15,14 @@ from typing import Any
 from .exit_codes import printing_is_optional, require_packages, user_errors
 from .types import (
     BACKENDS,
+    add_decoding,
     file_path,
     image_size,
     nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
+    seconds,
     share,
     share_or_zero,
 )
@@ -261,6 +263,7 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
         metavar="S|HxW",
         help="pixels of the centred crops (default: those of the first checkpoint's training, else 224)",
     )
+    add_decoding(parser)
     if several:
         order = "one of each subfolder by turns" if photos else "one of each class by turns"
         parser.add_argument(
@@ -316,6 +319,15 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=nonnegative_int, default=0, metavar="N", help="processes that decode (default: %(default)s)"
     )
+    parser.add_argument(
+        "--loader-timeout",
+        type=seconds,
+        default=300.0,
+        metavar="S",
+        help="end where no image could be read for S seconds, as on a network file system that hangs (default: "
+        "%(default)g)",
+    )
+    add_decoding(parser)
 
 
 def _add_tap(parser: argparse.ArgumentParser, default: str) -> None:

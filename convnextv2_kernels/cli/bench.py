@@ -278,12 +278,14 @@ def _run_figure6(args: argparse.Namespace, mode: str) -> int:
     start = results.describe_run("figure6", parameters, mode, settings.device)
     code = machine.git_commit()
     result = results.resume(path, start, args.restart)
-    sizes = {size["model"]: size for size in result.get("sizes", [])}
-    done = [model for model in models if model in sizes and figure6.complete(sizes[model], settings)]
+    with results.reading(path):
+        sizes = {size["model"]: size for size in result.get("sizes", [])}
+        done = [model for model in models if model in sizes and figure6.complete(sizes[model], settings)]
+        report.require_steps(result, list(sizes.values()))
+        # What was left out before and is not asked for now stays left out.
+        before = {model: str(reason) for model, reason in result.get("left_out", {}).items() if model not in models}
     reasons = {model: figure6.left_out(model, settings) for model in models if model not in done}
     waiting = [model for model, reason in reasons.items() if reason is None]
-    # What was left out before and is not asked for now stays left out.
-    before = {model: reason for model, reason in result.get("left_out", {}).items() if model not in models}
     result["left_out"] = before | {model: reason for model, reason in reasons.items() if reason}
     budget = Budget(args.time_budget)
     costs = {model: memory.parameter_count(model) + FIXED_COST for model in waiting}

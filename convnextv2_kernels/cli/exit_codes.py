@@ -30,7 +30,7 @@ __all__ = [
 OK = 0
 FAILURE = 1  # the command could not be carried out, or found what it looks for, such as a wrong result
 USAGE = 2  # the request itself is wrong: an option, or a file that does not go with it (argparse exits with 2 as well)
-INTERRUPTED = 130  # 128 + SIGINT; a training run that a signal stopped returns 128 + that signal
+INTERRUPTED = 130  # 128 + SIGINT; another signal: 128 + its number
 BROKEN_PIPE = 141  # 128 + SIGPIPE, as other programs in a pipeline; only where printing was all there was to do
 
 # Modules that some commands import and the kernels do not need, and the package that brings each.
@@ -75,7 +75,7 @@ def _run(run: Callable[[], int], command: str) -> int:
         return FAILURE
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted")
-        return INTERRUPTED
+        return getattr(stop, "code", INTERRUPTED)
     except OSError as error:
         if not is_of_the_machine(error):
             raise

@@ -7,6 +7,7 @@ from typing import Any
 from ..train import recipes
 from .exit_codes import printing_is_optional, require_packages
 from .training import (
+    add_images,
     add_machine,
     add_model,
     add_schedule,
@@ -63,6 +64,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     _add_regularization(add_model(parser), recipe)
     add_schedule(parser.add_argument_group("training (defaults of the recipe 'convnextv2_atto')"), recipe)
     _add_augmentation(parser, recipe)
+    add_images(parser)
     add_machine(parser)
     add_storage(parser)
     parser.set_defaults(run=partial(run, parser))

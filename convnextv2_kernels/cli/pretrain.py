@@ -7,6 +7,7 @@ from typing import Any
 from ..train import recipes
 from .exit_codes import printing_is_optional, require_packages
 from .training import (
+    add_images,
     add_machine,
     add_model,
     add_schedule,
@@ -84,6 +85,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     )
     _add_fcmae(add_model(parser), recipe)
     add_schedule(parser.add_argument_group("training (defaults of the recipe 'default')"), recipe)
+    add_images(parser)
     add_machine(parser)
     add_storage(parser)
     parser.set_defaults(run=partial(run, parser))

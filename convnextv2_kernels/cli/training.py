@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
+from ..data import MAX_PIXELS
 from ..models import CONFIGS
 from ..train.recipes import Resolved
 from .types import (
     BACKENDS,
     MODEL_PREFIX,
+    add_decoding,
     decay,
     image_size,
     nonnegative_float,
     nonnegative_int,
     positive_float,
     positive_int,
+    seconds,
     share,
     short_name,
 )
@@ -31,12 +34,16 @@ PLACES: dict[str, Any] = {
     "grn": "default",
     "seed": 0,
     "workers": min(4, os.cpu_count() or 1),
+    "loader_timeout": 300.0,
+    "peer_timeout": 60.0,
     "save_every": 0,
     "keep": 3,
     "max_steps": None,
     "tensorboard": False,
     "parallel": "ddp",
     "accumulate": 1,
+    "value_range": None,
+    "max_pixels": MAX_PIXELS,
 }
 
 
@@ -62,6 +69,11 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "the first two run as plain PyTorch (default: default)",
     )
     return group
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how image files are decoded."""
+    add_decoding(parser.add_argument_group("image files"))
 
 
 def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> None:
@@ -159,6 +171,20 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         type=nonnegative_int,
         metavar="N",
         help="processes that load images, for each process that trains (default: one per core, 4 at most)",
+    )
+    group.add_argument(
+        "--loader-timeout",
+        type=seconds,
+        metavar="S",
+        help="end the run, with a checkpoint, where a batch is waited for and no image was begun for S seconds, as on "
+        f"a network file system that hangs (default: {PLACES['loader_timeout']:g})",
+    )
+    group.add_argument(
+        "--peer-timeout",
+        type=seconds,
+        metavar="S",
+        help="with torchrun: end the run where a process gives no sign of life for S seconds, or lets others wait for "
+        f"its numbers 10 times as long (default: {PLACES['peer_timeout']:g})",
     )
     group.add_argument(
         "--parallel",

@@ -117,6 +117,8 @@ def tune(shapes: Sequence, images: int, say: Callable[[str], None] = print, save
     from ..backends.triton import plans
     from ..backends.triton.tune import find
 
+    if save and (fault := plans.fault()) is not None:
+        say(f"the plans measured before cannot be used and will be replaced: {fault}")
     serving = backends.automatic(triton.DEVICE, (shapes[0].dtype,)) if shapes else "triton"
     backend = backends.get("triton" if triton.INTERPRETED else serving)
     findings = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
+from ..data import MAX_PIXELS
 from ..models import CONFIGS
 
 BACKENDS = ("auto", *(name for name in backends.NAMES if name != "auto"))
@@ -49,6 +50,49 @@ def file_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
     return Path(text)
+
+
+class ValueRange(argparse.Action):
+    """``LOW HIGH`` as two numbers, or one of the words in ``metavar``'s place; for ``nargs="+"``."""
+
+    WORDS = ("dtype", "percentile")
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store (low, high) or the word."""
+        try:
+            low, high = map(float, values)
+        except ValueError:
+            low = high = math.nan
+        if len(values) == 1 and values[0] in self.WORDS:
+            setattr(namespace, self.dest, values[0])
+        elif low < high and math.isfinite(high - low):
+            setattr(namespace, self.dest, (low, high))
+        else:
+            words = " or ".join(self.WORDS)
+            raise argparse.ArgumentError(
+                self, f"expected LOW HIGH with LOW below HIGH, {words}, got {' '.join(values)}"
+            )
+
+
+def add_decoding(group: Any) -> None:
+    """Add the options that say how image files are decoded."""
+    group.add_argument(
+        "--value-range",
+        action=ValueRange,
+        nargs="+",
+        metavar=("LOW", "HIGH"),
+        help="for grey images of more than 8 bits: the values that become black and white; or dtype, the range of the "
+        "type they are stored in; or percentile, from 0.5 %% to 99.5 %% of a sample's values, kept for the run "
+        "(default: that of the weights that are read; else dtype for unsigned 16 bits and percentile for others, with "
+        "a warning)",
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=positive_int,
+        metavar="N",
+        help="leave out larger images without decoding them; a pixel of more than 8 bits counts as two (default: "
+        f"{MAX_PIXELS})",
+    )
 
 
 def decay(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Images to training crops: decoding, RandomResizedCrop, flip, batches, normalisation.
+"""Images to training crops: RandomResizedCrop, flip, batches, normalisation.
 
 The augmentation is that of the official FCMAE pre-training: RandomResizedCrop with scale (0.2, 1)
 and bicubic interpolation, horizontal flip, ImageNet mean and standard deviation.
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from ..errors import describe_error
+from .decoding import PLAIN, Decoding, decoded, opened
 from .rng import AUGMENT, ORDER, numpy_stream
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,37 +26,6 @@ MAX_SUBSTITUTES = 20
 
 Box = tuple[float, float, float, float]
 Source = Path | Image.Image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB.
-
-    16-bit and 32-bit grey values are scaled to 8 bits (Pillow's own ``convert`` would clip them at
-    255), floating-point images by their own range. Alpha is dropped, as in the official loader.
-    """
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = values / 257
-        return Image.fromarray(values.clip(0, 255).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        low, high = values.min(initial=0), values.max(initial=0)
-        values = (values - low) * (255 / max(high - low, 1e-12))
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def open_rgb(path: Path) -> Image.Image:
-    """Decode a whole file to upright 8-bit RGB (EXIF orientation applied)."""
-    with Image.open(path) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
 
 
 def random_resized_crop_box(
@@ -99,19 +69,18 @@ def centre_box(size: tuple[int, int], aspect: float) -> Box:
 
 
 def load_crop(
-    source: Source, size: tuple[int, int], rng: np.random.Generator | None, hflip: float = 0.5
+    source: Source,
+    size: tuple[int, int],
+    rng: np.random.Generator | None,
+    hflip: float = 0.5,
+    decoding: Decoding = PLAIN,
 ) -> torch.Tensor:
     """Return one crop of ``source`` as uint8 [H, W, 3], with ``size`` = (H, W).
 
     With a generator: a random resized crop, flipped with probability ``hflip``. Without: the largest centred
-    crop. ``source`` is a path or a decoded RGB image.
+    crop. ``source`` is a path, which is decoded as ``decoding`` says, or a decoded RGB image.
     """
-    height, width = size
-    if isinstance(source, Image.Image):
-        box = _draw_box(source.size, size, rng)
-        crop = source.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    else:
-        crop = _decode_crop(source, size, rng)
+    crop = _crop(source, size, rng) if isinstance(source, Image.Image) else _decode_crop(source, size, rng, decoding)
     if rng is not None and rng.random() < hflip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(crop))
@@ -124,9 +93,17 @@ def _draw_box(image_size: tuple[int, int], size: tuple[int, int], rng: np.random
     return random_resized_crop_box(image_size, rng, aspect)
 
 
-def _decode_crop(path: Path, size: tuple[int, int], rng: np.random.Generator | None) -> Image.Image:
+def _crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator | None) -> Image.Image:
+    left, top, right, bottom = _draw_box(image.size, size, rng)
+    box = left, top, min(right, image.width), min(bottom, image.height)  # a centred box is rounded
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+
+
+def _decode_crop(path: Path, size: tuple[int, int], rng: np.random.Generator | None, decoding: Decoding) -> Image.Image:
     height, width = size
-    with Image.open(path) as image:
+    with opened(path, decoding.max_pixels) as image:
+        if image.format not in ("JPEG", "MPO"):
+            return _crop(decoded(image, decoding), size, rng)
         turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
         full = (image.height, image.width) if turned else image.size
         box = _draw_box(full, size, rng)
@@ -135,11 +112,10 @@ def _decode_crop(path: Path, size: tuple[int, int], rng: np.random.Generator | N
         shrink = min((box[2] - box[0]) / (2 * width), (box[3] - box[1]) / (2 * height))
         if shrink >= 2:
             image.draft(None, (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        x, y = image.width / full[0], image.height / full[1]
-        scaled = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
-        return to_rgb(image).resize((width, height), Image.Resampling.BICUBIC, box=scaled)
+        upright = decoded(image, decoding)
+        x, y = upright.width / full[0], upright.height / full[1]
+        scaled = (box[0] * x, box[1] * y, min(box[2] * x, upright.width), min(box[3] * y, upright.height))
+        return upright.resize((width, height), Image.Resampling.BICUBIC, box=scaled)
 
 
 @dataclass
@@ -172,9 +148,16 @@ class CropDataset(Dataset):
     of a run must not end it.
     """
 
-    def __init__(self, sources: Sequence[Source], size: tuple[int, int], seed: int, hflip: float = 0.5):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        size: tuple[int, int],
+        seed: int,
+        hflip: float = 0.5,
+        decoding: Decoding = PLAIN,
+    ):
         self.sources = list(sources)
-        self.size, self.seed, self.hflip = size, seed, hflip
+        self.size, self.seed, self.hflip, self.decoding = size, seed, hflip, decoding
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -186,7 +169,7 @@ class CropDataset(Dataset):
             source = self.sources[(index + offset) % len(self.sources)]
             rng = numpy_stream(self.seed, AUGMENT, epoch, index)
             try:
-                return Sample(load_crop(source, self.size, rng, self.hflip), failures)
+                return Sample(load_crop(source, self.size, rng, self.hflip, self.decoding), failures)
             except Exception as error:  # Pillow's decoders raise whatever a broken file trips.
                 failures.append((str(source), describe_error(error)))
         return Sample(None, failures)

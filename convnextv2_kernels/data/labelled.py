@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from ..errors import describe_error
 from .augment import seeded_globals
-from .images import MAX_SUBSTITUTES, Source, open_rgb, to_rgb
+from .decoding import PLAIN, Decoding, open_rgb, to_rgb
+from .images import MAX_SUBSTITUTES, Source
 from .rng import AUGMENT
 
 NO_LABEL = -1  # of an image that could not be read; losses and metrics of an evaluation leave it out
@@ -47,10 +48,13 @@ class LabelledBatch:
 
 
 class _Labelled(Dataset):
-    def __init__(self, sources: Sequence[Source], labels: Sequence[int], transform: Transform):
+    def __init__(
+        self, sources: Sequence[Source], labels: Sequence[int], transform: Transform, decoding: Decoding = PLAIN
+    ):
         if len(sources) != len(labels):
             raise ValueError(f"labels must be one for each source, got {len(labels)} for {len(sources)} sources")
-        self.sources, self.labels, self.transform = list(sources), [int(label) for label in labels], transform
+        self.sources, self.labels = list(sources), [int(label) for label in labels]
+        self.transform, self.decoding = transform, decoding
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -58,7 +62,8 @@ class _Labelled(Dataset):
     def _open(self, index: int, failures: list[tuple[str, str]]) -> Image.Image | None:
         source = self.sources[index]
         try:
-            image = to_rgb(source) if isinstance(source, Image.Image) else open_rgb(source)
+            decode = to_rgb if isinstance(source, Image.Image) else open_rgb
+            image = decode(source, self.decoding)
             if min(image.size) > 0:
                 return image
             failures.append((str(source), "the image has no pixels"))
@@ -78,8 +83,15 @@ class LabelledDataset(_Labelled):
         ValueError: another number of labels than of sources.
     """
 
-    def __init__(self, sources: Sequence[Source], labels: Sequence[int], transform: Transform, seed: int):
-        super().__init__(sources, labels, transform)
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        labels: Sequence[int],
+        transform: Transform,
+        seed: int,
+        decoding: Decoding = PLAIN,
+    ):
+        super().__init__(sources, labels, transform, decoding)
         self.seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> LabelledSample:

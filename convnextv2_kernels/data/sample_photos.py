@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..errors import UserError
-from .images import open_rgb
+from .decoding import open_rgb
 
 PHOTOS = {
     "skimage": (

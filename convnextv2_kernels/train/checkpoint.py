@@ -6,8 +6,8 @@ processes, sharded or not, can resume it.
 
 import random
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from .._console import visible
 from .._files import atomic_file
+from ..checkpoints.storage import load_torch
+from ..data.value_range import Range, range_text
 from ..errors import UserError, describe_error
+from .checkpoint_checks import FORMAT, MOMENTS, check_format, named_groups, require_names
 from .distributed import World
 from .optim import Average
 
-FORMAT = 2
-REQUIRED = {"format", "model", "optimizer", "step", "epoch", "position", "rng", "config"}
-_NAME = re.compile(r"checkpoint-(\d+)\.pt")
+_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})\.pt")  # as checkpoint_path writes them
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -66,74 +68,129 @@ def restore_state(
     state: dict[str, Any] | None,
     world: World,
 ) -> None:
-    """Put what :func:`gather_state` returned into place. ``state`` is needed in the first process only."""
-    state = state or {"model": {}, "optimizer": {}, "model_ema": {}}
+    """Put what :func:`gather_state` returned into place. ``state`` is needed in the first process only.
+
+    The optimiser keeps the hyperparameters that it has. Raises UserError, in all processes and before anything is
+    touched, where a tensor is missing or has no place.
+    """
+    world.from_main(lambda: _require_complete(network, optimizer, average, state or {}))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+    # Only the first process reads them; each call would otherwise leave its mark in the checkpoint.
+    weights, averages, moments = ({}, {}, {}) if state is None else (dict(state["model"]), {}, state["optimizer"])
     if average is not None:
-        set_model_state_dict(network, state["model_ema"], options=options)
+        averages = {} if state is None else dict(state["model_ema"])
+        set_model_state_dict(network, averages, options=options)
         average.take(network)
-    set_model_state_dict(network, state["model"], options=options)
-    set_optimizer_state_dict(network, optimizer, state["optimizer"], options=options)
+    set_model_state_dict(network, weights, options=options)
+    if state is not None:
+        moments = {"state": moments["state"], "param_groups": named_groups(network, optimizer)}
+    set_optimizer_state_dict(network, optimizer, moments, options=options)
+
+
+def _require_complete(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, state: dict[str, Any]
+) -> None:
+    """PyTorch would keep the values of the network where a tensor is missing, even if told to be strict."""
+    try:
+        for part in ("model",) if average is None else ("model", "model_ema"):
+            require_names(part, state[part], network.state_dict())
+        entries = state["optimizer"]["state"]
+        require_names("optimizer.state", entries, [n for g in named_groups(network, optimizer) for n in g["params"]])
+        for name, entry in entries.items():
+            require_names(f"optimizer.state.{name}", entry, ("step", *MOMENTS))
+    except ValueError as error:
+        raise UserError(f"the checkpoint cannot be restored: {error}") from error
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> Path:
     """Write checkpoint-<step>.pt; it has that name only once it is complete and on disk.
 
-    Raises UserError where a weight is not finite (nothing could resume from it) or the file cannot be
-    written.
+    Raises UserError where a weight or a moment of the optimiser is not finite (nothing could resume from it) or the
+    file cannot be written.
     """
-    for name, tensor in state["model"].items():
+    for what, tensor in _tensors(state):
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"step {step}: parameter {name} is no longer finite; no checkpoint was written. "
+                f"step {step}: {what} is no longer finite; no checkpoint was written. "
                 "The newest one before it is still good: try a lower --lr or a longer warm-up."
             )
     path = checkpoint_path(folder, step)
     try:
         with atomic_file(path) as file:
             torch.save({"format": FORMAT, "step": step, **state}, file)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except RuntimeError as error:
         raise UserError(f"cannot write {path}: {describe_error(error)}") from error
     return path
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of a network and its optimiser, each with its name for a person."""
+    for name, tensor in state["model"].items():
+        yield f"parameter {name}", tensor
+    for name, tensor in state.get("model_ema", {}).items():
+        yield f"the average of parameter {name}", tensor
+    for name, entry in state["optimizer"]["state"].items():
+        for moment in MOMENTS:
+            yield f"the optimiser's {moment} of parameter {name}", entry[moment]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU; raise UserError where it is damaged or of another kind."""
     try:
-        # torch.load trusts the bytes of a tensor; the archive's checksums catch flipped ones.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise UserError(f"{path}: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:  # A damaged archive makes zipfile and the unpickler raise anything.
-        raise UserError(f"{path}: not a readable checkpoint ({describe_error(error)})") from error
-    if not isinstance(state, dict) or not state.keys() >= REQUIRED or state["format"] != FORMAT:
-        raise UserError(f"{path}: not a checkpoint of this program (format {FORMAT})")
+        return _load(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """:func:`load_checkpoint`, but with a ValueError, whose sentence names the file."""
+    try:
+        state = load_torch(path)
+    except (OSError, ValueError) as error:
+        text = visible(getattr(error, "strerror", None) or str(error))
+        raise ValueError(text if str(path) in text else f"{path}: not a readable checkpoint ({text})") from error
+    try:
+        check_format(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a checkpoint of this program (format {FORMAT}): {error}") from error
     return state
 
 
-def newest_valid(folder: Path) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
+def newest_valid(
+    folder: Path, check: Callable[[dict[str, Any], int, Path], None] | None = None
+) -> tuple[dict[str, Any] | None, Path | None, list[str]]:
     """Load the newest valid checkpoint of a folder.
 
-    Returns (state, path, warnings), one warning for each damaged checkpoint passed over, and
-    (None, None, []) where there is none at all. Raises UserError where all are damaged: to
+    ``check`` gets the content of a checkpoint, the step in its name and its path, and raises ValueError, with a
+    sentence about a field, where it is damaged. Returns (state, path, warnings), one warning for each damaged
+    checkpoint passed over, and (None, None, []) where there is none at all. Raises UserError where all are damaged: to
     start again from nothing is for the user to decide.
     """
     warnings = []
-    for _, path in list_checkpoints(folder):
+    for step, path in list_checkpoints(folder):
         try:
-            return load_checkpoint(path), path, warnings
-        except UserError as error:
+            state = _load(path)
+            if check is not None:
+                _check(state, step, path, check)
+        except ValueError as error:
             warnings.append(f"{error}; it is passed over")
+        else:
+            return state, path, warnings
     if warnings:
         raise UserError(
             f"{folder}: every checkpoint is damaged; give a new --output, or delete them to start "
             "afresh. " + " ".join(f"{warning}." for warning in warnings)
         )
     return None, None, []
+
+
+def _check(state: dict[str, Any], step: int, path: Path, check: Callable[[dict[str, Any], int, Path], None]) -> None:
+    try:
+        check(state, step, path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def prune_checkpoints(folder: Path, newest: int, max_checkpoints: int) -> None:
@@ -143,13 +200,15 @@ def prune_checkpoints(folder: Path, newest: int, max_checkpoints: int) -> None:
     see until the run writes that step again.
     """
     for _, path in [c for c in list_checkpoints(folder) if c[0] <= newest][max_checkpoints:]:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # tried again after the next checkpoint
+            path.unlink(missing_ok=True)
 
 
 def remove_temporaries(folder: Path) -> None:
     """Delete what a killed process left half-written. Only for the process that owns the folder."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it only takes space
+            path.unlink(missing_ok=True)
 
 
 def rng_state() -> dict[str, Any]:
@@ -172,11 +231,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
 ENCODER_PREFIX = "encoder."
 
 
-def export_encoder(path: Path, model: nn.Module, model_name: str, weights: Mapping[str, Tensor] | None = None) -> int:
+def export_encoder(
+    path: Path,
+    model: nn.Module,
+    model_name: str,
+    weights: Mapping[str, Tensor] | None = None,
+    value_range: Range | None = None,
+) -> int:
     """Write the encoder's weights as safetensors, without the ``encoder.`` prefix; return how many.
 
     Decoder, projection and mask token are left out; they have no use after pre-training. ``weights`` stand in for the
-    model's own where given, as its moving average does. The file's metadata name the model and its GRN.
+    model's own where given, as its moving average does. The file's metadata name the model and its GRN, and the
+    ``value_range`` that grey values of more than 8 bits were mapped from.
     """
     weights = model.state_dict() if weights is None else weights
     tensors = {n.removeprefix(ENCODER_PREFIX): tensor for n, tensor in weights.items() if n.startswith(ENCODER_PREFIX)}
@@ -184,12 +250,17 @@ def export_encoder(path: Path, model: nn.Module, model_name: str, weights: Mappi
     scope = model.encoder.stages[0][0].grn.scope
     if scope != "image":
         metadata["grn_scope"] = scope
+    if value_range is not None:
+        metadata["value_range"] = range_text(value_range)
     return export_weights(path, tensors, metadata)
 
 
 def export_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
-    """Write tensors as safetensors with metadata; return how many."""
+    """Write tensors as safetensors with metadata; return how many. Raises UserError where they cannot be written."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as file:
-        file.write(save(plain, metadata={"format": "pt", **metadata}))
+    try:
+        with atomic_file(path) as file:
+            file.write(save(plain, metadata={"format": "pt", **metadata}))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     return len(plain)

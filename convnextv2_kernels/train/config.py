@@ -1,12 +1,15 @@
 """What the command line asks for, the settings a run resolves it to, and the comparison that guards a resume."""
 
 import platform
-from dataclasses import asdict, dataclass
+import textwrap
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._console import visible
+from ..data import MAX_PIXELS
 from ..errors import UserError
 from .recipes import Resolved
 
@@ -18,6 +21,7 @@ class TrainOptions:
     """What every kind of training asks for, defaults filled in; see ``pretrain --help``.
 
     ``resolved`` are the values that recipes hold, by option name; the rest says where a run lives and on what it runs.
+    ``value_range`` and ``max_pixels``: see :func:`convnextv2_kernels.data.value_range.choose_range`.
     """
 
     data: Path | None
@@ -30,6 +34,8 @@ class TrainOptions:
     device: str
     output: Path
     workers: int
+    loader_timeout: float
+    peer_timeout: float
     save_every: int
     keep: int
     max_steps: int | None
@@ -37,6 +43,8 @@ class TrainOptions:
     parallel: str
     accumulate: int
     command: tuple[str, ...]
+    value_range: tuple[float, float] | str | None = None
+    max_pixels: int = MAX_PIXELS
 
     @property
     def batch_size(self) -> int:
@@ -78,8 +86,10 @@ class RunConfig:
     What only decides how far it goes, how it is stored and on how many processes it runs (workers, checkpoints, a limit
     of steps, accumulation) is not in here, and may change on a resume.
 
-    ``batch_size`` counts the images of an optimiser step, over all processes. ``lr`` is the peak of the schedule, which
-    ends at ``min_lr``. ``precision``: "bfloat16" is autocast over float32 weights, the others are the dtype of all.
+    ``value_range`` is that of :class:`convnextv2_kernels.data.decoding.Decoding`, None where no image has more than 8
+    bits. ``batch_size`` counts the images of an optimiser step, over all processes. ``lr`` is the peak of the schedule,
+    which ends at ``min_lr``. ``precision``: "bfloat16" is autocast over float32 weights, the others are the dtype of
+    all.
     """
 
     model: str
@@ -101,6 +111,7 @@ class RunConfig:
     data: str
     num_images: int
     images_sha256: str
+    value_range: tuple[float, float] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,7 +135,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain types, as stored in checkpoints and in config.json."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +188,18 @@ class FinetuneConfig(RunConfig):
 
 
 def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -> None:
-    """Raise UserError naming each setting in which a checkpoint differs from this run."""
+    """Raise UserError naming each setting in which a checkpoint differs from this run.
+
+    A field that the checkpoint lacks, because it is older than the field, has its default.
+    """
     now = current.to_dict()
+    before = {field.name: _plain(field.default) for field in fields(current) if field.default is not MISSING} | saved
     differences = [
-        f"{name}: {saved.get(name, 'not recorded')} in the checkpoint, {value} now"
+        f"{name}: {_said(before.get(name, 'not recorded'))} in the checkpoint, {_said(value)} now"
         for name, value in now.items()
-        if saved.get(name) != value and name != "images_sha256"
+        if before.get(name) != value and name != "images_sha256" and not _old_range(name, saved, value)
     ]
-    if saved.get("images_sha256") != now["images_sha256"]:
+    if before.get("images_sha256") != now["images_sha256"]:
         differences.append("images: the list of files is not that of the checkpoint")
     if differences:
         raise UserError(
@@ -192,6 +207,19 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -
             + "; ".join(differences)
             + ". Restore these settings, or give a new --output."
         )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _said(value: Any) -> str:
+    return visible(textwrap.shorten(str(value), 300, placeholder=" ..."))
+
+
+def _old_range(name: str, saved: dict[str, Any], value: Any) -> bool:
+    """Whether this is the range that 16-bit values were mapped from before it was recorded."""
+    return name == "value_range" and saved.get(name) is None and value == [0, 2**16 - 1]
 
 
 def environment() -> dict[str, Any]:
@@ -207,7 +235,7 @@ def environment() -> dict[str, Any]:
 def environment_notes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
     """Return a note for each part of the environment that is not what it was."""
     return [
-        f"{name} was {saved.get(name)} and is {value} now: losses may differ in their last digits"
+        f"{name} was {_said(saved.get(name))} and is {value} now: losses may differ in their last digits"
         for name, value in current.items()
         if name != "python" and saved.get(name) != value
     ]

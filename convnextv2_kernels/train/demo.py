@@ -1,6 +1,7 @@
 """``pretrain --demo``: a short FCMAE run on bundled photographs, a picture and a comparison."""
 
 import dataclasses
+import math
 import os
 from importlib.util import find_spec
 
@@ -16,6 +17,7 @@ from ..errors import UserError
 from .checkpoint import export_encoder, list_checkpoints
 from .config import PretrainOptions, environment
 from .distributed import resolve_device
+from .loading import require_shared_memory
 from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
 from .setup import build_fcmae, prepare_output, pretrain_config
@@ -33,6 +35,7 @@ def run_demo(options: PretrainOptions) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("the demo runs in one process: start it without torchrun.")
     names, photos = load_photos()
+    require_shared_memory(options.workers, options.batch_size * 3 * math.prod(options.img_size))
     device = resolve_device(options.device)
     model = build_fcmae(options, device)
     prepare_output(options.output)

@@ -5,8 +5,11 @@ error) are a few numbers a step and go over a gloo group of their own, so that t
 """
 
 import os
+import pickle
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,23 +18,32 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .._interrupts import STOPPING
 from ..errors import UserError
 from ..nn import ConvNeXtV2Block
+from .peers import ANSWER, TIMEOUT, PeerLost, Watch, exit_at_the_end
 
 PARALLEL = ("ddp", "fsdp")
-# The first process may check a folder of millions of images while the others wait.
-_PATIENCE = timedelta(hours=12)
+# Of control messages, during which Watch sees whether the others live: the first process may check a folder of millions
+# of images while they wait.
+_PATIENCE = timedelta(days=30)
+_POLL = timedelta(milliseconds=200)
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: ``rank`` of ``size``; ``group`` carries control messages and is None for one process."""
+    """The processes of a run: ``rank`` of ``size``; ``group`` carries control messages and is None for one process.
+
+    Whoever waits for a control message heeds signals, and raises :class:`.peers.PeerLost` where another process has
+    ended or, as far as ``watch`` sees, gives no sign of life.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     group: Any = None
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -44,31 +56,78 @@ class World:
         if self.size == 1:
             return mine[None]
         parts = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(parts, mine, group=self.group)
+        self._wait(lambda: dist.all_gather(parts, mine, group=self.group, async_op=True))
         return torch.stack(parts)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Return an object of each process, in the order of ranks."""
         if self.size == 1:
             return [value]
-        parts: list[Any] = [None] * self.size
-        dist.all_gather_object(parts, value, group=self.group)
-        return parts
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = [int(size) for (size,) in self.gather([len(mine)])]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._wait(lambda: dist.all_gather(parts, padded, group=self.group, async_op=True))
+        return [pickle.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes, strict=True)]
 
     def from_main(self, function: Callable[[], Result]) -> Result:
         """Run ``function`` in the first process and return its result in all; a UserError is raised in all."""
         if self.size == 1:
             return function()
-        outcome: list[Any] = [None, None]
+        outcome: tuple[Any, UserError | None] = (None, None)
         if self.is_main:
             try:
-                outcome = [function(), None]
+                outcome = function(), None
+            except PeerLost:
+                raise
             except UserError as error:
-                outcome = [None, error]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
+                outcome = None, error
+        content = torch.frombuffer(bytearray(pickle.dumps(outcome)), dtype=torch.uint8)
+        size = torch.tensor([len(content)])
+        self._wait(lambda: dist.broadcast(size, src=0, group=self.group, async_op=True))
+        if not self.is_main:
+            content = torch.empty(int(size), dtype=torch.uint8)
+        self._wait(lambda: dist.broadcast(content, src=0, group=self.group, async_op=True))
+        result, failure = outcome if self.is_main else pickle.loads(content.numpy().tobytes())
+        if failure is not None:
+            raise failure
+        return result
+
+    def signum(self) -> int | None:
+        """A signal to stop that another process was sent, or this one; None without one, or in the only process."""
+        return None if self.watch is None else self.watch.signum()
+
+    def _wait(self, begin: Callable[[], Any]) -> None:
+        try:
+            work = begin()
+            while not work.is_completed():
+                with suppress(RuntimeError):  # the time is up; what else went wrong is raised below
+                    work.wait(_POLL)
+                if self.watch is not None and not work.is_completed():
+                    self.watch.check()
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    @contextmanager
+    def exchanges(self) -> Iterator[None]:
+        """Raise :class:`.peers.PeerLost` where an exchange of PyTorch's own, of gradients or weights, fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise self._lost(error) from error
+            raise
+
+    def _lost(self, error: RuntimeError) -> PeerLost:
+        late = "imed out" in str(error) or "imeout" in str(error)
+        what = "lets this one wait for too long in an exchange" if late else "has ended or cannot be reached"
+        found = PeerLost(f"another process of the run {what}.")
+        if self.watch is not None:
+            self.watch.give_up(found)
+            return self.watch.lost or found
+        return found
 
     @contextmanager
     def guarded(self, context: AbstractContextManager) -> Iterator[None]:
@@ -79,10 +138,12 @@ class World:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[World]:
+def processes(device: str, timeout: float = TIMEOUT) -> Iterator[World]:
     """Join the processes that ``torchrun`` started, for the time of a block; without it, be the only one.
 
-    ``device`` is that of this process. Raises UserError where PyTorch cannot do it.
+    ``device`` is that of this process. A process counts as lost that gives no sign of life for ``timeout`` seconds, or
+    that lives and lets others wait in an exchange of numbers for ten times that. Raises UserError where PyTorch cannot
+    do it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -91,16 +152,44 @@ def processes(device: str) -> Iterator[World]:
     if not dist.is_available():
         raise UserError("this PyTorch is built without torch.distributed: start one process, without torchrun.")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE, device_id=torch.device(device))
-    else:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-    try:
+    patience = timedelta(seconds=ANSWER * timeout)
+    with _deadly_signals():
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=patience, device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo", timeout=patience)
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        yield World(dist.get_rank(), size, local_rank, group)
+        watch = Watch(dist.get_rank(), size, timeout)
+        dist.barrier(group)  # all have given a sign of life
+    watch.start()
+    try:
+        yield World(dist.get_rank(), size, local_rank, group, watch)
+    except BaseException as error:
+        if watch.lost is not None:
+            exit_at_the_end(error.code if isinstance(error, UserError) else 1)
+        raise
     finally:
-        dist.destroy_process_group()
+        watch.stop()
+        if watch.lost is None:  # else PyTorch would wait for the lost process
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _deadly_signals() -> Iterator[None]:
+    """Let signals end the process at once: PyTorch heeds none while it waits for others to join. Nothing is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {signum: signal.getsignal(signum) for signum in STOPPING}
+    for signum, handler in handlers.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(signum, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def resolve_device(name: str) -> str:

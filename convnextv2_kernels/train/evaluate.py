@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data.labelled import NO_LABEL, EvalDataset, LabelledSample, collate_labelled
+from .._console import visible
+from ..data.labelled import NO_LABEL, EvalDataset, LabelledBatch, LabelledSample, collate_labelled
+from ..errors import UserError
 from .distributed import World
-from .signals import ignore_signals
+from .loading import Loader, LoaderError, Loading
+from .signals import Stopped
 
 
 class TopK:
@@ -83,27 +86,27 @@ def evaluate(
     dataset: EvalDataset,
     batch_size: int,
     world: World | None = None,
-    workers: int = 0,
+    loading: Loading | None = None,
     precision: str = "float32",
     note: Callable[[str], None] = print,
+    signum: Callable[[], int | None] = lambda: None,
 ) -> dict[str, float]:
     """Return ``{"top1", "top5"`` in percent, ``"loss", "images"}`` of a classifier on ``dataset``, the same in all
-    processes; all must call it. Images that cannot be read are named and left out."""
+    processes; all must call it. Images that cannot be read are named and left out.
+
+    ``signum`` returns a signal to stop where one came. Raises :class:`.signals.Stopped` where it does in some process,
+    and UserError where no image can be read, or loaders of images die or stay silent.
+    """
     world = world or World()
     parameter = next(model.parameters())
     device = parameter.device
-    loader = DataLoader(
-        _Part(dataset, World(world.rank, world.size)),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate_labelled,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),
-    )
+    part = _Part(dataset, World(world.rank, world.size))
     counter, failures, training = TopK(), [], model.training
     model.eval()
     try:
-        for batch in loader:
+        for batch in _batches(
+            Loader(part, collate_labelled, loading or Loading(), batch_size=batch_size), world, signum
+        ):
             failures += batch.failures
             images = batch.images.to(device, parameter.dtype)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
@@ -112,6 +115,28 @@ def evaluate(
     finally:
         model.train(training)
     total = world.gather(counter.counts().tolist()).sum(0)
-    for name, reason in (f for part in world.gather_objects(failures) for f in part):
+    lost = [failure for part in world.gather_objects(failures) for failure in part]
+    result = TopK().merge(total).result()
+    if not result["images"]:
+        first = f" (the first: {visible(lost[0][0])}, {visible(lost[0][1])})" if lost else ""
+        raise UserError(f"none of the {len(dataset)} images to evaluate on can be read{first}.")
+    for name, reason in lost:
         note(f"warning: {name} cannot be read ({reason}); it is left out of the evaluation")
-    return TopK().merge(total).result()
+    return result
+
+
+def _batches(loader: Loader, world: World, signum: Callable[[], int | None]) -> Iterator[LabelledBatch]:
+    """This process's batches, as long as no process was told to stop or lost its loaders."""
+    with loader:
+        for _ in range(len(loader)):
+            batch = failure = None
+            try:
+                batch = loader.next(lambda: bool(signum()))
+            except LoaderError as error:
+                failure = str(error)
+            signums, failed = world.gather([signum() or 0, failure is not None]).T
+            if failed.any():
+                raise UserError(f"evaluation: {next(filter(None, world.gather_objects(failure)))}.")
+            if signums.any():
+                raise Stopped(int(signums.max()))
+            yield batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,25 @@ from ..backends import use_backend
 from ..checkpoints import load_checkpoint as load_weights
 from ..checkpoints.storage import read_file
 from ..data.augment import eval_transform, train_transform
-from ..data.classes import ClassFolder, open_split
-from ..data.folder import SKIPPED_NAME, append_skipped
+from ..data.classes import ClassFolder, held_out_share, open_split, reopen_split, save_split
+from ..data.decoding import Decoding
+from ..data.folder import IMAGES_NAME, SKIPPED_NAME, append_skipped
 from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
 from ..data.mixing import Mixing, criterion
 from ..data.rng import DROP_PATH, torch_stream
+from ..data.value_range import Range, choose_range, differing_range, range_of, range_text
 from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
 from ..nn import ConvNeXtV2Block, GRNVariant
-from .checkpoint import export_weights, load_checkpoint, whole_model
+from .checkpoint import export_weights, list_checkpoints, load_checkpoint, whole_model
+from .checkpoint_checks import require, require_names
 from .config import FinetuneConfig, FinetuneOptions
 from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
+from .loading import require_shared_memory
 from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
-from .setup import make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
+from .setup import kept_range, make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 
@@ -99,10 +104,12 @@ class FinetuneTask:
         for block, scale in zip(self._blocks, self._drop_path_scale[1], strict=True):
             block.given_drop_path = scale[span.begin : span.end]
 
+    def evaluates(self, epoch: int) -> bool:
+        """Every ``eval_every`` epochs, and after the last."""
+        return (epoch + 1) % self.eval_every == 0 or epoch + 1 == self.config.epochs
+
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
         """Evaluate, log, and keep the weights if they are the best so far."""
-        if (epoch + 1) % self.eval_every and epoch + 1 != self.config.epochs:
-            return
         results = {"": self._evaluate(trainer)}
         if trainer.average is not None:
             with trainer.average.applied(self.model):
@@ -126,9 +133,10 @@ class FinetuneTask:
             self.held_out,
             batch_size=max(1, trainer.share // trainer.split.accumulate),
             world=trainer.world,
-            workers=trainer.split.workers,
+            loading=trainer.split.loading,
             precision=self.config.precision,
             note=trainer.note,
+            signum=trainer.signum,
         )
 
     def _keep_best(self, trainer: Trainer) -> None:
@@ -137,27 +145,49 @@ class FinetuneTask:
         else:
             with trainer.average.applied(self.model):
                 weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
-        trainer.world.from_main(lambda: self._write_best(weights))
-
-    def _write_best(self, weights: dict[str, Tensor]) -> None:
-        path = self.output / "best.safetensors"
-        try:
-            export_weights(path, weights, metadata_of(self.config, self.best))
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
+        about = metadata_of(self.config, self.best)
+        trainer.world.from_main(lambda: export_weights(self.output / "best.safetensors", weights, about))
 
     def state(self) -> dict[str, Any]:
         """The best result so far."""
         return {"best": self.best}
+
+    def check(self, state: Any, step: int) -> None:
+        """A best result that this run can have."""
+        require(isinstance(state, dict), "task", state, "a dict")
+        require_names("task", state, ("best",), self.state())
+        check_best(state["best"], step, self.config)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take the best result so far."""
         self.best = dict(state["best"])
 
 
+def check_best(best: Any, step: int, config: FinetuneConfig) -> None:
+    """Raise ValueError, in a sentence that names the field, where ``best`` is none of :attr:`FinetuneTask.best` after
+    ``step`` steps."""
+    require(isinstance(best, dict), "task.best", best, "a dict")
+    if not best:
+        return
+    require_names("task.best", best, ("top1", "epoch", "step"), ("averaged",))  # files may be older than "averaged"
+    top1, epoch, averaged = best["top1"], best["epoch"], best.get("averaged", False)
+    require(type(top1) in (int, float) and 0 <= top1 <= 100, "task.best.top1", top1, "a share in percent")
+    done = step // config.steps_per_epoch
+    fits = type(epoch) is int and 0 <= epoch < done
+    require(fits, "task.best.epoch", epoch, f"one of the {done} epochs that are done, from 0 on")
+    last = (epoch + 1) * config.steps_per_epoch
+    fits = type(best["step"]) is int and best["step"] == last
+    require(fits, "task.best.step", best["step"], f"{last}, the last of epoch {epoch}")
+    wanted = "False" if config.ema_decay is None else "True or False"
+    fits = type(averaged) is bool and (config.ema_decay is not None or not averaged)
+    require(fits, "task.best.averaged", averaged, wanted)
+
+
 def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:
     """What a file of weights says about itself."""
     about = {"model": config.model, "grn": config.grn, "num_classes": str(config.num_classes)}
+    if config.value_range is not None:
+        about["value_range"] = range_text(config.value_range)
     return {**about, **{f"best_{name}": str(value) for name, value in (best or {}).items()}}
 
 
@@ -188,7 +218,8 @@ VALUES = (
 def run_finetune(options: FinetuneOptions) -> int:
     """Train or evaluate a classifier on ``options.data``; return the exit code of the process."""
     device = resolve_device(options.device)
-    with processes(device) as world:
+    with processes(device, options.peer_timeout) as world:
+        _require_shared_memory(options, world)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
@@ -198,13 +229,26 @@ def run_finetune(options: FinetuneOptions) -> int:
                 raise UserError(str(error)) from error
 
 
+def _require_shared_memory(options: FinetuneOptions, world: World) -> None:
+    image = 3 * 4 * math.prod(options.img_size)  # float32
+    if options.eval_only:
+        require_shared_memory(options.workers, _eval_batch(options, world) * image)
+        return
+    # The loaders of an evaluation work beside those of the training.
+    share = options.batch_size // world.size
+    require_shared_memory(options.workers, share * image, max(1, share // options.accumulate) * image)
+
+
+def _eval_batch(options: FinetuneOptions, world: World) -> int:
+    return max(1, min(options.batch_size // world.size, 64))
+
+
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
-    training, held_out = world.from_main(
-        lambda: open_split(options.data, options.val, options.val_share, options.seed, options.output)
-    )
+    training, held_out, decoding = world.from_main(lambda: _open(options))
     values = options.resolved.values
     model = _build(options, device, len(training.classes))
-    pictures = EvalDataset(held_out.paths(), held_out.labels, eval_transform(options.img_size, options.crop_pct))
+    transform = eval_transform(options.img_size, options.crop_pct)
+    pictures = EvalDataset(held_out.paths(), held_out.labels, transform, decoding)
     if options.eval_only:
         return _evaluate_only(options, model, pictures, world)
     parts = world.size * options.accumulate
@@ -219,6 +263,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         init=_origin(options, model),
         micro_batch=options.batch_size // parts if mixing else None,
         crop_pct=options.crop_pct,
+        value_range=decoding.value_range,
         **{name: values[name] for name in VALUES},
     )
     if config.micro_batch is not None and config.micro_batch % 2:
@@ -234,6 +279,9 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
 
     def settle() -> None:
         write_settings(options, config)  # refuses before anything of another run is touched
+        if not list_checkpoints(options.output) or not (options.output / IMAGES_NAME).exists():
+            share = held_out_share(options.data, options.val, options.val_share, options.output)
+            save_split(options.output, training, held_out, share)
         append_skipped(options.output / SKIPPED_NAME, [*training.skipped, *held_out.skipped])
         write_json(options.output / "classes.json", training.classes)
 
@@ -248,12 +296,33 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         scale=(config.crop_scale, 1.0),
         reprob=config.reprob,
     )
-    dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed)
+    dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed, decoding)
     task = FinetuneTask(model, dataset, config, pictures, options.output, options.eval_every)
     outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
     if world.is_main:
         _conclude(options, config, outcome, task)
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
+
+
+def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder, Decoding]:
+    """Both parts of the images, and how they are decoded."""
+    where = options.data, options.val, options.val_share
+    found, kept = None, None
+    if not options.eval_only and list_checkpoints(options.output):
+        found, kept = reopen_split(*where, options.output, options.max_pixels), kept_range(options.output)
+    training, held_out = found or open_split(*where, options.seed, options.output, options.max_pixels)
+    traits = {**training.traits_by_path(), **held_out.traits_by_path()}
+    recorded = _recorded_range(options)
+    chosen = choose_range(options.value_range, traits, recorded, kept, options.max_pixels)
+    notes = [f"note: {text}" for text in (*training.notes, *held_out.notes)]
+    for text in [*notes, *chosen.notes, *differing_range(chosen.value_range, recorded, f"--init {options.init}")]:
+        print(text)
+    return training, held_out, Decoding(chosen.value_range, options.max_pixels)
+
+
+def _recorded_range(options: FinetuneOptions) -> Range | None:
+    """The value range that ``--init`` was trained on, where it says so."""
+    return None if options.init is None else range_of(_about(options.init).get("value_range"))
 
 
 def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV2:
@@ -277,17 +346,23 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
 
 def _require_grn(options: FinetuneOptions) -> None:
     """Weights trained with one GRN mean nothing under another, and their names are the same."""
-    try:
-        with safetensors.safe_open(options.init, "pt") as file:
-            about = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        try:
-            about = read_file(options.init).get("config") or {}
-        except (OSError, ValueError):
-            about = {}  # load_weights says what is wrong with the file
+    about = _about(options.init)
     stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
     if str(GRNVariant.of(stored)) != wanted:
         raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
+
+
+def _about(weights: Path) -> Mapping[str, Any]:
+    """The metadata of a safetensors file, or the config of a training checkpoint; empty where there are none."""
+    try:
+        with safetensors.safe_open(weights, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError):
+        try:
+            about = read_file(weights).get("config")
+        except (OSError, ValueError):
+            return {}  # load_weights says what is wrong with the file
+    return about if isinstance(about, Mapping) else {}
 
 
 def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
@@ -303,9 +378,8 @@ def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
 
 
 def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World) -> int:
-    batch = max(1, min(options.batch_size // world.size, 64))
     precision = options.resolved.values["precision"]
-    result = evaluate(model, pictures, batch, world, options.workers, precision)
+    result = evaluate(model, pictures, _eval_batch(options, world), world, split_of(options, world).loading, precision)
     if world.is_main:
         print(
             f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "

@@ -1,5 +1,6 @@
 """FCMAE pre-training: the :class:`~.trainer.Task`, and ``pretrain --data FOLDER``, from scan to export."""
 
+import math
 import shlex
 import signal
 import sys
@@ -13,17 +14,30 @@ from torch import Tensor, nn
 
 from .._progress import Progress, count, format_seconds
 from ..backends import use_backend
+from ..data.decoding import Decoding
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
 from ..data.images import Batch, CropDataset, collate, load_crop, normalize
 from ..data.rng import MASK, torch_stream
+from ..data.value_range import Range, choose_range
 from ..layout import random_mask
 from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
+from .checkpoint_checks import require, require_names
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes, resolve_device
+from .loading import require_shared_memory
 from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
-from .setup import build_fcmae, parameters_of, prepare_output, pretrain_config, split_of, storage_of, write_settings
+from .setup import (
+    build_fcmae,
+    kept_range,
+    parameters_of,
+    prepare_output,
+    pretrain_config,
+    split_of,
+    storage_of,
+    write_settings,
+)
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 
@@ -54,12 +68,21 @@ class PretrainTask:
         loss, _, _ = network(normalize(pixels).to(self.config.dtype), mask)
         return loss
 
+    def evaluates(self, epoch: int) -> bool:
+        """Never: the log has the losses."""
+        return False
+
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
-        """Nothing to do: the log has the losses."""
+        """Nothing to do."""
 
     def state(self) -> dict[str, Any]:
         """Nothing to remember: masks and crops are functions of the step."""
         return {}
+
+    def check(self, state: Any, step: int) -> None:
+        """An empty dict."""
+        require(isinstance(state, dict), "task", state, "a dict")
+        require_names("task", state, ())
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing was remembered."""
@@ -77,7 +100,8 @@ NUM_PICTURES = 8
 def run_folder(options: PretrainOptions) -> int:
     """Pre-train on ``options.data``; return the exit code of the process."""
     device = resolve_device(options.device)
-    with processes(device) as world:
+    with processes(device, options.peer_timeout) as world:
+        require_shared_memory(options.workers, options.batch_size // world.size * 3 * math.prod(options.img_size))
         model = build_fcmae(options, device)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
@@ -85,7 +109,9 @@ def run_folder(options: PretrainOptions) -> int:
             found, config = world.from_main(lambda: _open(options, device, model, world))
             if world.is_main:
                 _describe(options, config, model, found, world)
-            task = PretrainTask(model, CropDataset(found.paths(), config.img_size, config.seed, config.hflip), config)
+            decoding = Decoding(config.value_range, options.max_pixels)
+            crops = CropDataset(found.paths(), config.img_size, config.seed, config.hflip, decoding)
+            task = PretrainTask(model, crops, config)
             outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
             if world.is_main:
                 _conclude(options, config, outcome, found, device)
@@ -95,22 +121,28 @@ def run_folder(options: PretrainOptions) -> int:
 def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> tuple[FolderImages, PretrainConfig]:
     folder, output = options.data, options.output
 
-    def settle(images: list[str]) -> PretrainConfig:
-        config = pretrain_config(options, device, model.patch_size, str(folder.resolve()), images, world.size)
+    def settle(images: list[str], value_range: Range | None) -> PretrainConfig:
+        data = str(folder.resolve())
+        config = pretrain_config(options, device, model.patch_size, data, images, world.size, value_range)
         write_settings(options, config)
         return config
 
+    kept = None
     if not list_checkpoints(output):
         with Progress("checking images", 1) as progress:
-            found = open_folder(folder, output, options.batch_size, progress.update)
-        return found, settle(found.images)
-    # The settings come first: where they differ, nothing of the run is touched.
-    config = settle(saved_images(output))
-    with Progress("checking images", config.num_images) as progress:
-        found, notes = reopen_folder(folder, output, progress.update)
-    for note in notes:
-        print(f"note: {note}")
-    return found, config
+            found = open_folder(folder, output, options.batch_size, progress.update, options.max_pixels)
+    else:
+        # The settings come first: where they differ, nothing of the run is touched.
+        kept = kept_range(output)
+        given = options.value_range if isinstance(options.value_range, tuple) and kept else kept
+        config = settle(saved_images(output), given)
+        with Progress("checking images", config.num_images) as progress:
+            found = reopen_folder(folder, output, progress.update, options.max_pixels)
+    traits = {folder / name: about for name, about in found.traits.items()}
+    chosen = choose_range(options.value_range, traits, None, kept, options.max_pixels)
+    for note in [*(f"note: {text}" for text in found.notes), *chosen.notes]:
+        print(note)
+    return found, settle(found.images, chosen.value_range)
 
 
 def _describe(
@@ -175,7 +207,8 @@ def print_stopped(options: TrainOptions, outcome: Outcome) -> None:
     """Say what a signal left, and how to resume."""
     name = signal.Signals(outcome.stop_signal).name
     command = " ".join(shlex.quote(word) for word in options.command)
-    print(f"Stopped by {name} after step {outcome.step} of {outcome.total_steps}, which is saved.")
+    after = f"after step {outcome.step} of {outcome.total_steps}, which is saved" if outcome.step else "before step 1"
+    print(f"Stopped by {name} {after}.")
     print(f"To resume from there, run the same command again:\n  {command}")
 
 
@@ -193,16 +226,16 @@ def _finish(
     model = build_fcmae(options, device)
     model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"
-    export_encoder(encoder, model, config.model)
+    export_encoder(encoder, model, config.model, value_range=config.value_range)
     print(f"encoder: {encoder}")
     if "model_ema" in state:
         averaged = options.output / "encoder_ema.safetensors"
-        export_encoder(averaged, model, config.model, state["model_ema"])
+        export_encoder(averaged, model, config.model, state["model_ema"], config.value_range)
         print(f"encoder of averaged weights: {averaged}")
     if find_spec("matplotlib") is None:
         print("no picture was drawn: that needs matplotlib (pip install matplotlib)")
         return
-    pixels = _sample_pixels(found, config)
+    pixels = _sample_pixels(found, config, options.max_pixels)
     if pixels is None:
         return
     mask = draw_mask(config, len(pixels), config.total_steps)
@@ -215,15 +248,15 @@ def _finish(
     print(f"picture: {picture}")
 
 
-def _sample_pixels(found: FolderImages, config: PretrainConfig) -> torch.Tensor | None:
+def _sample_pixels(found: FolderImages, config: PretrainConfig, max_pixels: int) -> torch.Tensor | None:
     """Load some images spread over the folder, as centred crops uint8 [N, H, W, 3]."""
-    paths = found.paths()
+    paths, decoding = found.paths(), Decoding(config.value_range, max_pixels)
     crops = []
     for path in paths[:: max(1, len(paths) // NUM_PICTURES)]:
         if len(crops) == NUM_PICTURES:
             break
         try:
-            crops.append(load_crop(path, config.img_size, None))
+            crops.append(load_crop(path, config.img_size, None, decoding=decoding))
         except Exception as error:  # Broken since it was checked: the picture can do without.
             print(f"warning: {path} cannot be read ({error})", file=sys.stderr)
     return torch.stack(crops) if crops else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .._console import plotted
-from .._files import atomic_file
+from .._files import PNG_METADATA, atomic_file
 from ..data.images import denormalize, normalize
 from ..data.rng import MASK_EVAL, torch_stream
 from ..layout import random_mask
@@ -149,4 +149,4 @@ def save_picture(path: Path, result: Reconstruction, title: str) -> None:
             axis.imshow(image.numpy())
             axis.set_axis_off()
     with atomic_file(path) as file:
-        figure.savefig(file, format="png")
+        figure.savefig(file, format="png", metadata=PNG_METADATA)

@@ -1,18 +1,20 @@
 """The steps that every run begins with: device, model, output folder, settings."""
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from .._files import write_json
+from .._console import visible
+from .._files import read_json, write_json
 from ..data.folder import fingerprint
-from ..errors import UserError
+from ..data.value_range import Range, range_of
+from ..errors import FileError, UserError
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
+from .checkpoint_checks import check_config, require
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions, environment, require_same_config
 from .distributed import World
 from .trainer import Spread, Storage
@@ -77,7 +79,13 @@ def make_config(
 
 
 def pretrain_config(
-    options: PretrainOptions, device: str, patch_size: int, data: str, images: list[str], processes: int = 1
+    options: PretrainOptions,
+    device: str,
+    patch_size: int,
+    data: str,
+    images: list[str],
+    processes: int = 1,
+    value_range: Range | None = None,
 ) -> PretrainConfig:
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
@@ -93,6 +101,7 @@ def pretrain_config(
         patch_size=patch_size,
         encoding=options.encoding,
         micro_batch=micro_batch,
+        value_range=value_range,
         **{name: values[name] for name in own},
     )
 
@@ -104,7 +113,7 @@ def storage_of(options: TrainOptions) -> Storage:
 
 def split_of(options: TrainOptions, world: World) -> Spread:
     """How the run's steps are split."""
-    return Spread(world, options.parallel, options.accumulate, options.workers)
+    return Spread(world, options.parallel, options.accumulate, options.workers, options.loader_timeout)
 
 
 def write_settings(options: TrainOptions, config: RunConfig) -> None:
@@ -114,22 +123,55 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
     """
     path = options.output / "config.json"
     if list_checkpoints(options.output):
-        try:
-            saved = json.loads(path.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{options.output} holds checkpoints, but config.json beside them cannot be read ({error}); give "
-                "another --output to start afresh."
-            ) from error
+        saved = _saved_settings(path, config)
         require_same_config(saved, config, str(path))
-    rest = ("workers", "save_every", "keep", "max_steps", "tensorboard", "parallel", "accumulate")
+    rest = (
+        "workers",
+        "loader_timeout",
+        "peer_timeout",
+        "save_every",
+        "keep",
+        "max_steps",
+        "tensorboard",
+        "parallel",
+        "accumulate",
+        "max_pixels",
+    )
     resolved = {
         "config": config.to_dict(),
         "recipe": {"name": options.resolved.recipe, "note": options.resolved.note, "origins": options.resolved.origins},
         "environment": environment(),
         "storage": {name: getattr(options, name) for name in rest},
     }
-    write_json(path, resolved)
+    try:
+        write_json(path, resolved)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
+    """The settings in config.json, which may have been edited."""
+    try:
+        content = read_json(path)
+        require(isinstance(content, dict), "the content", content, "an object")
+        if "config" not in content:
+            raise ValueError("config is missing")
+        check_config(content["config"], config)
+    except (OSError, ValueError) as error:
+        reason = visible(getattr(error, "strerror", None) or str(error))
+        raise UserError(
+            f"{path.parent} holds checkpoints, but config.json beside them cannot be read ({reason}); give another "
+            "--output to start afresh."
+        ) from error
+    return content["config"]
+
+
+def kept_range(output: Path) -> Range | None:
+    """The value range that a run began with, by its config.json."""
+    try:
+        return range_of(read_json(output / "config.json")["config"]["value_range"])
+    except (OSError, FileError, KeyError, TypeError):
+        return None  # where that matters, write_settings says what is wrong with the file
 
 
 def prepare_output(path: Path) -> None:

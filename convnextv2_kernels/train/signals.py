@@ -1,13 +1,16 @@
-"""Stopping between two steps on SIGINT or SIGTERM, and one run at a time in a folder."""
+"""Stopping between two steps on a signal, loaders that end with their run, and one run at a time in a folder."""
 
+import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from .._interrupts import STOPPING
 from ..errors import UserError
 
 try:
@@ -15,12 +18,22 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+_PARENT_DEATH = 1  # PR_SET_PDEATHSIG
+
+
+class Stopped(Exception):
+    """What cannot be finished because a signal told some process to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
 
 class StopRequest:
-    """Context manager that turns SIGINT and SIGTERM into a flag to be read between two steps.
+    """Context manager that turns SIGINT, SIGTERM, SIGHUP and SIGUSR1 into a flag to be read between two steps.
 
-    A second SIGINT raises KeyboardInterrupt at once. Off the main thread, where Python allows no
-    signal handlers, the flag stays unset.
+    A second SIGINT raises KeyboardInterrupt at once. SIGHUP stays ignored where it is, as under nohup. Off the main
+    thread, where Python allows no signal handlers, the flag stays unset.
     """
 
     def __init__(self) -> None:
@@ -29,8 +42,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
+            for signum in STOPPING:
+                if not (signum == getattr(signal, "SIGHUP", None) and signal.getsignal(signum) is signal.SIG_IGN):
+                    self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -43,14 +57,19 @@ class StopRequest:
         self.signum = signum
 
 
-def ignore_signals(worker_id: int) -> None:
-    """Initialise a data-loading process: only its parent decides when it ends.
+def start_loader(worker_id: int) -> None:
+    """Initialise a data-loading process: only its parent decides when it ends, and it ends with its parent.
 
-    A signal to the whole process group would otherwise kill the workers while the parent still
-    finishes its step.
+    A signal to the whole process group would otherwise kill the loaders while the parent still finishes its step; and
+    a loader that waits for a file, or is stopped, would outlive a parent that was killed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in STOPPING:
+        signal.signal(signum, signal.SIG_IGN)
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 @contextmanager

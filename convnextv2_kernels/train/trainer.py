@@ -8,6 +8,7 @@ log has k lines, and checkpoint-k.pt holds all that step k + 1 depends on.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .._progress import Progress
 from ..backends import use_backend
@@ -33,12 +34,15 @@ from .checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
+from .checkpoint_checks import Expected, check_settings, check_state
 from .config import RunConfig, environment, environment_notes, require_same_config
 from .distributed import World, gradient_sync, spread
+from .loading import TIMEOUT, Loader, LoaderError, Loading
 from .loggers import Board, StepLog
 from .nonfinite import first_gradient, first_in_forward
 from .optim import Average, lr_at_step, make_optimizer, set_lr
-from .signals import StopRequest, ignore_signals
+from .peers import PeerLost
+from .signals import Stopped, StopRequest
 
 
 class Span(NamedTuple):
@@ -83,11 +87,20 @@ class Task(Protocol):
         """Mean loss of the images ``span`` of a step, which are ``batch``'s from ``first`` on. ``network`` is the model
         as it is spread over processes."""
 
+    def evaluates(self, epoch: int) -> bool:
+        """Whether something is to be done after a 0-based epoch."""
+
     def epoch_done(self, trainer: Trainer, epoch: int) -> None:
-        """Called in all processes after the last step of a 0-based epoch, before its checkpoint."""
+        """Do it. Called in all processes after the checkpoint of the epoch's last step; raises
+        :class:`.signals.Stopped` where a signal came before it was done, and is called again when the run is resumed.
+        """
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember of the task."""
+
+    def check(self, state: Any, step: int) -> None:
+        """Raise ValueError, in a sentence that names the field, where ``state`` is nothing that :meth:`state` returns
+        after ``step`` steps."""
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take what :meth:`state` returned."""
@@ -113,34 +126,38 @@ class Storage:
 class Spread:
     """How a step is split: over ``world``, wrapped as ``parallel`` says, in ``accumulate`` parts one after the other.
 
-    The sum is the same whatever the split, up to the order of its terms.
+    The sum is the same whatever the split, up to the order of its terms. ``workers`` and ``loader_timeout`` say how
+    images are loaded, as in :class:`.loading.Loading`.
     """
 
     world: World = World()  # noqa: RUF009  (immutable)
     parallel: str = "ddp"
     accumulate: int = 1
     workers: int = 0
+    loader_timeout: float = TIMEOUT
+
+    @property
+    def loading(self) -> Loading:
+        """How images are loaded."""
+        return Loading(self.workers, self.loader_timeout)
 
 
 class StepStatus(NamedTuple):
     """What each process reports of a step, float64, in the order of ranks: the same in all processes.
 
-    ``signum [size]``: of a signal to stop, 0 without. ``unreadable [size]``: 1 where there were no images.
-    ``failures [size]``: files that could not be read. ``losses [size, accumulate]``: of each part of the images.
+    ``unreadable [size]``: 1 where there were no images. ``failures [size]``: files that could not be read.
+    ``losses [size, accumulate]``: of each part of the images.
     """
 
-    signum: Tensor
     unreadable: Tensor
     failures: Tensor
     losses: Tensor
 
     @classmethod
-    def gather(
-        cls, world: World, signum: int | None, unreadable: bool, failures: int, losses: Sequence[float]
-    ) -> StepStatus:
+    def gather(cls, world: World, unreadable: bool, failures: int, losses: Sequence[float]) -> StepStatus:
         """Exchange the processes' reports in one message; all must call it."""
-        table = world.gather([signum or 0, unreadable, failures, *losses])
-        return cls(table[:, 0], table[:, 1], table[:, 2], table[:, 3:])
+        table = world.gather([unreadable, failures, *losses])
+        return cls(table[:, 0], table[:, 1], table[:, 2:])
 
     def mean_loss(self) -> float:
         """The loss of the whole batch."""
@@ -172,15 +189,16 @@ def train(
 
     Resumes from the newest valid checkpoint in ``storage.output``, if there is one, with losses
     bitwise equal to those of a run that was never interrupted. ``max_steps`` ends the run early
-    without changing the schedule. On SIGINT or SIGTERM the step at hand is finished and saved and
-    ``Outcome.stop_signal`` is set. Raises UserError where the settings differ from the
-    checkpoint's, a loss or gradient is no finite number, or images or checkpoints cannot be read or written.
+    without changing the schedule. On a signal to stop (:class:`.signals.StopRequest`) the step at hand is finished and
+    saved and ``Outcome.stop_signal`` is set. Raises UserError where the settings differ from the checkpoint's, a loss
+    or gradient is no finite number, images or checkpoints cannot be read or written, loaders of images die or stay
+    silent, or another process does.
     """
     run = Trainer(task, storage, split or Spread(), note)
     total = task.config.total_steps
     stop = total if max_steps is None else min(max_steps, total)
     run.resume()
-    if run.outcome.step < stop:
+    if run.outcome.step < stop or run.pending:
         with ExitStack() as stack:
             run.open_logs(stack)
             stack.enter_context(use_backend(task.config.backend))
@@ -202,39 +220,55 @@ class Trainer:
         self.task, self.storage, self.split, self.world = task, storage, split, world
         self.note = note if world.is_main else lambda text: None
         self.device = next(task.model.parameters()).device
-        self.network = spread(task.model, world, split.parallel, self.device)
+        with world.exchanges():
+            self.network = spread(task.model, world, split.parallel, self.device)
         self.optimizer = make_optimizer(task.parameter_groups(), config.lr, config.betas)
         self.average = None if config.ema_decay is None else Average(task.model, config.ema_decay)
         self.outcome = Outcome(step=0, total_steps=config.total_steps)
         self.environment = {**environment(), "processes": world.size, "accumulate": split.accumulate}
         self.share = config.batch_size // world.size
+        self.request = StopRequest()
+        # Whether the epoch that ends at this step is still to be evaluated, and whether a checkpoint knows all of this.
+        self.pending, self.saved = False, True
+        # Held while weights, step and log change together, or something else is in the place of the weights.
+        self.unsettled = threading.Lock()
 
     def resume(self) -> None:
         """Resume from the newest valid checkpoint, if there is one."""
         if not self.storage.checkpoints:
             return
         state: dict[str, Any] | None = None
+        expected = Expected.of(self.task, self.optimizer, self.average)
+
+        def check(found: dict[str, Any], step: int, path: Path) -> None:
+            check_settings(found, self.task.config)
+            require_same_config(found["config"], self.task.config, str(path))
+            check_state(found, step, expected)
 
         def find() -> dict[str, Any] | None:
             nonlocal state
             remove_temporaries(self.storage.output)
-            state, path, warnings = newest_valid(self.storage.output)
+            state, path, warnings = newest_valid(self.storage.output, check)
             for warning in warnings:
                 self.note(f"warning: {warning}")
             if state is None:
                 return None
-            require_same_config(state["config"], self.task.config, str(path))
             for text in environment_notes(state.get("environment", {}), self.environment):
                 self.note(f"note: {text}")
-            return {"path": path, **{name: state[name] for name in ("step", "rng", "task")}}
+            # A kill may have come between the writing of a checkpoint and this.
+            prune_checkpoints(self.storage.output, state["step"], self.storage.max_checkpoints)
+            known = {name: state[name] for name in ("step", "rng", "task")}
+            # Of older checkpoints, which were written after the evaluation, it is not recorded.
+            return {"path": path, **known, "pending": bool(state.get("evaluation_pending", False))}
 
         found = self.world.from_main(find)
         if found is None:
             return
-        restore_state(self.task.model, self.optimizer, self.average, state, self.world)
+        with self.world.exchanges():
+            restore_state(self.task.model, self.optimizer, self.average, state, self.world)
         set_rng_state(found["rng"])
         self.task.restore(found["task"])
-        self.outcome.step = found["step"]
+        self.outcome.step, self.pending = found["step"], found["pending"]
         self.outcome.resumed_from = self.outcome.checkpoint = found["path"]
 
     def open_logs(self, stack: ExitStack) -> None:
@@ -244,7 +278,9 @@ class Trainer:
 
         def enter() -> None:
             self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step, self.note)))
-            self.metrics = stack.enter_context(closing(StepLog(output / "metrics.jsonl", step, self.note)))
+            # Of an evaluation that is to be done again no line is kept.
+            metrics = StepLog(output / "metrics.jsonl", step - self.pending, self.note)
+            self.metrics = stack.enter_context(closing(metrics))
             folder = output / "tensorboard" if self.storage.tensorboard else None
             self.board = stack.enter_context(closing(Board(folder, step)))
 
@@ -252,64 +288,116 @@ class Trainer:
 
     def advance(self, stop: int, request: StopRequest) -> None:
         """Train up to ``stop`` steps, or until a signal in any process."""
-        outcome, config = self.outcome, self.task.config
-        self.network.train()
-        begun = time.monotonic()
-        with Progress("step", stop, outcome.step, quiet=not self.world.is_main) as progress:
+        self.request = request
+        if self.world.watch is not None:
+            self.world.watch.begin(request, self._save_alone)
+        with Progress("step", stop, self.outcome.step, quiet=not self.world.is_main) as progress:
             self.progress = progress
-            for batch in self._loader(stop):
-                lr = lr_at_step(outcome.step, config.total_steps, config.warmup_steps, config.lr, config.min_lr)
-                loss, norm = self._step(batch, lr, request)
-                outcome.step += 1
-                outcome.losses.append(loss)
-                outcome.seconds = time.monotonic() - begun
-                self._write(loss, lr, norm)
-                if outcome.stop_signal is not None and outcome.step == stop:
-                    outcome.stop_signal = None  # nothing was cut short
-                if outcome.step % config.steps_per_epoch == 0:
-                    self.task.epoch_done(self, outcome.step // config.steps_per_epoch - 1)
-                    self.network.train()
-                if self._save_due(stop) or outcome.stop_signal is not None:
+            try:
+                self._advance(stop)
+            except PeerLost as error:
+                raise PeerLost(f"{error} {self._save_alone()}".rstrip(), error.code) from error
+
+    def _advance(self, stop: int) -> None:
+        outcome, config = self.outcome, self.task.config
+        begun = time.monotonic()
+        if self.pending and not self._evaluate():
+            return
+        self.network.train()
+        with self._loader(stop) as loader:
+            while outcome.step < stop:
+                batch = self._next_batch(loader)
+                if batch is None:
                     self.save()
-                if outcome.stop_signal is not None:
                     return
+                lr = lr_at_step(outcome.step, config.total_steps, config.warmup_steps, config.lr, config.min_lr)
+                self._step(batch, lr, begun)
+                if self._save_due(stop):
+                    self.save()
+                if self.pending and not self._evaluate():
+                    return
+        self.save()
+
+    def _next_batch(self, loader: Loader) -> Any:
+        """Return this process's images of a step; None where some process was told to stop."""
+        batch = failure = None
+        try:
+            batch = loader.next(lambda: self.signum() is not None)
+        except LoaderError as error:
+            failure = str(error)
+        signums, failed = self.world.gather([self.signum() or 0, failure is not None]).T
+        if failed.any():
+            self._loaders_failed(failure)
+        if signums.any():
+            self.outcome.stop_signal = int(signums.max())
+            return None
+        return batch
+
+    def signum(self) -> int | None:
+        """A signal to stop, in this process or in another; None without one."""
+        return self.request.signum or self.world.signum()
+
+    def _evaluate(self) -> bool:
+        """Do what the task does after an epoch; return False where a signal came first."""
+        try:
+            with self.unsettled, self.world.exchanges():
+                self.task.epoch_done(self, self.outcome.step // self.task.config.steps_per_epoch - 1)
+        except Stopped as stopped:
+            self.outcome.stop_signal = stopped.signum
+            return False
+        finally:
+            self.network.train()
+        self.pending = self.saved = False
+        return True
 
     def save(self) -> None:
-        """Write a checkpoint and drop the oldest. All processes must call it."""
-        if not self.storage.checkpoints:
+        """Write a checkpoint and drop the oldest, unless one has it all. All processes must call it."""
+        if self.saved or not self.storage.checkpoints:
             return
+        with self.world.exchanges():
+            state = gather_state(self.task.model, self.optimizer, self.average)
+        self.outcome.checkpoint = self.world.from_main(lambda: self._write_checkpoint(state))
+        self.saved = True
+
+    def _write_checkpoint(self, state: dict[str, Any]) -> Path:
         outcome, config = self.outcome, self.task.config
         epoch, position = divmod(outcome.step, config.steps_per_epoch)
-        state = gather_state(self.task.model, self.optimizer, self.average)
+        self.log.sync()
+        self.metrics.sync()
+        extra = {"epoch": epoch, "position": position, "rng": rng_state(), "task": self.task.state()}
+        extra.update(config=config.to_dict(), environment=self.environment, evaluation_pending=self.pending)
+        path = write_checkpoint(self.storage.output, outcome.step, {**state, **extra})
+        prune_checkpoints(self.storage.output, outcome.step, self.storage.max_checkpoints)
+        return path
 
-        def write() -> Path:
-            self.log.sync()
-            self.metrics.sync()
-            extra = {"epoch": epoch, "position": position, "rng": rng_state(), "task": self.task.state()}
-            extra.update(config=config.to_dict(), environment=self.environment)
-            path = write_checkpoint(self.storage.output, outcome.step, {**state, **extra})
-            prune_checkpoints(self.storage.output, outcome.step, self.storage.max_checkpoints)
-            return path
+    def _save_alone(self) -> str:
+        """Where another process is lost, save what this one can without it; return where the run stands.
 
-        outcome.checkpoint = self.world.from_main(write)
+        Copies of the model are whole in every process, shards are not. May be called by another thread while the main
+        one waits inside PyTorch for the lost process, before it touches the weights; a GPU would be waited for too.
+        """
+        able = self.device.type == "cpu" or threading.current_thread() is threading.main_thread()
+        if self.world.is_main and able and self.unsettled.acquire(timeout=1):
+            try:
+                self._save_copy()
+            finally:
+                self.unsettled.release()
+        return self._saved_where() if self.world.is_main else ""
 
-    def _loader(self, stop: int) -> DataLoader:
+    def _save_copy(self) -> None:
+        if (self.world.size == 1 or self.split.parallel == "ddp") and self.storage.checkpoints and not self.saved:
+            state = gather_state(self.task.model, self.optimizer, self.average)
+            self.outcome.checkpoint = self._write_checkpoint(state)
+            self.saved = True
+
+    def _loader(self, stop: int) -> Loader:
         config, begin = self.task.config, self.world.rank * self.share
         part = (begin, begin + self.share)
         sampler = StepSampler(len(self.task.dataset), config.batch_size, config.seed, self.outcome.step, stop, part)
-        return DataLoader(
-            self.task.dataset,
-            batch_sampler=sampler,
-            num_workers=self.split.workers,
-            collate_fn=self.task.collate,
-            worker_init_fn=ignore_signals,
-            pin_memory=self.device.type == "cuda",
-            # Keeps the loader from drawing its seed from the global stream.
-            generator=torch.Generator(),
-        )
+        return Loader(self.task.dataset, self.task.collate, self.split.loading, self.device, batch_sampler=sampler)
 
-    def _step(self, batch: Any, lr: float, request: StopRequest) -> tuple[float, float]:
-        """Return the loss of the whole batch and the norm of its gradient, after the weights were updated."""
+    def _step(self, batch: Any, lr: float, begun: float) -> None:
+        """Update the weights, and write the loss of the whole batch and the norm of its gradient to the logs."""
         config, failures = self.task.config, batch.failures
         unreadable = batch.images is None
         if unreadable:  # The other processes wait in this step's exchanges: go through it, then stop all.
@@ -317,23 +405,28 @@ class Trainer:
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
         # One wait for the device: losses and norm are read back together.
-        *losses, norm = torch.cat([self._gradients(batch), self._gradient_norm()[None]]).tolist()
-        status = StepStatus.gather(self.world, request.signum, unreadable, len(failures), losses)
+        with self.world.exchanges():
+            *losses, norm = torch.cat([self._gradients(batch), self._gradient_norm()[None]]).tolist()
+        status = StepStatus.gather(self.world, unreadable, len(failures), losses)
         if status.failures.any():
             self._report_failures(failures)
         if status.unreadable.any():
             self._data_is_gone(failures)
         if not status.losses.isfinite().all() or not math.isfinite(norm):
             self._not_finite(batch, status.losses, lr)
-        if signum := int(status.signum.max()):
-            self.outcome.stop_signal = signum
         if config.clip_grad is not None:
             total = torch.tensor(norm, dtype=config.dtype)
             torch.nn.utils.clip_grads_with_norm_(self.task.model.parameters(), config.clip_grad, total)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update(self.task.model)
-        return status.mean_loss(), norm
+        with self.unsettled:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.task.model)
+            self.outcome.step += 1
+            self.outcome.losses.append(status.mean_loss())
+            self.outcome.seconds = time.monotonic() - begun
+            epoch, position = divmod(self.outcome.step, config.steps_per_epoch)
+            self.pending, self.saved = position == 0 and self.task.evaluates(epoch - 1), False
+            self._write(status.mean_loss(), lr, norm)
 
     def _gradients(self, batch: Any) -> torch.Tensor:
         """Forward and backward of each part of this process's images; return the losses, float64."""
@@ -378,9 +471,13 @@ class Trainer:
             + (" or without --amp." if config.precision == "bfloat16" else ".")
         )
 
+    def _loaders_failed(self, failure: str | None) -> None:
+        self.save()
+        reason = next(filter(None, self.world.gather_objects(failure)))
+        raise UserError(f"step {self.outcome.step + 1}: {reason}. {self._saved_where()}")
+
     def _data_is_gone(self, failures: list[tuple[str, str]]) -> None:
-        if self.outcome.step:
-            self.save()
+        self.save()
         reasons = dict(f for part in self.world.gather_objects(failures) for f in part)
         name, reason = list(reasons.items())[-1]
         raise UserError(
@@ -411,11 +508,10 @@ class Trainer:
 
     def _log_failed(self, error: OSError) -> None:
         more = ""
-        if self.world.size == 1:  # else the others are on their way to the next step
-            try:
-                self.save()
-            except (UserError, OSError) as another:
-                more = f" Nor can it be saved: {another}."
+        try:
+            self._save_copy()  # without the others, which are on their way to the next step
+        except (UserError, OSError) as another:
+            more = f" Nor can it be saved: {another}."
         raise UserError(
             f"step {self.outcome.step} cannot be logged: {describe_os_error(error)}.{more} {self._saved_where()}"
         ) from error

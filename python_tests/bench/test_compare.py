@@ -183,7 +183,7 @@ def test_bad_input(tmp_path, capsys):
     other = copy.deepcopy(step_result())
     other["step"][0]["model"], other["ops"] = "huge", {}
     contents = {
-        "text.json": ("no json", "is not JSON"),
+        "text.json": ("no json", "is not valid JSON"),
         "list.json": ("[1, 2]", "expected an object"),
         "empty.json": (json.dumps({**step_result(), "step": [], "ops": {}}), "expected times, bytes or counts in it"),
         "other.json": (json.dumps(other), "have no number in common"),

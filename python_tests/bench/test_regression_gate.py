@@ -217,7 +217,7 @@ def test_bad_baselines(check, gate, baseline):
     wrong = json.loads(json.dumps(baseline))
     wrong["op"]["layer_norm cpu"]["saved_bytes"] = "many"
     for given, message in (
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         (without("kind"), "is not a result of this gate"),
         (without("instructions"), "lacks instructions"),
         (without("software"), "lacks software"),

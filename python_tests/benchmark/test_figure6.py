@@ -115,7 +115,7 @@ def test_a_file_of_another_run_is_not_mixed_in(tmp_path, capsys):
     assert code == 0 and result["parameters"]["seed"] == 3
     (tmp_path / "figure6.json").write_text("[1, 2")
     assert run_code(tmp_path) == 2
-    assert "is not JSON" in capsys.readouterr().err
+    assert "is not valid JSON" in capsys.readouterr().err
     (tmp_path / "figure6.json").write_text(
         json.dumps({"kind": "scaling", "machine": {}, "parameters": {}, "series": []})
     )

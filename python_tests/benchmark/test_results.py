@@ -54,7 +54,7 @@ def test_a_file_of_format_1_in_todays_words():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2", "is not JSON"),
+        ("[1, 2", "is not valid JSON"),
         ("[1]", "expected an object"),
         ('{"kind": "nonsense"}', "found 'nonsense'"),
         ('{"kind": "scaling", "machine": {}, "parameters": {}}', "expected the keys series in a result of kind"),

@@ -57,7 +57,7 @@ def test_verdicts_are_cached_until_a_file_changes(folder, output, monkeypatch):
     image_folder.open_folder(folder, output, batch_size=4)
     checked = []
     check = image_folder.check_image
-    monkeypatch.setattr(image_folder, "check_image", lambda p: checked.append(p.name) or check(p))
+    monkeypatch.setattr(image_folder, "check_image", lambda p, n: checked.append(p.name) or check(p, n))
     assert len(image_folder.open_folder(folder, output, batch_size=4).images) == 9
     assert checked == []
     picture(5).save(folder / "text.png")
@@ -73,7 +73,7 @@ def test_interrupted_verification_keeps_what_it_knows(folder, output, monkeypatc
         image_folder.open_folder(folder, output, 4, interrupt)
     checked = []
     check = image_folder.check_image
-    monkeypatch.setattr(image_folder, "check_image", lambda p: checked.append(p.name) or check(p))
+    monkeypatch.setattr(image_folder, "check_image", lambda p, n: checked.append(p.name) or check(p, n))
     image_folder.open_folder(folder, output, 4)
     assert len(checked) == 11
 
@@ -112,7 +112,8 @@ def test_reopening_keeps_the_list_of_the_run(folder, output):
     first = image_folder.open_folder(folder, output, batch_size=4)
     picture(11).save(folder / "added.png")
     (folder / "3.png").unlink()
-    again, notes = image_folder.reopen_folder(folder, output)
+    again = image_folder.reopen_folder(folder, output)
+    notes = again.notes
     assert again.images == first.images
     assert any("1 image of the run" in n and "3.png" in n for n in notes)
     assert any("1 image added" in n for n in notes)
@@ -132,5 +133,5 @@ def test_names_that_are_no_utf8(tmp_path, output):
         pytest.skip("this file system has no such names")
     (folder / b"bad\xe9.png".decode("utf-8", "surrogateescape")).write_text("x")
     assert image_folder.open_folder(folder, output, 1).images == [name]
-    again, notes = image_folder.reopen_folder(folder, output)
-    assert again.images == [name] and notes == []
+    again = image_folder.reopen_folder(folder, output)
+    assert again.images == [name] and again.notes == []

@@ -152,6 +152,7 @@ CHECKED = {
     "make test": Checked("would run this test", make_target),
     "make test-all": Checked("would run this test", make_target),
     "make mutations": Checked("compiles for minutes", make_target),
+    "make fuzz": Checked("runs for an hour, and needs atheris", make_target),
     "make test-emulated": Checked("would run half of the tests again", make_target),
     "make test-triton": Checked("would run half of the tests again", make_target),
     "make sanitize": Checked("compiles for minutes", make_target),

@@ -1,15 +1,17 @@
-"""A tiny FCMAE, and runs that train it."""
+"""Tiny networks, and runs that train them."""
 
 import dataclasses
 import json
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from convnextv2_kernels.data.folder import fingerprint
 from convnextv2_kernels.data.images import CropDataset
-from convnextv2_kernels.models import FCMAE
+from convnextv2_kernels.models import FCMAE, ConvNeXtV2
+from convnextv2_kernels.train import finetune, setup
 from convnextv2_kernels.train.config import PretrainConfig
 from convnextv2_kernels.train.pretrain import PretrainTask
 from convnextv2_kernels.train.trainer import Outcome, Spread, Storage, train
@@ -67,3 +69,26 @@ def losses(output: Path) -> list[tuple[int, float, float]]:
     records = lines(output / "log.jsonl")
     assert [r["step"] for r in records] == list(range(1, len(records) + 1))
     return [(r["epoch"], r["loss"], r["lr"]) for r in records]
+
+
+def make_networks_tiny(patch: pytest.MonkeyPatch) -> None:
+    """Let ``pretrain`` and ``finetune`` build networks of a few thousand weights, whatever their ``--model``."""
+    patch.setattr(setup, "create_fcmae", lambda name, img_size, **changes: tiny_model())
+    sizes = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
+
+    def classifier(name: str, num_classes: int, **changes: object) -> ConvNeXtV2:
+        return ConvNeXtV2(num_classes=num_classes, **sizes)
+
+    patch.setattr(finetune, "create_model", classifier)
+
+
+def command(name: str, data: Path, output: Path, *more: str) -> list[str]:
+    """A short run of ``pretrain`` or ``finetune`` on the command line, in this process."""
+    size = {"pretrain": "64", "finetune": "32"}[name]
+    fixed = ["--img-size", size, "--batch-size", "4", "--workers", "0", "--epochs", "2"]
+    return [name, "--data", str(data), "--output", str(output), *fixed, *more]
+
+
+def config_of(output: Path) -> dict:
+    """The settings of a run that decide its losses."""
+    return json.loads((output / "config.json").read_text())["config"]

@@ -16,7 +16,7 @@ def save(folder, step, model=None):
     optimizer = make_optimizer(parameter_groups(model, 0.05), 1e-3, (0.9, 0.95))
     state = checkpoint.gather_state(model, optimizer, None)
     epoch, position = divmod(step, 4)
-    more = {"epoch": epoch, "position": position, "rng": checkpoint.rng_state(), "config": CONFIG.to_dict()}
+    more = {"epoch": epoch, "position": position, "rng": checkpoint.rng_state(), "config": CONFIG.to_dict(), "task": {}}
     return checkpoint.write_checkpoint(folder, step, {**state, **more})
 
 

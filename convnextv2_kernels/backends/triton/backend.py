@@ -6,6 +6,7 @@ This module does not import Triton: kernels are imported on first use, so a miss
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from ..base import KernelBackend
 from ..cuda import CUDABackend
 from .availability import DEVICE, unsupported_reason
 
+if TYPE_CHECKING:
+    from .plans import Plan
+
 
 class FusedMLP(KernelBackend):
     """The MLP with fused GEMMs where the plan of its shape has them (``plans.py``), otherwise as in the base class."""
@@ -22,31 +26,35 @@ class FusedMLP(KernelBackend):
     def mlp_forward(self, rows: MLPRows, weights: MLPParams, options: MLPOptions) -> MLPResult:
         from . import mlp
 
+        def run(plan: Plan) -> MLPResult:
+            result = mlp.fused_forward(rows, weights, options, plan) if plan.forward_fused else None
+            return super(FusedMLP, self).mlp_forward(rows, weights, options) if result is None else result
+
         (hidden, width), out = weights.w1.shape, weights.w2.shape[0]
-        plan = mlp.plan_for(rows.x, width, hidden, out, rows.images)
-        if plan.forward_fused:
-            result = mlp.fused_forward(rows, weights, options, plan)
-            if result is not None:
-                return result
-        return super().mlp_forward(rows, weights, options)
+        return mlp.by_plan(mlp.shape_of(rows.x, width, hidden, out, rows.images), rows.x.device.index, run)
 
     def mlp_backward(self, chunk: MLPGradRows, weights: MLPParams, options: MLPOptions) -> MLPGradResult:
         from . import mlp
 
+        def run(plan: Plan) -> MLPGradResult:
+            if plan.backward_fused:
+                return mlp.fused_backward(chunk, weights, options, plan)
+            return super(FusedMLP, self).mlp_backward(chunk, weights, options)
+
         (hidden, width), out = weights.w1.shape, weights.w2.shape[0]
-        plan = mlp.plan_for(chunk.a, width, hidden, out, chunk.images)
-        if plan.backward_fused:
-            return mlp.fused_backward(chunk, weights, options, plan)
-        return super().mlp_backward(chunk, weights, options)
+        return mlp.by_plan(mlp.shape_of(chunk.a, width, hidden, out, chunk.images), chunk.a.device.index, run)
 
     def scaled_weight_grad(
         self, chunk: MLPGradRows, scale: Tensor, weights: MLPParams, options: MLPOptions
     ) -> Tensor | None:
         from . import mlp
 
+        def run(plan: Plan) -> Tensor | None:
+            return None if plan.weight is None else mlp.weight_grad(chunk, scale, weights.beta, options, plan.weight)
+
         hidden, out = chunk.a.shape[1], chunk.d.shape[1]
-        tile = mlp.plan_for(chunk.a, out, hidden, out, options.segments(chunk.images)).weight
-        return None if tile is None else mlp.weight_grad(chunk, scale, weights.beta, options, tile)
+        shape = mlp.shape_of(chunk.a, out, hidden, out, options.segments(chunk.images))
+        return mlp.by_plan(shape, chunk.a.device.index, run)
 
 
 class TritonBackend(FusedMLP):

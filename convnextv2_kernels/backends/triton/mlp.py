@@ -5,8 +5,12 @@ Kernels in ``gemm_forward.py`` and ``gemm_backward.py``, the choice in ``plans.p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ...params import WHOLE_BATCH, MLPGradResult, MLPGradRows, MLPOptions, MLPParams, MLPResult, MLPRows, Segments
 from . import plans
@@ -18,16 +22,30 @@ from .mlp_rows import finish_statistics, mlp_backward_statistics
 from .reduce import column_sum
 from .weights import products_weight
 
+Result = TypeVar("Result")
 # programs that keep the largest GPU busy; parts of fewer rows would mostly consist of sums to add
 _PROGRAMS, _LEAST_ROWS = 512, 512
 
 
-def plan_for(rows: Tensor, width: int, hidden: int, out: int, images: Segments) -> plans.Plan:
-    """The plan for the rows of a chunk."""
+def shape_of(rows: Tensor, width: int, hidden: int, out: int, images: Segments) -> plans.Shape | None:
+    """What the plan for the rows of a chunk depends on; None where there are no rows."""
     count = rows.shape[0]
     if count == 0 or images.count == 0:
-        return plans.UNFUSED
-    return plans.choose(plans.Shape(rows.dtype, width, hidden, out, count // images.count), rows.device.index)
+        return None
+    return plans.Shape(rows.dtype, width, hidden, out, count // images.count)
+
+
+def by_plan(shape: plans.Shape | None, index: int | None, run: Callable[[plans.Plan], Result]) -> Result:
+    """``run`` with the plan of a shape; once more with another plan where the GPU cannot hold the tiles of a measured
+    one, which the kernels say before they begin."""
+    if shape is None:
+        return run(plans.UNFUSED)
+    try:
+        return run(plans.choose(shape, index))
+    except OutOfResources as error:
+        if not plans.reject(shape, index, error):
+            raise
+    return run(plans.choose(shape, index))
 
 
 def fused_forward(rows: MLPRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPResult | None:

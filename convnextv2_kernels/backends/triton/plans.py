@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..._files import write_json
+from ..._console import visible
+from ..._files import read_json, write_json
+from ...errors import FileError
 from ...settings import current
 from ...version import __version__
 from .availability import INTERPRETED, version
@@ -63,6 +65,13 @@ class Plan(NamedTuple):
 
 KERNELS = Plan._fields[:-1]
 UNFUSED = Plan(source="library")
+_WITHOUT_DEPTH = ("products", "hidden")
+# of Tile's fields in a file: Triton's matrix products begin at 16; the largest sides that "tune" tries are 128
+_SIDES = (16, 32, 64, 128, 256)
+_ALLOWED = {"rows": _SIDES, "columns": _SIDES, "depth": _SIDES, "warps": (1, 2, 4, 8, 16), "stages": (1, 2, 3, 4, 5, 6)}
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_WIDEST = 1 << 20  # widths in a file
+_MAX_BYTES = 16 << 20
 _WIDEST_BACKWARD = 256  # of C and O: hidden_backward holds whole rows of both in registers
 
 
@@ -234,20 +243,104 @@ def _key(shape: Shape) -> tuple:
 
 
 @functools.lru_cache
-def _read(file: Path) -> dict[tuple, Plan]:
+def _read(file: Path, index: int | None = None) -> dict[tuple, Plan]:
+    found, fault = _read_or_fault(file, index)
+    if fault is not None:
+        warnings.warn(f"measured plans are ignored, the built-in table is used: {fault}", stacklevel=2)
+    return found
+
+
+def _read_or_fault(file: Path, index: int | None) -> tuple[dict[tuple, Plan], str | None]:
+    """The plans of a file, or none and why it cannot be used, in words that name the file and the field."""
     try:
-        rows = json.loads(file.read_text())["plans"]
-        return {tuple(row["key"]): plan_of(row, row["source"]) for row in rows}
+        return _measured_plans(read_json(file, _MAX_BYTES), machine(index)), None
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        warnings.warn(f"measured plans in {file} cannot be read ({error}); the built-in table is used", stacklevel=2)
-        return {}
+        return {}, None
+    except FileError as error:
+        return {}, visible(str(error))
+    except OSError as error:
+        return {}, visible(f"{file} cannot be read: {error.strerror or error}")
+    except ValueError as error:
+        return {}, visible(f"{file}: {error}")
+
+
+def fault(index: int | None = None) -> str | None:
+    """Why the plans measured for a GPU cannot be used, or None."""
+    return _read_or_fault(path(index), index)[1]
+
+
+def _measured_plans(content: Any, here: dict[str, str]) -> dict[tuple, Plan]:
+    """What :func:`write` wrote; raises ValueError with the field, what it holds and what was expected."""
+    _expect(isinstance(content, dict), "the content", content, "an object with machine and plans")
+    _expect_fields("", content, ("machine", "plans"))
+    _expect(content["machine"] == here, "machine", content["machine"], f"this one, {here}")
+    _expect(isinstance(content["plans"], list), "plans", content["plans"], "a list")
+    found = {}
+    for number, row in enumerate(content["plans"]):
+        field = f"plans[{number}]"
+        _expect(isinstance(row, dict), field, row, "an object")
+        _expect_fields(f"{field}.", row, ("key", "source"), KERNELS)
+        _check_key(f"{field}.key", row["key"])
+        source = row["source"]
+        fits = isinstance(source, str) and len(source) <= 200 and source.isprintable()
+        _expect(fits, f"{field}.source", source, "a line of text")
+        for name in KERNELS:
+            if name in row:
+                _check_tile(f"{field}.{name}", name, row[name])
+        found[tuple(row["key"])] = plan_of(row, source)
+    return found
+
+
+def _check_key(field: str, key: Any) -> None:
+    fits = isinstance(key, list) and len(key) == len(Shape._fields) and isinstance(key[0], str) and key[0] in _DTYPES
+    fits = fits and all(type(size) is int and 1 <= size <= _WIDEST for size in key[1:])
+    _expect(fits, field, key, f"a dtype ({', '.join(_DTYPES)}), three widths and the bits of a number of rows")
+
+
+def _check_tile(field: str, kernel: str, tile: Any) -> None:
+    """The tiles that a kernel compiles for: sides that a matrix unit takes, and no more than registers hold."""
+    _expect(isinstance(tile, list) and len(tile) == len(Tile._fields), field, tile, f"[{', '.join(Tile._fields)}]")
+    for name, value in zip(Tile._fields, tile, strict=True):
+        allowed = _ALLOWED[name]
+        if name == "depth" and kernel in _WITHOUT_DEPTH:
+            allowed = (0, *allowed)
+        _expect(type(value) is int and value in allowed, f"{field}.{name}", value, f"one of {list(allowed)}")
+
+
+def _expect(fits: bool, field: str, found: Any, expected: str) -> None:
+    if not fits:
+        text = json.dumps(found)
+        raise ValueError(f"{field} is {text if len(text) <= 80 else text[:80] + '...'}, expected {expected}")
+
+
+def _expect_fields(prefix: str, found: dict[str, Any], names: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    for name in names:
+        if name not in found:
+            raise ValueError(f"{prefix}{name} is missing")
+    for name in found:
+        if name not in (*names, *optional):
+            raise ValueError(f"{prefix}{name[:80]} is unknown, expected {', '.join((*names, *optional))}")
 
 
 def measured(shape: Shape, index: int | None = None) -> Plan | None:
     """The plan measured for a shape on a GPU, or None."""
-    return _read(path(index)).get(_key(shape))
+    return _read(path(index), index).get(_key(shape))
+
+
+def reject(shape: Shape, index: int | None, reason: Exception) -> bool:
+    """Drops the measured plan of a shape, whose tiles this GPU cannot hold, with a warning.
+
+    Returns False where the plan that applies is none of the measured ones."""
+    if _given is not None or _assumed is not None or current.triton_gemms != "auto":
+        return False
+    file = path(index)
+    if _read(file, index).pop(_key(shape), None) is None:
+        return False
+    forget()
+    warnings.warn(
+        f"the plan of {file} for {_key(shape)} is ignored, the built-in table is used: {reason}", stacklevel=2
+    )
+    return True
 
 
 @contextlib.contextmanager
@@ -258,18 +351,22 @@ def _alone(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # without waiting for the reader of a FIFO of that name
+    handle = os.open(folder / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def write(plans: dict[Shape, Plan], index: int | None = None) -> Path:
-    """Adds plans to those measured before; running processes keep the plans that they have read."""
+    """Adds plans to those measured before, unless these cannot be used; running processes keep what they have read."""
     file = path(index)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _alone(file.parent):
         _read.cache_clear()
-        merged = dict(_read(file)) | {_key(shape): plan for shape, plan in plans.items()}
+        merged = _read_or_fault(file, index)[0] | {_key(shape): plan for shape, plan in plans.items()}
         rows = [
             {"key": list(key), "source": plan.source}
             | {name: list(tile) for name in KERNELS if (tile := getattr(plan, name)) is not None}
