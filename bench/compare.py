@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from convnextv2_kernels._files import write_json
@@ -158,9 +157,9 @@ def _of(changes: Sequence[Change], verdict: str) -> list[Change]:
 def _print(console: Console, args, differing: list[str], changes: list[Change], only: dict[str, list[str]]) -> None:
     if differing:
         meaning = "counted all the same (--ignore-machine)" if args.ignore_machine else "shown, never counted as worse"
-        console.print("Warning: the two runs are not alike, times are " + meaning, style="yellow", markup=False)
+        console.print("Warning: the two runs are not alike, times are " + meaning, style="yellow")
         for text in differing:
-            console.print(f"  {text}", markup=False, soft_wrap=True)
+            console.print(f"  {text}", soft_wrap=True)
     groups = {name: _of(changes, name) for name in ("worse", "better", "not comparable")}
     styles = {"worse": "red", "better": "green", "not comparable": "yellow"}
     if any(groups.values()):
@@ -169,13 +168,13 @@ def _print(console: Console, args, differing: list[str], changes: list[Change], 
             table.add_column(name, justify="right" if name in ("A", "B", "change") else "left", overflow="fold")
         for name, group in groups.items():
             for c in group:
-                cells = (escape(c.key), _shown(c.before), _shown(c.after), _signed(c.share))
+                cells = (c.key, _shown(c.before), _shown(c.after), _signed(c.share))
                 table.add_row(name, *cells, style=styles[name])
             table.add_section()
         console.print(table)
     for side, keys in only.items():
         for key in keys[:LISTED]:
-            console.print(f"only in {side}: {key}", markup=False, soft_wrap=True)
+            console.print(f"only in {side}: {key}", soft_wrap=True)
         if len(keys) > LISTED:
             console.print(f"only in {side}: and {len(keys) - LISTED} more")
     parts = [f"{len(group)} {name}" for name, group in groups.items() if group or name != "not comparable"]

@@ -165,7 +165,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
-    handle = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        handle = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     recorded = None
     try:
         with os.fdopen(handle, "wb") as file:

@@ -3,9 +3,14 @@
 import sys
 import time
 from collections import deque
+from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
+from rich.file_proxy import FileProxy
+from rich.text import Text
+
+from ._console import Output, styled, visible, visible_lines
 
 PLAIN_INTERVAL = 10.0
 
@@ -26,6 +31,23 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+class Screen(Console):
+    """A console whose strings are plain text, in which control characters are escapes; writing never raises.
+
+    Args:
+        stderr: write to standard error, as they are now, instead of standard output.
+        options: of the console.
+    """
+
+    def __init__(self, stderr: bool = False, **options: Any):
+        file = styled(sys.stderr if stderr else sys.stdout)
+        super().__init__(file=file, markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        """What rich makes of every string that is printed or in a table."""
+        return super().render_str(visible_lines(text), **options)
+
+
 class Progress:
     """Context manager that shows how much of ``total`` units of work is done.
 
@@ -34,6 +56,7 @@ class Progress:
 
     Args:
         done: units done already, when the work is resumed.
+        title: what the units are; a name in it may hold anything.
         console: where to write; standard output by default.
         quiet: show nothing, as all processes of a run but the first do.
     """
@@ -43,12 +66,12 @@ class Progress:
         title: str,
         total: float,
         done: float = 0,
-        console: Console | None = None,
+        console: Screen | None = None,
         quiet: bool = False,
         percent: bool = False,
     ):
-        self.title, self.total, self.done, self.percent = title, total, done, percent
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False, quiet=quiet)
+        self.title, self.total, self.done, self.percent = visible(title), total, done, percent
+        self.console = console or Screen(soft_wrap=True, quiet=quiet)
         self.detail = ""
         self._began = self._printed_at = time.monotonic()
         self._history = deque([(self._began, done)], maxlen=50)
@@ -56,18 +79,23 @@ class Progress:
         self._bar = None
         if self.console.is_terminal:
             self._bar = bars.Progress(
-                bars.TextColumn("{task.description}"),
+                bars.TextColumn("{task.description}", markup=False),
                 bars.BarColumn(),
                 bars.TaskProgressColumn() if percent else bars.MofNCompleteColumn(),
-                bars.TextColumn("{task.fields[detail]}"),
+                bars.TextColumn("{task.fields[detail]}", markup=False),
                 console=self.console,
                 transient=percent,
+                redirect_stderr=styled(sys.stderr).isatty(),
             )
-            self._task = self._bar.add_task(title, total=total, completed=done, detail="")
+            self._task = self._bar.add_task(self.title, total=total, completed=done, detail="")
 
     def __enter__(self) -> "Progress":
         if self._bar is not None:
             self._bar.start()
+            # These print above the bar, until it stops and puts the former ones back.
+            sys.stdout, sys.stderr = (
+                Output(stream) if isinstance(stream, FileProxy) else stream for stream in (sys.stdout, sys.stderr)
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,7 +113,7 @@ class Progress:
         """Report ``done`` units in all, of a ``total`` that may have become known only now."""
         now = time.monotonic()
         self._history.append((now, done))
-        self.done, self.detail = done, detail
+        self.done, self.detail = done, visible(detail)
         self.total = self.total if total is None else total
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total, detail=self._suffix())
@@ -98,7 +126,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line that stays, above the bar."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def log(self, text: str) -> None:
         """:meth:`note` with the seconds since the start before it."""

@@ -158,7 +158,7 @@ def print_host_time(console: Console, host: dict) -> None:
         console.print(f"  {kind}: {times}")
         warning = control_sentence(found["control"])
         if warning:
-            console.print(f"  {warning}", markup=False)
+            console.print(f"  {warning}")
     for name, reason in host["left_out"].items():
         console.print(f"  {name} is left out: {reason}")
     console.print()

@@ -72,17 +72,17 @@ def print_series(console: Console, series: dict) -> None:
     console.print("Sizes in MiB; working: most live bytes of the allocator less those saved for backward.")
     for name, label, unit, scale in (("median_ms", "time", "ms", 1.0), ("saved_bytes", "saved", "MiB", 2.0**20)):
         fit = series["fit"].get(name)
-        console.print(f"{label}: {_sentence(fit, unit, scale)}", markup=False)
+        console.print(f"{label}: {_sentence(fit, unit, scale)}")
     if "hidden_chunk" in series:
         verdict = series["hidden_chunk"]
         found = "bounded whatever the batch" if verdict["bounded"] else "NOT shown to be bounded"
-        console.print(f"hidden chunk: {found}: {verdict['reason']}", markup=False)
+        console.print(f"hidden chunk: {found}: {verdict['reason']}")
     if len(series["sessions"]) > 1:
         console.print(
             f"Measured in {len(series['sessions'])} sessions; drift of the machine between them is in the fit."
         )
     for name, reason in series["left_out"].items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        console.print(f"left out: {name}: {reason}")
     console.print()
 
 

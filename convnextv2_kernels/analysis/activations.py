@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._console import plotted
 from .._files import PNG_METADATA, atomic_file
 from ..data.rng import ORDER, numpy_stream
 from .channels import DEAD, SATURATED, channels_near_constant, channels_near_zero, rows_by_image
@@ -121,7 +122,7 @@ def save_activation_maps(path: Path, result: ActivationMaps, pixels: Tensor, tit
     side = 6.0
     panel = side * grid_rows * tall / (columns * wide)
     figure = Figure(figsize=(4.6 + side, max(panel, 2.6) + 1.25), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plotted(title), fontsize=10)
     left, right = figure.subplots(1, 2, width_ratios=(2.6, side))
     left.imshow(pixels.numpy())
     left.set_title(f"image, {pixels.shape[1]}x{pixels.shape[0]} px", fontsize=9)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .._console import plotted
 from .._files import PNG_METADATA, atomic_file
 from .cosine import LayerCosine
 from .features import TAPS
@@ -30,7 +31,7 @@ def save_cosine_plot(path: Path, curves: Mapping[str, Sequence[LayerCosine]], ta
         x = [layer.position for layer in layers]
         mean = np.array([layer.mean for layer in layers])
         std = np.nan_to_num([layer.std for layer in layers])
-        upper.plot(x, mean, label=label, **look)
+        upper.plot(x, mean, label=plotted(label), **look)
         upper.plot(x, [layer.live_mean for layer in layers], color=look["color"], lw=1, ls="--")
         upper.fill_between(x, (mean - std).clip(0), (mean + std).clip(max=0.5), color=look["color"], alpha=0.15, lw=0)
         lower.plot(x, [100 * layer.dead_share for layer in layers], **look)
@@ -72,7 +73,7 @@ def save_selectivity_plot(
         look = _look(number)
         x = np.arange(len(result)) / max(1, len(result) - 1)
         low, median, high = np.array([layer.quartiles() for layer in result]).T
-        summary.plot(x, median, label=label, **look)
+        summary.plot(x, median, label=plotted(label), **look)
         summary.fill_between(x, low, high, color=look["color"], alpha=0.15, lw=0)
         by_name = {layer.name: layer for layer in result}
         for index, panel in zip(chosen, panels, strict=False):
@@ -118,7 +119,7 @@ def _figure(width: float, height: float, title: str):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(plotted(title), fontsize=10)
     return figure
 
 

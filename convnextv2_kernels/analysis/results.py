@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with the same keys as CSV, atomically; NaN is an empty field."""
+    """Write rows with the same keys as CSV, atomically; NaN is an empty field, bytes that are no UTF-8 are escapes."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

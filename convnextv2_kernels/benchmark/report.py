@@ -6,10 +6,10 @@ import csv
 import io
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from .._files import atomic_file
+from .._progress import Screen
 from . import allocator
 from .step import NOT_REQUESTED, peak_of
 from .timing import control_sentence
@@ -33,12 +33,10 @@ COLUMNS = (
 )
 
 
-def make_console(stderr: bool = False) -> Console:
+def make_console(stderr: bool = False) -> Screen:
     """A console whose tables are not squeezed where the output is no terminal."""
-    console = Console(stderr=stderr, highlight=False)
-    if console.is_terminal:
-        return console
-    return Console(stderr=stderr, highlight=False, width=WIDTH_IN_FILES)
+    console = Screen(stderr)
+    return console if console.is_terminal else Screen(stderr, width=WIDTH_IN_FILES)
 
 
 def machine_line(result: dict) -> str:
@@ -91,14 +89,14 @@ def title(result: dict) -> str:
     return f"FCMAE, forward and backward: {machine_line(result)}"
 
 
-def print_allocator(console: Console, result: dict) -> None:
+def print_allocator(console: Screen, result: dict) -> None:
     """What a reader of CPU times must know of the allocator."""
     text = allocator.sentence(result["allocator"]) if result["machine"]["device"] == "cpu" else None
     if text:
-        console.print(f"Note: {text}.", soft_wrap=True, markup=False)
+        console.print(f"Note: {text}.", soft_wrap=True)
 
 
-def print_steps(console: Console, result: dict, steps: list[dict]) -> None:
+def print_steps(console: Screen, result: dict, steps: list[dict]) -> None:
     """Table of every variant of each step or size, then a few lines for each."""
     console.print(title(result))
     table = Table()
@@ -120,15 +118,16 @@ def print_steps(console: Console, result: dict, steps: list[dict]) -> None:
     console.print(table)
     for step in steps:
         for text in lines_of(step):
-            console.print(f"{short(step['model'])}: {text}", markup=False)
+            console.print(f"{short(step['model'])}: {text}")
     print_allocator(console, result)
     console.print()
 
 
 def require_steps(result: dict, steps: list[dict]) -> None:
     """Show steps to nobody: raises what is wrong with a result that a file held, before anything else is measured."""
-    silent = Console(file=io.StringIO(), markup=False)
-    print_steps(silent, result, steps)
+    silent = Screen()
+    with silent.capture():
+        print_steps(silent, result, steps)
     csv_rows({**result, "sizes": steps})
 
 

@@ -10,13 +10,13 @@ import argparse
 import os
 from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from .exit_codes import require_packages, user_errors
+from .exit_codes import printing_is_optional, require_packages, user_errors
 from .types import (
     BACKENDS,
     add_decoding,
+    file_path,
     image_size,
     nonnegative_float,
     nonnegative_int,
@@ -223,7 +223,7 @@ def _add_networks(parser: argparse.ArgumentParser, random: bool) -> None:
     parser.add_argument(
         "checkpoints",
         nargs="*" if random else "+",
-        type=Path,
+        type=file_path,
         metavar="CHECKPOINT",
         help="checkpoint of any known format; several are compared",
     )
@@ -249,13 +249,13 @@ def _add_networks(parser: argparse.ArgumentParser, random: bool) -> None:
 def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | None, several: bool = True) -> None:
     """Add where images come from, and for ``several`` how many; ``photos``: the bundled ones may be taken."""
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("--data", type=Path, metavar="FOLDER", help="folder of images, with its subfolders")
+    group.add_argument("--data", type=file_path, metavar="FOLDER", help="folder of images, with its subfolders")
     if photos:
         group.add_argument(
             "--photos", action="store_true", help="the photographs that come with scikit-image and scikit-learn"
         )
     parser.add_argument(
-        "--output", type=Path, default=Path("analysis_output"), metavar="DIR", help="for results (default: %(default)s)"
+        "--output", type=file_path, default="analysis_output", metavar="DIR", help="for results (default: %(default)s)"
     )
     parser.add_argument(
         "--img-size",
@@ -287,9 +287,12 @@ def _add_images(parser: argparse.ArgumentParser, photos: bool, images: int | Non
 
 def _add_labelled(parser: argparse.ArgumentParser) -> None:
     """Add a folder of classes to learn from, and one to test on."""
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes")
+    parser.add_argument("--data", type=file_path, required=True, metavar="FOLDER", help="folder of classes")
     parser.add_argument(
-        "--val", type=Path, metavar="FOLDER", help="classes to test on (default: FOLDER/val, or a share of each class)"
+        "--val",
+        type=file_path,
+        metavar="FOLDER",
+        help="classes to test on (default: FOLDER/val, or a share of each class)",
     )
     parser.add_argument(
         "--val-share",
@@ -299,7 +302,7 @@ def _add_labelled(parser: argparse.ArgumentParser) -> None:
         help="share of each class to test on where there is no such folder (default: %(default)s)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("analysis_output"), metavar="DIR", help="for results (default: %(default)s)"
+        "--output", type=file_path, default="analysis_output", metavar="DIR", help="for results (default: %(default)s)"
     )
     parser.add_argument(
         "--img-size",
@@ -363,6 +366,7 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
 
     def run(args: argparse.Namespace) -> int:
         require_packages(f"analyze {args.analysis}", PACKAGES)
+        printing_is_optional()
         with user_errors(OSError, ValueError):
             command = getattr(import_module("convnextv2_kernels.analysis.commands"), name)
             from ..train.config import in_options

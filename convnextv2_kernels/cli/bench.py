@@ -13,8 +13,8 @@ from typing import Any
 
 from ..layout import mask_fault, num_kept
 from ..models import CONFIGS
-from .exit_codes import USAGE, UserError, exit_code, require_packages
-from .types import PATCH, model_name, positive_int, seconds, share_or_zero, short_name, side
+from .exit_codes import USAGE, UserError, exit_code, printing_is_optional, require_packages
+from .types import PATCH, file_path, model_name, positive_int, seconds, share_or_zero, short_name, side
 
 PROG = "python -m convnextv2_kernels bench"
 QUICK = {"models": ("convnextv2_atto",), "batch_size": 2, "repeats": 3, "compile": False}
@@ -63,7 +63,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="of the C library: constant, large freed blocks stay with the process on all sides; default, as a program "
         "has it that does nothing about it; both, one run after the other, in two files (default: constant)",
     )
-    add("--output", type=Path, default=Path("bench_output"), metavar="DIR", help="folder (default: bench_output)")
+    add("--output", type=file_path, default="bench_output", metavar="DIR", help="folder (default: bench_output)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,6 +142,7 @@ def measured(args: argparse.Namespace, run: Callable[[str], int]) -> int:
     from ..benchmark.correctness import CorrectnessError
 
     require_packages("bench", ("rich",))
+    printing_is_optional()
     reason = machine.no_gpu(args.device)
     if reason:
         raise UserError(reason, code=USAGE)

@@ -1,12 +1,12 @@
 """``convert``: writes a checkpoint under the names of another code base."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..checkpoints.convert import convert_file
 from ..checkpoints.formats import WRITABLE
-from .exit_codes import OK, user_errors
+from .exit_codes import OK, printing_is_optional, user_errors
+from .types import file_path
 
 
 def add_parser(commands: Any, prog: str) -> None:
@@ -27,11 +27,13 @@ def add_parser(commands: Any, prog: str) -> None:
     )
     parser.add_argument(
         "source",
-        type=Path,
+        type=file_path,
         metavar="SOURCE",
         help="a file of torch.save or safetensors, or a folder with model.safetensors or pytorch_model.bin",
     )
-    parser.add_argument("target", type=Path, metavar="TARGET", help="file to write: .safetensors, .pt, .pth or .bin")
+    parser.add_argument(
+        "target", type=file_path, metavar="TARGET", help="file to write: .safetensors, .pt, .pth or .bin"
+    )
     parser.add_argument("--to", required=True, choices=WRITABLE, help="whose names to write")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of a training checkpoint")
     parser.add_argument("--force", action="store_true", help="overwrite TARGET if it exists")
@@ -40,6 +42,7 @@ def add_parser(commands: Any, prog: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was left out."""
+    printing_is_optional()
     with user_errors(OSError, ValueError):
         try:
             print(convert_file(args.source, args.target, args.to, use_ema=args.ema, overwrite=args.force))

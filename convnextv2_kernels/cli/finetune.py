@@ -2,11 +2,10 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..train import recipes
-from .exit_codes import require_packages
+from .exit_codes import printing_is_optional, require_packages
 from .training import (
     add_images,
     add_init,
@@ -20,7 +19,7 @@ from .training import (
     require_init,
     require_warmup,
 )
-from .types import nonnegative_float, positive_float, positive_int, probability, share
+from .types import file_path, nonnegative_float, positive_float, positive_int, probability, share
 
 OUTPUT = "finetune_output"
 # Options that a recipe does not hold and that only fine-tuning has.
@@ -75,10 +74,10 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of classes, see above")
+    parser.add_argument("--data", type=file_path, required=True, metavar="FOLDER", help="folder of classes, see above")
     parser.add_argument(
         "--val",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="folder of classes to evaluate on (default: FOLDER/val, or a share of each class)",
     )
@@ -93,7 +92,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official code, "
         "timm or transformers; its head is left out (default: random weights)",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
+    parser.add_argument("--output", type=file_path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
     parser.add_argument(
         "--eval-only", action="store_const", const=True, help="evaluate --init, head included, and train nothing"
     )
@@ -177,6 +176,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     from ..train.config import FinetuneOptions
     from ..train.finetune import run_finetune
 
+    printing_is_optional()
     return run_finetune(FinetuneOptions(**values, command=args.words))
 
 

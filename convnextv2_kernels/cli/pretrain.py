@@ -2,11 +2,10 @@
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from ..train import recipes
-from .exit_codes import require_packages
+from .exit_codes import printing_is_optional, require_packages
 from .training import (
     add_images,
     add_init,
@@ -21,7 +20,7 @@ from .training import (
     require_init,
     require_warmup,
 )
-from .types import positive_int, probability, share
+from .types import file_path, positive_int, probability, share
 
 OUTPUT = "pretrain_output"
 DEMO_OUTPUT = "demo_output"
@@ -73,7 +72,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     )
     source.add_argument(
         "--data",
-        type=Path,
+        type=file_path,
         metavar="FOLDER",
         help="folder of images, with its subfolders; unreadable files are skipped and listed",
     )
@@ -83,7 +82,10 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         "file of the official code, timm or transformers (default: random weights)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"folder for all results (default: {OUTPUT}; demo: {DEMO_OUTPUT})"
+        "--output",
+        type=file_path,
+        metavar="DIR",
+        help=f"folder for all results (default: {OUTPUT}; demo: {DEMO_OUTPUT})",
     )
     parser.add_argument(
         "--recipe",
@@ -158,6 +160,7 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     require_packages("pretrain --demo" if args.demo else "pretrain", PACKAGES + (DEMO_PACKAGES if args.demo else ()))
     from ..train.config import PretrainOptions
 
+    printing_is_optional()
     if args.demo:
         from ..train.demo import run_demo as train
     else:

@@ -8,11 +8,14 @@ from typing import Any
 
 from .. import settings
 from ..data import MAX_PIXELS
+from ..models import CONFIGS
 from ..train.recipes import Resolved
 from .types import (
     BACKENDS,
+    MODEL_PREFIX,
     add_decoding,
     decay,
+    file_path,
     image_size,
     nonnegative_float,
     nonnegative_int,
@@ -20,6 +23,7 @@ from .types import (
     positive_int,
     seconds,
     share,
+    short_name,
 )
 
 BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
@@ -46,7 +50,7 @@ PLACES: dict[str, Any] = {
 
 def add_init(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the options of the first weights; ``text`` is the help of ``--init``."""
-    parser.add_argument("--init", type=Path, metavar="WEIGHTS", help=text)
+    parser.add_argument("--init", type=file_path, metavar="WEIGHTS", help=text)
     parser.add_argument(
         "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
     )
@@ -69,7 +73,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"convnextv2_ followed by atto, femto, pico, nano, tiny, base, large or huge (default: {PLACES['model']})",
+        help=f"{MODEL_PREFIX} followed by {', '.join(map(short_name, CONFIGS))} (default: {PLACES['model']})",
     )
     group.add_argument(
         "--img-size",

@@ -12,7 +12,7 @@ from .. import backends
 from ..backends import triton
 from ..layout import num_kept
 from ..models.config import get_config
-from .exit_codes import OK, UserError, user_errors
+from .exit_codes import OK, UserError, printing_is_optional, user_errors
 from .types import PATCH, image_size, positive_int, share
 
 STEM = 4
@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     """Tune, and print what was found for each shape."""
     if reason := unavailable():
         raise UserError(reason)
+    if not args.dry_run:
+        printing_is_optional()
     ratio = None if args.dense else args.mask_ratio
     with user_errors(OSError, ValueError, RuntimeError):
         shapes = mlp_shapes(args.model, args.img_size, ratio, getattr(torch, args.dtype))

@@ -6,6 +6,7 @@ Each is a function of the text that argparse calls; its error message says what 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .. import backends
@@ -42,6 +43,13 @@ share = number(float, lambda v: 0 < v < 1, "a number between 0 and 1")
 share_or_zero = number(float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 probability = number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 side = number(int, lambda v: v > 0 and v % PATCH == 0, f"a side in pixels, a multiple of {PATCH}")
+
+
+def file_path(text: str) -> Path:
+    """Of a file or a folder; an empty one would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    return Path(text)
 
 
 class ValueRange(argparse.Action):

@@ -6,11 +6,10 @@ import os
 from importlib.util import find_spec
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json
-from .._progress import format_seconds
+from .._progress import Screen, format_seconds
 from ..backends import use_backend
 from ..data.images import RepeatedCrops, load_crop
 from ..data.sample_photos import load_photos
@@ -51,7 +50,7 @@ def run_demo(options: PretrainOptions) -> int:
     config = dataclasses.replace(
         pretrain_config(options, device, "bundled photographs", names), num_images=steps * batch
     )
-    console = Console(soft_wrap=True, highlight=False)
+    console = Screen(soft_wrap=True)
     console.print(
         f"{config.model}: {steps} steps of {batch} random crops of {len(photos)} photographs "
         f"({', '.join(names)}), {config.img_size[0]} px, {hidden_share(config)}"
@@ -95,7 +94,7 @@ def _show(console, options, config, model, photos) -> None:
     console.print(f"The masks are new to the model, the photographs are not. Picture: {picture}, encoder: {encoder}")
 
 
-def _compare(console: Console, options: PretrainOptions) -> None:
+def _compare(console: Screen, options: PretrainOptions) -> None:
     from ..benchmark import compare_fcmae_step
 
     console.print("\nOne training step (forward and backward), measured now on this machine:")

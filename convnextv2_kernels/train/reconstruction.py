@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .._console import plotted
 from .._files import PNG_METADATA, atomic_file
 from ..data.images import denormalize, normalize
 from ..data.rng import MASK_EVAL, torch_stream
@@ -137,7 +138,7 @@ def save_picture(path: Path, result: Reconstruction, title: str) -> None:
     cell, caption, top = 1.5, 0.25, 0.5  # inches
     row = cell * height / width + caption
     figure = Figure(figsize=(cell * n, 3 * row + top), dpi=140)
-    figure.suptitle(title, fontsize=10, y=1 - 0.12 / (3 * row + top), va="top")
+    figure.suptitle(plotted(title), fontsize=10, y=1 - 0.12 / (3 * row + top), va="top")
     axes = figure.subplots(3, n, squeeze=False)
     figure.subplots_adjust(
         left=0.005,

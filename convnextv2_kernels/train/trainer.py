@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
-from ..errors import UserError
+from ..errors import UserError, describe_os_error
 from .checkpoint import (
     gather_state,
     newest_valid,
@@ -277,9 +277,10 @@ class Trainer:
         output, step = self.storage.output, self.outcome.step
 
         def enter() -> None:
-            self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step)))
+            self.log = stack.enter_context(closing(StepLog(output / "log.jsonl", step, self.note)))
             # Of an evaluation that is to be done again no line is kept.
-            self.metrics = stack.enter_context(closing(StepLog(output / "metrics.jsonl", step - self.pending)))
+            metrics = StepLog(output / "metrics.jsonl", step - self.pending, self.note)
+            self.metrics = stack.enter_context(closing(metrics))
             folder = output / "tensorboard" if self.storage.tensorboard else None
             self.board = stack.enter_context(closing(Board(folder, step)))
 
@@ -375,16 +376,19 @@ class Trainer:
         Copies of the model are whole in every process, shards are not. May be called by another thread while the main
         one waits inside PyTorch for the lost process, before it touches the weights; a GPU would be waited for too.
         """
-        able = self.world.is_main and self.split.parallel == "ddp" and self.storage.checkpoints and not self.saved
-        able &= self.device.type == "cpu" or threading.current_thread() is threading.main_thread()
-        if able and self.unsettled.acquire(timeout=1):
+        able = self.device.type == "cpu" or threading.current_thread() is threading.main_thread()
+        if self.world.is_main and able and self.unsettled.acquire(timeout=1):
             try:
-                state = gather_state(self.task.model, self.optimizer, self.average)
-                self.outcome.checkpoint = self._write_checkpoint(state)
-                self.saved = True
+                self._save_copy()
             finally:
                 self.unsettled.release()
         return self._saved_where() if self.world.is_main else ""
+
+    def _save_copy(self) -> None:
+        if (self.world.size == 1 or self.split.parallel == "ddp") and self.storage.checkpoints and not self.saved:
+            state = gather_state(self.task.model, self.optimizer, self.average)
+            self.outcome.checkpoint = self._write_checkpoint(state)
+            self.saved = True
 
     def _loader(self, stop: int) -> Loader:
         config, begin = self.task.config, self.world.rank * self.share
@@ -420,9 +424,9 @@ class Trainer:
             self.outcome.step += 1
             self.outcome.losses.append(status.mean_loss())
             self.outcome.seconds = time.monotonic() - begun
-            self._write(status.mean_loss(), lr, norm)
             epoch, position = divmod(self.outcome.step, config.steps_per_epoch)
             self.pending, self.saved = position == 0 and self.task.evaluates(epoch - 1), False
+            self._write(status.mean_loss(), lr, norm)
 
     def _gradients(self, batch: Any) -> torch.Tensor:
         """Forward and backward of each part of this process's images; return the losses, float64."""
@@ -496,8 +500,21 @@ class Trainer:
         text = f"epoch {epoch + 1}/{config.epochs}  loss {loss:.4f}  {rate:.1f} images/s"
         self.progress.update(outcome.step, detail=text)
         record = {"step": outcome.step, "epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm}
-        self.log.write({**record, "seconds": round(outcome.seconds, 3)})
-        self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})
+        try:
+            self.log.write({**record, "seconds": round(outcome.seconds, 3)})
+            self.board.write(outcome.step, {"loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": rate})
+        except OSError as error:
+            self._log_failed(error)
+
+    def _log_failed(self, error: OSError) -> None:
+        more = ""
+        try:
+            self._save_copy()  # without the others, which are on their way to the next step
+        except (UserError, OSError) as another:
+            more = f" Nor can it be saved: {another}."
+        raise UserError(
+            f"step {self.outcome.step} cannot be logged: {describe_os_error(error)}.{more} {self._saved_where()}"
+        ) from error
 
     def _save_due(self, stop: int) -> bool:
         step, every = self.outcome.step, self.storage.save_every
