@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from ..dtypes import FLOAT_DTYPES
 from ..layout import PatchLayout
 
 SCOPES = ("image", "batch")
+ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 # Arguments that have passed their checks: a step calls an op with the same shapes again and again.
@@ -21,7 +23,7 @@ _MOST_PASSED = 4096
 
 def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> tuple:
     """All that the checks of an op look at."""
-    of = tuple(None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+    of = tuple(None if t is None else (t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t)) for t in tensors)
     first = tensors[0]
     kind = "cpu" if first is None else first.device.type
     where = (
@@ -36,7 +38,7 @@ def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings
         return False
     try:
         return _key(tensors, layout, settings) in _passed
-    except (AttributeError, TypeError):  # not tensors, say
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, say, or of no shape
         return False
 
 
@@ -55,6 +57,15 @@ def check_float(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+    check_strided(x, name)
+
+
+def check_strided(x: Tensor, name: str) -> None:
+    """Kernels see the memory of a tensor: it has to be one block of elements at strides."""
+    if x.layout is torch.strided and not x.is_nested and type(x).__name__ != "DTensor":
+        return
+    kind = "a DTensor" if x.layout is torch.strided else f"of layout {x.layout}"
+    raise TypeError(f"{name} is {'a nested tensor' if x.is_nested else kind}, expected a dense tensor on one device")
 
 
 def check_layout(layout: PatchLayout, x: Tensor, name: str) -> None:
@@ -128,9 +139,15 @@ def check_scope(scope: str, name: str = "scope") -> str:
     return scope
 
 
+def check_act(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
 def check_eps(eps: float, name: str = "eps") -> None:
-    if not eps >= 0:
-        raise ValueError(f"{name} must be a number >= 0, got {eps!r}")
+    # a tensor is no number: on a GPU it would have to be read
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)) or not 0 <= eps < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {eps!r}")
 
 
 def check_grn_eps(eps: float, name: str = "eps") -> None:
@@ -173,6 +190,7 @@ def check_visible(visible: Tensor, x: Tensor, layout: PatchLayout | None) -> Non
         raise ValueError("visible must be None with a layout, whose packed maps have no hidden sites, got a tensor")
     if not isinstance(visible, Tensor):
         raise TypeError(f"visible must be a torch.Tensor or None, got {type(visible).__name__}")
+    check_strided(visible, "visible")
     expected = (*x.shape[:3], 1)
     if tuple(visible.shape) != expected:
         raise ValueError(f"visible has shape {list(visible.shape)}, expected {list(expected)}, one value per site")
@@ -214,6 +232,7 @@ def check_images(images: Tensor, in_chans: int, multiple: int, any_size: bool = 
         raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
     if not images.dtype.is_floating_point:
         raise TypeError(f"images must be of a floating-point dtype, got {images.dtype}")
+    check_strided(images, "images")
     if images.dim() != 4 or images.shape[1] != in_chans:
         raise ValueError(f"images must have shape [N, {in_chans}, H, W], got {list(images.shape)}")
     height, width = images.shape[2:]
@@ -260,6 +279,7 @@ def as_bool_mask(mask: Tensor, num_images: int, grid: tuple[int, int], device: t
     """``[N, Gh, Gw]`` bool of a mask in any of the accepted forms."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor or a PatchLayout, got {type(mask).__name__}")
+    check_strided(mask, "mask")
     rows, columns = grid
     accepted = ([num_images, rows, columns], [num_images, rows * columns])
     if list(mask.shape) not in accepted:

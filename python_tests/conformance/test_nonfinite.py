@@ -1,5 +1,6 @@
-"""NaN and infinity in one pixel of one image, judged by the official formulas in plain PyTorch: what is not finite there
-is not finite here, in the output and in every gradient, and the other images stay as they are."""
+"""NaN and infinity in one pixel of one image, judged by the official formulas in plain PyTorch.
+
+What is not finite there is not finite here, in the output and in every gradient, and other images stay as they are."""
 
 from __future__ import annotations
 
