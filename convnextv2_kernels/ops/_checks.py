@@ -29,7 +29,7 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
     where = (
         None if layout is None else (type(layout), layout.num_patches, layout.num_images, layout.patch_of_slot.device)
     )
-    return of, where, settings, torch.is_autocast_enabled(kind)
+    return of, where, settings, kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:
@@ -126,7 +126,7 @@ def check_param(t: Tensor, name: str, numel_or_shape: int | tuple[int, ...], x: 
         raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
     if t.device != x.device:
         raise ValueError(f"{name} lies on {t.device}, expected the device of the input, {x.device}")
-    if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if t.dtype != x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(
             f"{name} has dtype {t.dtype}, expected {x.dtype}, the dtype of the input (or run under torch.autocast)"
         )
@@ -157,17 +157,18 @@ def check_grn_eps(eps: float, name: str = "eps") -> None:
         raise ValueError(f"{name} must be a number > 0 for global response normalisation, got 0")
 
 
-def check_depthwise_weight(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    check_float(weight, "weight")
+def check_depthwise_weight(weight: Tensor, bias: Tensor | None, x: Tensor, prefix: str = "") -> None:
+    name = prefix + "weight"
+    check_float(weight, name)
     c = x.shape[-1]
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, 1, K, K] with C = {c}")
+        raise ValueError(f"{name} has shape {list(weight.shape)}, expected [C, 1, K, K] with C = {c}")
     k = weight.shape[-1]
     if k % 2 == 0 or not 3 <= k <= 11:
-        raise ValueError(f"weight has kernel size {k}, expected an odd K from 3 to 11")
-    check_param(weight, "weight", (c, 1, k, k), x)
+        raise ValueError(f"{name} has kernel size {k}, expected an odd K from 3 to 11")
+    check_param(weight, name, (c, 1, k, k), x)
     if bias is not None:
-        check_param(bias, "bias", (c,), x)
+        check_param(bias, prefix + "bias", (c,), x)
 
 
 def check_drop_path_scale(scale: Tensor | None, num_images: int, x: Tensor) -> None:

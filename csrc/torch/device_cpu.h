@@ -29,15 +29,16 @@ struct Cpu {
   static bool accepts(const Tensor& t) { return t.is_cpu(); }
   static DType dtype_of(const Tensor& t) { return feature_type(t, false); }
 
+  // No branch for each entry: the loop is vectorised, two instructions an entry.
   static void check_indices(const IndexTable& p, const Tensor&, const char* name) {
     const auto low = static_cast<uint32_t>(p.low),
-               span = static_cast<uint32_t>(p.high < INT32_MAX ? p.high : INT32_MAX) - low;
-    const auto outside = [&](int64_t i) { return p.high < p.low || static_cast<uint32_t>(p.entries[i]) - low > span; };
-    bool found = false;
-    for (int64_t i = 0; i < p.count; ++i) found |= outside(i);
+               high = static_cast<uint32_t>(p.high < INT32_MAX ? p.high : INT32_MAX);
+    const auto outside = [=](int32_t entry) { return uint32_t{static_cast<uint32_t>(entry) - low > high - low}; };
+    uint32_t found = p.high < p.low;
+    for (int64_t i = 0; i < p.count; ++i) found |= outside(p.entries[i]);
     if (!found) return;
     int64_t first = 0;
-    while (!outside(first)) ++first;
+    while (p.high >= p.low && !outside(p.entries[first])) ++first;
     CNX_CHECK(false, name, " holds ", p.entries[first], " at ", first, ", expected indices from ", p.low, " to ",
               p.high);
   }
