@@ -290,6 +290,7 @@ def test_views_with_a_sign(backend, op):
 # -- values changed between forward and backward
 
 
+@pytest.mark.thorough("triton")
 @pytest.mark.parametrize("op", SPECS)
 @parametrize_backends(reference=True)
 def test_a_saved_tensor_that_was_changed(backend, op):
