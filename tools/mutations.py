@@ -200,10 +200,7 @@ MUTATIONS = (
         "value = widen(tl.load(source, mask=visible[:, None] & inside, other=1.0))",
     ),
     Mutation(
-        "cpu trusted tables: an index out of range is read",
-        "csrc/torch/device_cpu.h",
-        "if (!found) return;",
-        "return;",
+        "cpu trusted tables: an index out of range is read", "csrc/torch/device_cpu.h", "if (!found) return;", "return;"
     ),
     Mutation(
         "cuda trusted tables: a debug build asserts nothing",
