@@ -21,7 +21,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The ops place their casts themselves (``dtypes.py``), so autocast is off inside them."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def dispatch(

@@ -38,8 +38,8 @@ def spread_over_rows(stat: Tensor, x: Tensor, layout: PatchLayout | None) -> Ten
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0: a channel that is zero everywhere gets no gradient."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    other = x != 0  # NaN too, which must not become 0
+    return torch.where(other, torch.where(other, x, 1.0).sqrt(), 0.0)
 
 
 def grn_scale(x: Tensor, gamma: Tensor, layout: PatchLayout | None, scope: str, eps: float) -> Tensor:
