@@ -7,6 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .tracing import exporting
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -28,7 +30,7 @@ KERNELS: dict[str, LayoutKernels] = {}
 
 
 def _kernels_for(device: torch.device) -> LayoutKernels | None:
-    kernels = KERNELS.get(device.type)
+    kernels = None if exporting() else KERNELS.get(device.type)
     return kernels if kernels is not None and kernels.builds_layouts(device) else None
 
 
@@ -88,9 +90,11 @@ class PatchLayout:
         counts = visible.sum(dim=1)
         offsets = torch.zeros(n + 1, dtype=torch.int32, device=mask.device)
         offsets[1:] = counts.cumsum(0)
-        slots = torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
-        per_image = counts.tolist()
-        uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
+        slots = torch.where(flat, flat.cumsum(0, dtype=torch.int64) - 1, -1).to(torch.int32)
+        uniform = None
+        if not (exporting() or torch.compiler.is_exporting()):  # an exported program takes any mask
+            per_image = counts.tolist()
+            uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
         patches = flat.nonzero().squeeze(1).to(torch.int32)
         return cls((gh, gw), slots.view(n, gh * gw), patches, offsets, uniform)
 
@@ -243,5 +247,5 @@ def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_size(n: int, gh: int, gw: int) -> None:
-    if n * gh * gw > _INT32_MAX:
+    if not torch.compiler.is_exporting() and n * gh * gw > _INT32_MAX:  # an exported program takes any batch
         raise ValueError(f"{n} images of {gh}x{gw} patches exceed the int32 range of patch indices")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dtypes import gemm_dtype
+from ..tracing import exporting
 from .checks import activation, unfit
 from .families import Family
 
@@ -131,9 +132,9 @@ class FusedForward:
         block = self.block
         inputs = (*args, *kwargs.values())
         x = inputs[0] if len(inputs) == 1 else None
-        # The block's own forward: with more arguments than a map, on the meta device, and in a trace, such as the ONNX
-        # exporter's, which must contain PyTorch's operators only.
-        if x is None or torch.jit.is_tracing() or (isinstance(x, Tensor) and x.is_meta):
+        # The block's own forward: with more arguments than a map, on the meta device, and in an export to ONNX or
+        # TorchScript, which must contain PyTorch's operators only.
+        if x is None or exporting() or (isinstance(x, Tensor) and x.is_meta):
             return type(block).forward(block, *args, **kwargs)
         reason = unfit(self._family, block)
         if reason is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..dtypes import FLOAT_DTYPES
 from ..layout import PatchLayout
+from ..tracing import exporting
 
 SCOPES = ("image", "batch")
 
@@ -32,7 +33,7 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:
     """Whether arguments with these shapes, dtypes and devices have passed the checks of an op before."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         return False
     try:
         return _key(tensors, layout, settings) in _passed
@@ -42,7 +43,7 @@ def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings
 
 def remember(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> None:
     """Arguments have passed their checks."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():  # sizes are symbols or traced tensors
         return
     if len(_passed) >= _MOST_PASSED:
         _passed.clear()
@@ -108,11 +109,11 @@ def check_param(t: Tensor, name: str, numel_or_shape: int | tuple[int, ...], x: 
     Under autocast the dtype may differ: parameters are then cast as the AMP table says.
     """
     check_float(t, name)
-    if isinstance(numel_or_shape, int):
-        if t.numel() != numel_or_shape:
-            raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
-    elif tuple(t.shape) != numel_or_shape:
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    if isinstance(numel_or_shape, tuple):
+        if tuple(t.shape) != numel_or_shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    elif t.numel() != numel_or_shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
     if t.device != x.device:
         raise ValueError(f"{name} lies on {t.device}, expected the device of the input, {x.device}")
     if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

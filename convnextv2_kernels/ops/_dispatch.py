@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..tracing import exporting
 
 _NOTHING = contextlib.nullcontext()
 # other subclasses may bring a dispatch mode of their own
@@ -33,10 +34,16 @@ def dispatch(
 ) -> Tensor:
     """Runs an op on input x by the backend that is forced or fits: ``reference()``, or ``kernel(name)`` with its name.
 
+    An export into PyTorch's own operators records the reference.
+
     Raises:
         RuntimeError: a forced backend that cannot run it.
     """
-    name = backends.select(x, op, gemm_dtype)
+    if exporting():
+        require_reference(f"an export of {op} to ONNX or TorchScript")
+        name = "reference"
+    else:
+        name = backends.select(x, op, gemm_dtype)
     with no_autocast(x):
         return reference() if name == "reference" else kernel(name)
 
