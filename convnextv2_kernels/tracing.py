@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 
 import torch
@@ -11,10 +10,9 @@ import torch
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"convnextv2_kernels\.")
 
 
+@torch.compiler.assume_constant_result  # Dynamo's own answer is False in an export that it captures
 def exporting() -> bool:
     """Whether calls are recorded as PyTorch's own operators only: in ``torch.onnx.export`` (both exporters) and in
     ``torch.jit.trace``, whose programs run where this package is not installed."""
-    if torch.compiler.is_dynamo_compiling():
-        return False
-    # torch.onnx is imported when it is first used, which takes a second
-    return torch.jit.is_tracing() or ("torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export())
+    # the ONNX exporters are one or the other, and to ask torch.onnx takes microseconds
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
