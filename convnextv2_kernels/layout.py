@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .tracing import exporting
+from .tracing import exporting, for_any_input
 
 _INT32_MAX = 2**31 - 1
 
@@ -73,7 +73,8 @@ class PatchLayout:
         """Layout of any mask ``[N, Gh, Gw]`` bool, True = hidden; counts may differ and may be zero.
 
         Reads the number of visible patches back from the device (one sync on a GPU). If every image has the same
-        number, the layout is uniform nevertheless.
+        number, the layout is uniform nevertheless. In a program for other masks (``torch.export``,
+        ``torch.onnx.export``, ``torch.jit.trace``) it is ragged, and P is a size that the program computes.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor of shape [N, Gh, Gw], got {type(mask).__name__}")
@@ -92,7 +93,7 @@ class PatchLayout:
         offsets[1:] = counts.cumsum(0)
         slots = torch.where(flat, flat.cumsum(0, dtype=torch.int64) - 1, -1).to(torch.int32)
         uniform = None
-        if not (exporting() or torch.compiler.is_exporting()):  # an exported program takes any mask
+        if not for_any_input():
             per_image = counts.tolist()
             uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
         patches = flat.nonzero().squeeze(1).to(torch.int32)
@@ -117,7 +118,7 @@ class PatchLayout:
         native = _kernels_for(ids.device)
         if native is None:
             ids = ids.sort(dim=1).values
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or for_any_input()) and ids.numel():
             if int(ids.min()) < 0 or int(ids.max()) >= total:
                 raise ValueError(
                     f"ids must lie in 0..{total - 1} for grid {gh}x{gw}, got values from {int(ids.min())} to "
@@ -247,5 +248,5 @@ def _check_grid(grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_size(n: int, gh: int, gw: int) -> None:
-    if not torch.compiler.is_exporting() and n * gh * gw > _INT32_MAX:  # an exported program takes any batch
+    if not for_any_input() and n * gh * gw > _INT32_MAX:
         raise ValueError(f"{n} images of {gh}x{gw} patches exceed the int32 range of patch indices")

@@ -1,4 +1,4 @@
-"""Whether PyTorch is recording what runs, and in which form."""
+"""Whether PyTorch is recording what runs as a program, and which operators it may hold."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def exporting() -> bool:
     ``torch.jit.trace``, whose programs run where this package is not installed."""
     # the ONNX exporters are one or the other, and to ask torch.onnx takes microseconds
     return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def for_any_input() -> bool:
+    """Whether a program is being recorded that is to take other inputs too (``torch.export``, ``torch.onnx.export``,
+    ``torch.jit.trace``), so that the values of a tensor decide nothing."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
