@@ -136,11 +136,15 @@ class FusedForward:
         # TorchScript, which must contain PyTorch's operators only.
         if x is None or exporting() or (isinstance(x, Tensor) and x.is_meta):
             return type(block).forward(block, *args, **kwargs)
-        reason = unfit(self._family, block)
+        reason = self.unfit()
         if reason is not None:
             self._warn(block, reason)
             return type(block).forward(block, *args, **kwargs)
         return fused_block(x, *block_arguments(self._family, block), self.save)
+
+    def unfit(self) -> str | None:
+        """Why the block, as it is now, runs its own forward, or None."""
+        return unfit(self._family, self.block)
 
     def _warn(self, block: nn.Module, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():
