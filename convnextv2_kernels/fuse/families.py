@@ -165,10 +165,7 @@ FAMILIES = (TIMM, TRANSFORMERS, OFFICIAL)
 KINDS = (*(family.title for family in FAMILIES), "this library's ConvNeXtV2Block")
 V1_BLOCK = "ConvNeXt V1 block"
 # its blocks by class, or in the official code by the names of their children
-_V1_CLASSES = (
-    "transformers.models.convnext.modeling_convnext.ConvNextLayer",
-    "torchvision.models.convnext.CNBlock",
-)
+_V1_CLASSES = ("transformers.models.convnext.modeling_convnext.ConvNextLayer", "torchvision.models.convnext.CNBlock")
 _V1_CHILDREN = set(OFFICIAL.names) - {OFFICIAL.grn}
 _LAYER_SCALES = ("gamma", "layer_scale_parameter", "layer_scale")
 

@@ -87,8 +87,8 @@ def require_reference(what: str) -> None:
 
 
 def reference_forced() -> bool:
-    """Whether ops are to run in plain PyTorch throughout, so that they have higher derivatives."""
-    return backends.forced() == "reference"
+    """Whether ops are to run in plain PyTorch throughout, which has higher derivatives and can be exported."""
+    return backends.forced() == "reference" or exporting()
 
 
 def once_differentiable(backward):
