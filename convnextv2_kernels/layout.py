@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .tracing import exporting, for_any_input
+
 _INT32_MAX = 2**31 - 1
 _MOST_REACH = 255  # of neighbour tables, as the CUDA operator has it
 _FIELDS = ("grid", "slot_of_patch", "patch_of_slot", "image_offsets", "patches_per_image")
@@ -30,7 +32,7 @@ KERNELS: dict[str, LayoutKernels] = {}
 
 
 def _kernels_for(device: torch.device) -> LayoutKernels | None:
-    kernels = KERNELS.get(device.type)
+    kernels = None if exporting() else KERNELS.get(device.type)
     return kernels if kernels is not None and kernels.builds_layouts(device) else None
 
 
@@ -116,7 +118,8 @@ class PatchLayout:
         """Layout of any mask ``[N, Gh, Gw]`` bool, True = hidden; counts may differ and may be zero.
 
         Reads the number of visible patches back from the device (one sync on a GPU). If every image has the same
-        number, the layout is uniform nevertheless.
+        number, the layout is uniform nevertheless. In a program for other masks (``torch.export``,
+        ``torch.onnx.export``, ``torch.jit.trace``) it is ragged, and P is a size that the program computes.
         """
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a torch.Tensor of shape [N, Gh, Gw], got {type(mask).__name__}")
@@ -136,9 +139,11 @@ class PatchLayout:
         counts = visible.sum(dim=1)
         offsets = torch.zeros(n + 1, dtype=torch.int32, device=mask.device)
         offsets[1:] = counts.cumsum(0)
-        slots = torch.where(flat, flat.cumsum(0) - 1, -1).to(torch.int32)
-        per_image = counts.tolist()
-        uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
+        slots = torch.where(flat, flat.cumsum(0, dtype=torch.int64) - 1, -1).to(torch.int32)
+        uniform = None
+        if not for_any_input():
+            per_image = counts.tolist()
+            uniform = per_image[0] if per_image and min(per_image) == max(per_image) else None
         patches = flat.nonzero().squeeze(1).to(torch.int32)
         return cls._built((gh, gw), slots.view(n, gh * gw), patches, offsets, uniform)
 
@@ -162,7 +167,7 @@ class PatchLayout:
         native = _kernels_for(ids.device)
         if native is None:
             ids = ids.sort(dim=1).values
-        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or for_any_input()) and ids.numel():
             if int(ids.min()) < 0 or int(ids.max()) >= total:
                 raise ValueError(
                     f"ids must lie in 0..{total - 1} for grid {gh}x{gw}, got values from {int(ids.min())} to "
@@ -425,5 +430,5 @@ def _check_contents(
 
 
 def _check_size(n: int, gh: int, gw: int) -> None:
-    if n * gh * gw > _INT32_MAX:
+    if not for_any_input() and n * gh * gw > _INT32_MAX:
         raise ValueError(f"{n} images of {gh}x{gw} patches exceed the int32 range of patch indices")

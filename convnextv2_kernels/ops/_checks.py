@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dtypes import FLOAT_DTYPES
 from ..layout import PatchLayout
+from ..tracing import exporting, for_any_input
 
 SCOPES = ("image", "batch")
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -34,7 +35,7 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:
     """Whether arguments with these shapes, dtypes and devices have passed the checks of an op before."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         return False
     try:
         return _key(tensors, layout, settings) in _passed
@@ -44,7 +45,7 @@ def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings
 
 def remember(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> None:
     """Arguments have passed their checks."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():  # sizes are symbols or traced tensors
         return
     if len(_passed) >= _MOST_PASSED:
         _passed.clear()
@@ -119,11 +120,11 @@ def check_param(t: Tensor, name: str, numel_or_shape: int | tuple[int, ...], x: 
     Under autocast the dtype may differ: parameters are then cast as the AMP table says.
     """
     check_float(t, name)
-    if isinstance(numel_or_shape, int):
-        if t.numel() != numel_or_shape:
-            raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
-    elif tuple(t.shape) != numel_or_shape:
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    if isinstance(numel_or_shape, tuple):
+        if tuple(t.shape) != numel_or_shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    elif t.numel() != numel_or_shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
     if t.device != x.device:
         raise ValueError(f"{name} lies on {t.device}, expected the device of the input, {x.device}")
     if t.dtype != x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
@@ -289,7 +290,7 @@ def as_bool_mask(mask: Tensor, num_images: int, grid: tuple[int, int], device: t
         raise ValueError(f"mask is on {mask.device}, but images is on {device}")
     if mask.dtype != torch.bool:
         hidden = mask == 1
-        if not bool((hidden | (mask == 0)).all()):
+        if not for_any_input() and not bool((hidden | (mask == 0)).all()):
             raise ValueError("mask must hold only 0 (visible) and 1 (hidden), got other values")
         mask = hidden
     return mask.reshape(num_images, rows, columns)
