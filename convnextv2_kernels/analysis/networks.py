@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._console import visible
+from .._files import open_regular
 from ..checkpoints import load_checkpoint
-from ..checkpoints.state import read_checkpoint, unwrap
-from ..checkpoints.storage import read_file
-from ..models import CONFIGS, FCMAE, ConvNeXtV2Features, get_config
+from ..checkpoints.state import architecture, count_blocks, read_checkpoint, require_consistent, shown, unwrap
+from ..checkpoints.storage import CheckpointFile, read_checkpoint_file
+from ..models import FCMAE, ConvNeXtV2Features, get_config
+from ..sizes import size_of
 
 IMG_SIZE = (224, 224)
 MASK_RATIO = 0.6
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -61,51 +61,55 @@ def load_network(
         FileNotFoundError: no such file.
         ValueError: a damaged file, no ConvNeXt V2, not ``model_name``, or without the requested part.
     """
-    file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
-    content = read_file(file)
-    weights = unwrap(content, use_ema, str(path))
-    state = read_checkpoint(weights, str(path))
-    settings = _settings(file, content)
+    file, what = read_checkpoint_file(path), visible(str(path))
+    weights = unwrap(file.content, use_ema, what)
+    state = read_checkpoint(weights, what)
+    settings = _settings(file)
     depths, dims = architecture(state.tensors)
     if model_name is not None and tuple(get_config(model_name)) != (depths, dims):
-        raise ValueError(f"{path} has depths {depths} and widths {dims}, which is not {model_name}")
+        raise ValueError(f"{what} has depths {depths} and widths {dims}, which is not {model_name}")
     if (in_chans := state.tensors["downsample_layers.0.0.weight"].shape[1]) != 3:
-        raise ValueError(f"{path} is a network for images of {in_chans} channels, expected 3")
-    grn, scope = str(settings.get("grn", "default")), settings.get("grn_scope", "image")
-    size = _pair(settings.get("img_size", IMG_SIZE))
-    ratio = float(settings.get("mask_ratio", MASK_RATIO))
-    if decoder:
-        if "mask_token" not in state.tensors:
-            raise ValueError(f"{path} has no decoder: reconstructions need a checkpoint of FCMAE training")
-        model = FCMAE(
-            depths,
-            dims,
-            img_size=size,
-            patch_size=settings.get("patch_size", 32),
-            mask_ratio=ratio,
-            norm_pix_loss=settings.get("norm_pix_loss", True),
-            decoder_depth=_count(state.tensors, r"decoder\.(\d+)\."),
-            decoder_embed_dim=state.tensors["proj.weight"].shape[0],
-            grn_scope=scope,
-            grn=grn,
-        )
-    else:
-        model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
+        raise ValueError(f"{what} is a network for images of {in_chans} channels, expected 3")
+    if decoder and "mask_token" not in state.tensors:
+        raise ValueError(f"{what} has no decoder: reconstructions need a checkpoint of FCMAE training")
+    require_consistent(state)
+    grn, scope = settings.get("grn", "default"), settings.get("grn_scope", "image")
+    try:
+        size = _pair(settings.get("img_size", IMG_SIZE))
+        ratio = float(settings.get("mask_ratio", MASK_RATIO))
+        if decoder:
+            model = FCMAE(
+                depths,
+                dims,
+                img_size=size,
+                patch_size=settings.get("patch_size", 32),
+                mask_ratio=ratio,
+                norm_pix_loss=settings.get("norm_pix_loss", True),
+                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\."),
+                decoder_embed_dim=state.tensors["proj.weight"].shape[0],
+                grn_scope=scope,
+                grn=grn,
+            )
+        else:
+            model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} records settings that no network has: {shown(str(error))}") from error
+    if not decoder:
         # A backbone of maps has GRN per image only; the scope holds no parameters.
         for block in (block for stage in model.stages for block in stage):
             block.grn.scope = scope
     load_checkpoint(model, weights)
     about = {
-        "checkpoint": file.name,
-        "sha256": _digest(file),
+        "checkpoint": file.path.name,
+        "sha256": _digest(file.path),
         "format": state.format.name,
         "averaged_weights": use_ema,
-        "model": _name(depths, dims),
+        "model": size_of(depths, dims),
         "depths": list(depths),
         "dims": list(dims),
         "grn": grn,
         "grn_scope": scope,
-        "step": content.get("step"),
+        "step": step if isinstance(step := file.content.get("step"), int) else None,
         "norm_pix_loss": model.norm_pix_loss if decoder else None,
     }
     return Network(label, model.eval().to(device), about, size, ratio)
@@ -122,43 +126,31 @@ def untrained_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ConvNeXtV2Features(depths=depths, dims=dims)
-    about = {"checkpoint": None, "model": _name(depths, dims), "depths": list(depths), "dims": list(dims), "seed": seed}
+    about = {
+        "checkpoint": None,
+        "model": size_of(depths, dims),
+        "depths": list(depths),
+        "dims": list(dims),
+        "seed": seed,
+    }
     return Network(label, model.eval().to(device), about)
 
 
-def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """``(depths, dims)`` of a state_dict under canonical names."""
-    depths = tuple(_count(tensors, rf"stages\.{stage}\.(\d+)\.") for stage in range(4))
-    return depths, tuple(tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4))
-
-
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    return len({found[1] for name in names if (found := re.match(pattern, name))})
-
-
-def _name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
-    return next((name for name, config in CONFIGS.items() if tuple(config) == (depths, dims)), None)
-
-
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
-def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The ``config`` of a training checkpoint, or the metadata of a safetensors file."""
-    if isinstance(content.get("config"), Mapping):
-        return content["config"]
-    with file.open("rb") as start:
-        if start.read(9)[8:] != b"{":  # of torch.save, whatever its name
-            return {}
-    with safetensors.safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    return {name: metadata[name] for name in ("grn", "grn_scope") if name in metadata}
+def _settings(file: CheckpointFile) -> Mapping[str, Any]:
+    """The ``config`` of a training checkpoint, or what the metadata of a safetensors file say of GRN."""
+    if file.settings is not file.metadata:
+        return file.settings
+    return {name: file.metadata[name] for name in ("grn", "grn_scope") if name in file.metadata}
 
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

@@ -1,6 +1,10 @@
 """``convert``: writes a checkpoint under the names of another code base."""
 
 import argparse
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,24 @@ def add_parser(commands: Any, prog: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and say what was left out."""
-    with user_errors(OSError, ValueError):
+    with user_errors(OSError, ValueError), _signals_unwind():
         print(convert_file(args.source, args.target, args.to, use_ema=args.ema, overwrite=args.force))
     return OK
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """A signal that ends the process removes the temporary file first."""
+
+    def end(number: int, _: Any) -> None:
+        raise SystemExit(128 + number)
+
+    handled = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        handled = []
+    before = {number: signal.signal(number, end) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -3,7 +3,6 @@ import io
 import os
 import pickle
 import zipfile
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -143,8 +142,6 @@ def test_code_in_the_arguments_is_not_run_either(tmp_path):
     path, trace = tmp_path / "a.pt", tmp_path / "trace"
     torch.save({"model": {}, "args": argparse.Namespace(output_dir=Hostile(trace))}, path)
     refused(path, r"asks for (posix|nt)\.mkdir")
-    torch.save({"model": {}, "args": argparse.Namespace(output_dir=Path("x"))}, path)
-    refused(path, r"asks for pathlib\.")
     path.write_bytes(pickle.dumps(Hostile(trace), protocol=2))
     refused(path, r"asks for (posix|nt)\.mkdir")
     assert not trace.exists()
