@@ -190,10 +190,12 @@ def _kind(file: BinaryIO, path: Path) -> str:
         raise ValueError("a pointer of Git LFS instead of the file it stands for (git lfs pull fetches it)")
     if start[:200].lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise ValueError("a page of HTML instead of the file it was to be")
+    # A length in 8 bytes, then JSON. The first of them may be those of a zip archive or a pickle.
+    if start[8:9] == b"{":
+        return "safetensors"
     if start.startswith((b"PK", b"\x80")):  # a zip archive or a pickle: what torch.save writes
         return "torch"
-    # a length in 8 bytes, then JSON
-    return "safetensors" if start[8:9] == b"{" or path.suffix.lower() == ".safetensors" else "torch"
+    return "safetensors" if path.suffix.lower() == ".safetensors" else "torch"
 
 
 def _safetensors_metadata(file: BinaryIO) -> dict[str, str]:
