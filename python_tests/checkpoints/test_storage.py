@@ -5,6 +5,7 @@ import io
 import os
 import pathlib
 import pickle
+import struct
 import types
 import zipfile
 
@@ -138,6 +139,32 @@ def test_files_of_a_machine_of_the_other_byte_order(tmp_path):
                 content = bytes(numbers.view(-1, 4).flip(1).flatten().tolist())
             file.writestr(name, b"big" if "byteorder" in name else content)
     same(load_torch(path), {"x": x, "y": x[2:4]})
+
+
+def test_archives_of_more_than_4_gib(tmp_path):
+    """In which sizes and offsets stand in a field of their own: here as in a large file, of a small one."""
+    content = {"x": torch.arange(10.0), "y": torch.ones(3)}
+    whole = torch_bytes(content)
+    with zipfile.ZipFile(io.BytesIO(whole)) as file:
+        entries, start = file.infolist(), file.start_dir
+    directory = b""
+    for entry in entries:
+        wide = struct.pack("<2H3Q", 1, 24, entry.file_size, entry.compress_size, entry.header_offset)
+        extra = struct.pack("<2HL", 0x9999, 4, 0) + wide
+        name = entry.filename.encode()
+        sizes = (entry.CRC, 0xFFFFFFFF, 0xFFFFFFFF, len(name), len(extra), 0, 0, 0, 0, 0xFFFFFFFF)
+        directory += struct.pack("<4s6H3L5H2L", b"PK\1\2", 45, 45, 0, 0, 0, 0, *sizes) + name + extra
+    end = start + len(directory)
+    count = len(entries)
+    end64 = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, len(directory), start)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    last = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    path = tmp_path / "a.pt"
+    path.write_bytes(whole[:start] + directory + end64 + locator + last)
+    same(load_torch(path), torch.load(path))
+    path.write_bytes(whole[:start] + directory[:-20] + directory[-8:] + end64 + locator + last)
+    with pytest.raises(FileError, match="a.pt is not a readable checkpoint: an archive with a damaged directory"):
+        load_torch(path)
 
 
 class ListedNames:
@@ -303,6 +330,7 @@ def test_what_this_library_writes(tmp_path):
     fcmae, model = autoencoder(), classifier()
     average = Average(fcmae, 0.9)
     path = write_checkpoint(tmp_path, 4, gather_state(fcmae, torch.optim.AdamW(fcmae.parameters()), average))
+    same(load_torch(path), torch.load(path, weights_only=True))
     report = load_checkpoint(model, path)
     assert report.source_format == "fcmae" and len(report.kept_initial) == 4
     first = encoder_of(snapshot(model))
