@@ -12,9 +12,9 @@ from ..layout import PatchLayout, mask_fault, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn.init import init_linear_map
 from ..ops._checks import as_bool_mask, as_layout, check_images, check_positive
+from ..sizes import CONFIGS
 from . import patchify
 from .backbone import SparseEncoder
-from .config import CONFIGS
 from .loss import reconstruction_loss
 from .masked_dense import masked_dense_features
 
