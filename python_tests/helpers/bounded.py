@@ -1,7 +1,7 @@
 """Calls in a process of their own that may take so much time and memory, and no more.
 
 What hangs, crashes or fills the memory is then a failed test, not the end of the test run. Importing PyTorch takes a
-process seconds, so one child makes many calls, one after the other, and reports each.
+process seconds, so one child imports it and makes each call in a fork of itself.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,19 +26,17 @@ _BASE = 6 << 10  # MiB of address space that PyTorch reserves without using it
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended. ``returncode`` is None if it was killed for taking too long; ``peak``: MiB resident."""
+    """How a process ended. ``returncode`` is None if it was killed for taking too long."""
 
     returncode: int | None
     stdout: str
     stderr: str
     seconds: float
-    peak: float
 
 
 @dataclass(frozen=True)
 class Called:
-    """What a call returned (as a string) or raised, its seconds, and the MiB by which resident memory grew meanwhile
-    (at most: a peak of an earlier call of the same process counts too).
+    """What a call returned (as a string) or raised, its seconds, and the MiB by which resident memory grew meanwhile.
 
     ``error`` is the name of the exception's class. A call that ended its process, or took longer than it may, has the
     error "killed".
@@ -71,16 +69,13 @@ def run_bounded(
             start_new_session=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
         )
-        in_time, status, usage = False, 0, None
-        while time.monotonic() - start < seconds:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if in_time := pid != 0:
-                break
-            time.sleep(0.02)
-        if not in_time:
+        try:
+            process.wait(seconds)
+            in_time = True
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)  # or subprocess would wait for it once more
+            process.wait()
+            in_time = False
         took = time.monotonic() - start
         out.seek(0)
         err.seek(0)
@@ -89,7 +84,6 @@ def run_bounded(
             out.read().decode(errors="replace"),
             err.read().decode(errors="replace"),
             took,
-            usage.ru_maxrss / 1024,
         )
 
 
@@ -97,48 +91,55 @@ def call_each(function: str, arguments: Sequence[str], seconds: float, megabytes
     """Call ``function`` ("package.module:name", importable as in a test) with each argument; by argument, what came of
     it.
 
-    A call that takes longer than ``seconds`` or crashes ends its child; the next argument gets a new one.
+    Each call has a process, which is killed after ``seconds`` and has address space for ``megabytes`` beyond PyTorch's
+    own.
     """
-    results: dict[str, Called] = {}
     paths = os.pathsep.join([str(ROOT / "python_tests"), *filter(None, sys.path)])
-    while len(results) < len(arguments):
-        left = arguments[len(results) :]
-        command = [sys.executable, __file__, function, str(seconds), *left]
-        ended = run_bounded(
-            command, _START_UP + seconds * len(left), megabytes, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        )
-        lines = ended.stdout.splitlines()
-        for argument, line in zip(left, (line for line in lines if line.startswith('{"value"')), strict=False):
-            results[argument] = Called(**json.loads(line))
-        if len(results) < len(arguments) and ended.returncode != 0:
-            if "ready" not in lines:
-                raise AssertionError(f"the child did not start: {ended}")
-            argument = arguments[len(results)]
-            results[argument] = Called(ended.stderr[-500:], "killed", ended.seconds, ended.peak)
-    return results
+    ended = run_bounded(
+        [sys.executable, __file__, function, str(seconds), *arguments],
+        _START_UP + 2 * seconds * len(arguments),
+        megabytes,
+        {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )
+    results = [Called(**json.loads(line)) for line in ended.stdout.splitlines() if line.startswith('{"value"')]
+    if ended.returncode != 0 or len(results) != len(arguments):
+        raise AssertionError(f"the process that makes the calls failed: {ended}")
+    return dict(zip(arguments, results, strict=True))
 
 
-def _resident() -> float:
-    """MiB that are resident now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / (1 << 20)
+def _call_in_fork(call: Callable[[str], object], argument: str, seconds: float) -> Called:
+    reading, writing = os.pipe()
+    start = time.monotonic()
+    if (child := os.fork()) == 0:
+        # not of the parent: a fork begins without the pages of libraries
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        os.write(writing, f"{pages * resource.getpagesize()}\n".encode())
+        try:
+            value, error = str(call(argument)), None
+        except Exception as caught:
+            value, error = str(caught), type(caught).__name__
+        os.write(writing, json.dumps([value[:5000], error]).encode())  # less than a pipe holds
+        os._exit(0)
+    os.close(writing)
+    killed = False
+    while (ended := os.wait4(child, os.WNOHANG))[0] == 0:
+        if not killed and time.monotonic() - start > seconds:
+            os.kill(child, signal.SIGKILL)
+            killed = True
+        time.sleep(0.005)
+    took = time.monotonic() - start
+    with os.fdopen(reading) as answer:
+        before, said = int(answer.readline()), answer.read()
+    growth = ended[2].ru_maxrss / 1024 - before / (1 << 20)
+    value, error = json.loads(said) if said else (f"status {ended[1]}", "killed")
+    return Called(value, error, took, growth)
 
 
 def _child(function: str, seconds: float, arguments: Sequence[str]) -> None:
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
-    print("ready", flush=True)
     for argument in arguments:
-        before, start = _resident(), time.monotonic()
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process, in C code too
-        try:
-            value, error = str(call(argument)), None
-        except Exception as caught:
-            value, error = str(caught), type(caught).__name__
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        took = time.monotonic() - start
-        growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-        called = {"value": value[:5000], "error": error, "seconds": took, "growth": growth}
-        print(json.dumps(called), flush=True)
+        print(json.dumps(asdict(_call_in_fork(call, argument, seconds))), flush=True)
 
 
 if __name__ == "__main__":
