@@ -12,6 +12,7 @@ from ..layout import PatchLayout, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn.init import init_linear_map
 from ..ops._checks import as_bool_mask, as_layout, check_images, check_positive
+from ..tracing import exporting
 from . import patchify
 from .backbone import SparseEncoder
 from .config import CONFIGS
@@ -188,6 +189,8 @@ class FCMAE(nn.Module):
         n, grid = images.shape[0], self._grid_of(images)
         if mask is not None:
             return as_layout(mask, n, grid, images.device)
+        if exporting():
+            raise ValueError("mask must be given in an export to ONNX or TorchScript, which draws none, got None")
         kept = random_kept(n, grid, self.mask_ratio, device=images.device)
         return PatchLayout.from_kept(kept, grid)
 
