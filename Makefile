@@ -107,6 +107,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	@# PyTorch is named again, as it is installed: torchvision, which timm needs, must not bring another
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench,demo,test,timm,train,transformers]" \
 		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	$(BIN)/python tools/match_torchvision.py
 	touch $@
 
 lint: venv

@@ -108,7 +108,7 @@ def test_classifier_and_size(tmp_path):
 )
 def test_settings_that_no_network_has_are_refused(tmp_path, config):
     path = training_checkpoint(tmp_path / "a.pt", autoencoder(), **config)
-    with pytest.raises(ValueError, match="a.pt records settings that no network has: ."):
+    with pytest.raises(ValueError, match="a.pt cannot be rebuilt from its settings: ."):
         load_network(path, "a", decoder=True)
 
 

@@ -21,11 +21,10 @@ def flat(output) -> list[Tensor]:
 
 @torch.no_grad()
 def onnx_session(
-    model: nn.Module, arguments: tuple[Tensor, ...], dynamo: bool, dynamic: bool = True
+    model: nn.Module, arguments: tuple[Tensor, ...], dynamo: bool, dynamic: bool = True, **options
 ) -> onnxruntime.InferenceSession:
-    """The model in onnxruntime, by either exporter, with a batch of any size if ``dynamic``."""
+    """The model in onnxruntime, by either exporter, with a batch of any size if ``dynamic``; ``options`` go to it."""
     names = [f"input{i}" for i in range(len(arguments))]
-    options = {}
     if dynamic and dynamo:
         options["dynamic_shapes"] = tuple({0: "batch"} for _ in arguments)
     elif dynamic:

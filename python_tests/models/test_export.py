@@ -152,6 +152,24 @@ def test_a_forced_backend_without_an_export_says_so():
         torch.jit.trace(model, arguments(2))
 
 
+@EXPORTERS
+def test_sides_may_vary_without_a_mask(dynamo):
+    class Dense(OneBlock):
+        def forward(self, x):
+            return self.block(self.stem(x))
+
+    model, names = randomized(Dense()).eval(), {0: "batch", 2: "height", 3: "width"}
+    options = {"dynamic_shapes": (names,)} if dynamo else {"dynamic_axes": {"input0": names}}
+    session = onnx_session(model, (images(2),), dynamo, dynamic=False, **options)
+    assert_runs_as(model, session, [(torch.randn(n, 3, 75, 50),) for n in (1, 3)])
+
+
+def test_fcmae_asks_for_a_mask():
+    model, _ = made("FCMAE")
+    with pytest.raises(ValueError, match="mask must be given in an export to ONNX or TorchScript, which draws none"):
+        torch.jit.trace(model, (images(2),))
+
+
 def test_the_encoder_takes_a_mask():
     encoder, arguments = made("masked encoder")
     x, hidden = arguments(2)
