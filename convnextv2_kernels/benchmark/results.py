@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,7 +106,10 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def escaped(value: Any) -> Any:
-    """A value of JSON in whose texts nothing but printable characters and newlines is left."""
+    """A value of JSON in whose texts nothing but printable characters and newlines is left; raises ValueError where a
+    number is not finite, which nobody could write again."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected finite numbers, found {value}")
     if isinstance(value, str):
         return value if value.isprintable() else "\n".join(map(visible, value.split("\n")))
     if isinstance(value, dict):
