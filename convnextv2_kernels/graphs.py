@@ -55,7 +55,8 @@ def make_graphed_step(
         autocast: dtype of ``torch.autocast``, or None.
 
     Raises:
-        ValueError: no CUDA device, or an optimizer that cannot be captured.
+        ValueError: no CUDA device, an optimizer that cannot be captured, or an FCMAE that without a mask would hide all
+            or none of the patches of the sample.
     """
     if not isinstance(images, Tensor) or images.device.type != "cuda":
         where = images.device if isinstance(images, Tensor) else type(images).__name__

@@ -208,6 +208,48 @@ def num_kept(grid: tuple[int, int], ratio: float) -> int:
     return int(gh * gw * (1 - ratio))
 
 
+def mask_fault(
+    grid: tuple[int, int],
+    ratio: float,
+    patch_size: int = 32,
+    ratio_name: str = "mask_ratio",
+    size_name: str = "img_size",
+) -> str | None:
+    """Why pre-training under masks of this ratio would learn nothing, or None.
+
+    The encoder learns from what is visible, the loss is on what is hidden: a mask needs a patch of each kind. The
+    sentence calls the arguments by the names given here, and says which values would do.
+
+    Args:
+        grid: patches per column and per row of an image, ``patch_size`` pixels each.
+        ratio: share of hidden patches, see :func:`num_kept`.
+    """
+    gh, gw = _check_grid(grid)
+    patches, kept = gh * gw, num_kept(grid, ratio)
+    if 0 < kept < patches:
+        return None
+    size = f"{gh * patch_size}x{gw * patch_size} pixels"
+    side = next((n for n in range(2, 100) if 0 < num_kept((n, n), ratio) < n * n), None)
+    if patches == 1:
+        return (
+            f"the only patch of {size} is either hidden or visible, which leaves nothing to see or nothing to predict; "
+            f"expected {size_name} of at least {patch_size * (side or 2)}"
+            + (f" for {ratio_name} {ratio:g}" if side else "")
+        )
+    if kept:
+        return (
+            f"{ratio_name} {ratio:g} hides none of the {patches} patches of {size}, which leaves nothing to predict; "
+            f"expected {ratio_name} above 0"
+        )
+    # Found by trial, because the product is rounded: 5 patches at 0.8 keep none.
+    most = next(percent for percent in range(99, 0, -1) if num_kept(grid, percent / 100)) / 100
+    return (
+        f"{ratio_name} {ratio:g} hides all {patches} patches of {size}, which leaves nothing to see; expected "
+        f"{ratio_name} of at most {most:g} at this size"
+        + (f", or {size_name} of at least {patch_size * side} at this ratio" if side else "")
+    )
+
+
 def random_kept(
     num_images: int,
     grid: tuple[int, int],
@@ -215,7 +257,10 @@ def random_kept(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """``[N, K]`` int64 ids of the patches that stay visible, uniform without replacement, K = :func:`num_kept`."""
+    """``[N, K]`` int64 ids of the patches that stay visible, uniform without replacement, K = :func:`num_kept`.
+
+    K may be 0 or all patches, which :func:`mask_fault` calls useless for pre-training.
+    """
     kept = num_kept(grid, ratio)
     if num_images < 0:
         raise ValueError(f"num_images must be >= 0, got {num_images}")
@@ -230,7 +275,11 @@ def random_mask(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """``[N, Gh, Gw]`` bool mask, True = hidden, that keeps the same number of random patches in each image."""
+    """``[N, Gh, Gw]`` bool mask, True = hidden, that keeps :func:`num_kept` random patches in each image.
+
+    That number may be 0: a mask without visible patches is valid, but nothing can be learned from it. ``FCMAE``,
+    ``pretrain``, ``bench`` and ``analyze reconstruct`` refuse such ratios.
+    """
     ids = random_kept(num_images, grid, ratio, generator, device)
     mask = torch.ones(num_images, grid[0] * grid[1], dtype=torch.bool, device=ids.device)
     return mask.scatter(1, ids, False).view(num_images, *grid)

@@ -42,6 +42,8 @@ def main() -> None:
         print(ck.load_checkpoint(model, options.checkpoint))
     images = load_image(options.image, options.img_size)
     mask = ck.random_mask(1, model.grid, ratio=options.mask_ratio)  # True = hidden
+    if mask.all():
+        parser.error(f"--mask-ratio {options.mask_ratio:g} hides all {mask.numel()} patches")
 
     with torch.no_grad():
         features, layout = model.encode(images, mask)

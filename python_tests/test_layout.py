@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from convnextv2_kernels import PatchLayout, random_kept, random_mask
+from convnextv2_kernels.layout import mask_fault, num_kept
 
 FIELDS = ("slot_of_patch", "patch_of_slot", "image_offsets")
 
@@ -173,3 +177,40 @@ def test_every_patch_is_as_likely_to_stay():
     chance = int(12 * (1 - 0.6)) / 12
     five_sigma = 5 * np.sqrt(chance * (1 - chance) / images)
     assert np.abs(visible - chance).max() < five_sigma
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "words"),
+    [
+        ((2, 2), 0.6, None),
+        ((7, 7), 0.97, None),
+        ((7, 7), 0.001, None),
+        ((1, 1), 0.6, r"only patch of 32x32 pixels .*expected img_size of at least 64 for mask_ratio 0\.6"),
+        ((1, 1), 0.0, "expected img_size of at least 64$"),
+        ((1, 2), 0.6, r"mask_ratio 0\.6 hides all 2 patches of 32x64 pixels.* at most 0\.5 at this size, or img_size"),
+        ((2, 2), 0.8, r"at most 0\.75 at this size, or img_size of at least 96 at this ratio"),
+        ((3, 3), 0.9, r"at most 0\.88 at this size, or img_size of at least 128 at this ratio"),
+        # 5 * (1 - 0.8) is below 1 in float64
+        ((1, 5), 0.8, r"mask_ratio of at most 0\.79 at this size"),
+        ((7, 7), 1.0, r"hides all 49 patches of 224x224 pixels.* at most 0\.97 at this size$"),
+        ((7, 7), 0.0, "hides none of the 49 patches of 224x224 pixels.*expected mask_ratio above 0"),
+    ],
+)
+def test_ratios_that_train_nothing_are_told_with_what_would(grid, ratio, words):
+    fault = mask_fault(grid, ratio)
+    assert fault is None if words is None else re.search(words, fault)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.6, 0.75, 0.8, 0.9, 0.95])
+def test_the_told_ratio_and_size_are_the_limits(ratio):
+    for sides in itertools.product(range(1, 7), repeat=2):
+        fault = mask_fault(sides, ratio)
+        assert (fault is None) == (0 < num_kept(sides, ratio) < sides[0] * sides[1])
+        if fault is None:
+            continue
+        if found := re.search(r"mask_ratio of at most ([0-9.]+) at", fault):
+            most = float(found[1])
+            assert mask_fault(sides, most) is None and mask_fault(sides, most + 0.01) is not None
+        side = int(re.search("img_size of at least ([0-9]+)", fault)[1]) // 32
+        assert mask_fault((side, side), ratio) is None
+        assert side == 2 or mask_fault((side - 1, side - 1), ratio) is not None

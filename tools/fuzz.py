@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -36,6 +37,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "fuzz"
 SECONDS = 10  # of a single input; none of the seeds takes a tenth of one
+# Triton's interpreter stands in for a GPU, whose name the plan caches hold.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
 MEGABYTES = 2048  # of the whole process, a third of which is PyTorch and the instrumented packages
 LARGEST = 256 << 10  # bytes of an input
 INSTRUMENTED = ["convnextv2_kernels", "PIL", "safetensors"]
@@ -196,10 +199,10 @@ def read_image(path: Path) -> None:
     from convnextv2_kernels.data.folder import check_image
     from convnextv2_kernels.data.images import CropDataset
 
-    verdict = check_image(path)
-    assert verdict is None or isinstance(verdict, str)
+    reason = check_image(path).reason
+    assert reason is None or reason.isprintable(), reason
     sample = CropDataset([path], (16, 16), seed=0)[0, 0]
-    if verdict is None:
+    if reason is None:
         assert sample.image is not None, f"accepted by the check, but not read: {sample.failures}"
         assert sample.image.shape == (16, 16, 3)
         assert np.asarray(sample.image).dtype == np.uint8
@@ -243,33 +246,65 @@ def read_weights(path: Path) -> None:
         assert not list(path.parent.glob(".*.tmp")), "a temporary file was left"
 
 
-def training_seeds() -> dict[str, bytes]:
+@functools.cache
+def training_run() -> Any:
+    """A task with its optimiser and average, as a run of one step leaves them, and what its checkpoints must hold."""
+    import dataclasses
+    from types import SimpleNamespace
+
     import torch
 
     sys.path.insert(0, str(ROOT / "python_tests"))
     from helpers.training import CONFIG
 
-    from convnextv2_kernels.train import checkpoint
-    from convnextv2_kernels.train.optim import make_optimizer, parameter_groups
+    from convnextv2_kernels.train.checkpoint_checks import Expected
+    from convnextv2_kernels.train.optim import Average, make_optimizer
+    from convnextv2_kernels.train.pretrain import PretrainTask
 
-    model = small_fcmae()
-    optimizer = make_optimizer(parameter_groups(model, 0.05), 1e-3, (0.9, 0.95))
-    for parameter in model.parameters():
+    config = dataclasses.replace(CONFIG, ema_decay=0.9)
+    task = PretrainTask(small_fcmae(), [], config)
+    optimizer = make_optimizer(task.parameter_groups(), config.lr, config.betas)
+    for parameter in task.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    state = checkpoint.gather_state(model, optimizer, None)
-    more = {"epoch": 0, "position": 1, "rng": checkpoint.rng_state(), "config": CONFIG.to_dict(), "task": {}}
+    average = Average(task.model, 0.9)
+    expected = Expected.of(task, optimizer, average)
+    return SimpleNamespace(task=task, optimizer=optimizer, average=average, expected=expected)
+
+
+def training_seeds() -> dict[str, bytes]:
+    import torch
+
+    from convnextv2_kernels.train import checkpoint
+    from convnextv2_kernels.train.checkpoint_checks import FORMAT
+    from convnextv2_kernels.train.config import environment
+
+    run = training_run()
+    state = checkpoint.gather_state(run.task.model, run.optimizer, run.average)
+    more = {"epoch": 0, "position": 1, "rng": checkpoint.rng_state(), "config": run.task.config.to_dict()}
+    more |= {"task": run.task.state(), "environment": environment(), "evaluation_pending": False}
     out = io.BytesIO()
-    torch.save({"format": checkpoint.FORMAT, "step": 1, "environment": {}, **state, **more}, out)
+    torch.save({"format": FORMAT, "step": 1, **state, **more}, out)
     return {"checkpoint-1.pt": out.getvalue()}
 
 
 def read_training(path: Path) -> None:
     from convnextv2_kernels.errors import UserError
-    from convnextv2_kernels.train.checkpoint import load_checkpoint
+    from convnextv2_kernels.train.checkpoint import load_checkpoint, restore_state, set_rng_state
+    from convnextv2_kernels.train.checkpoint_checks import check_settings, check_state
+    from convnextv2_kernels.train.distributed import World
 
-    with contextlib.suppress(UserError):
-        load_checkpoint(path)
+    run = training_run()
+    try:
+        state = load_checkpoint(path)
+        check_settings(state, run.task.config)
+        check_state(state, 1, run.expected)
+    except (UserError, ValueError) as error:
+        assert str(error).isprintable(), error
+        return
+    restore_state(run.task.model, run.optimizer, run.average, state, World())
+    set_rng_state(state["rng"])
+    run.optimizer.step()
 
 
 def result_seeds() -> dict[str, bytes]:
@@ -323,7 +358,14 @@ def read_plans(path: Path) -> None:
 
 
 def record_seeds() -> dict[str, bytes]:
-    verified = {"a.png": [10, 20, None], "b.png": [1, 2, "broken"]}
+    from convnextv2_kernels.data.folder import CACHE_FORMAT
+
+    files = {
+        "a.png": [10, 20, None, None],
+        "b.png": [1, 2, "broken", None],
+        "c.png": [3, 4, None, ["uint16", 0, 9, []]],
+    }
+    verified = {"format": CACHE_FORMAT, "max_pixels": 1000, "files": files}
     images = {"images": ["a.png", "c/d.png"], "skipped": [["b.png", "broken"]]}
     log = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "lo'
     return {
@@ -338,8 +380,9 @@ def read_records(path: Path) -> None:
     from convnextv2_kernels.errors import UserError
     from convnextv2_kernels.train.loggers import StepLog
 
-    cache = folder._read_cache(path)
-    assert isinstance(cache, dict)
+    for entry in folder._read_cache(path, 1000).values():
+        checked = folder._known(entry, entry[:2] if isinstance(entry, list) else [])
+        assert checked is None or checked.reason is None or isinstance(checked.reason, str)
     copy = path.with_name(folder.IMAGES_NAME)
     copy.write_bytes(path.read_bytes())
     try:
@@ -413,7 +456,8 @@ def fuzz(target: Target, seconds: float) -> dict[str, Any]:
     corpus, seeds, found = (folder / name for name in ("corpus", "seeds", "found"))
     for each in (corpus, seeds, found):
         each.mkdir(parents=True, exist_ok=True)
-    done = subprocess.run([sys.executable, __file__, "--write-seeds", target.name, str(seeds)], cwd=ROOT, check=False)
+    made = [sys.executable, __file__, "--write-seeds", target.name, str(seeds)]
+    done = subprocess.run(made, cwd=ROOT, env=ENVIRONMENT, check=False)
     if done.returncode:
         raise SystemExit(f"the seeds of {target.name} could not be made")
     result: dict[str, Any] = {"runs": 0, "seconds": 0.0, "peak_rss_mb": 0, "findings": []}
@@ -432,8 +476,7 @@ def fuzz(target: Target, seconds: float) -> dict[str, Any]:
                 "-close_fd_mask=1",
             ]
             command = [sys.executable, __file__, "--run", target.name, *flags, str(corpus), str(seeds)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=environment, check=False).returncode
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=ENVIRONMENT, check=False).returncode
         text = log.read_text(errors="replace")
         result["seconds"] += time.monotonic() - begun
         runs = [int(n) for n in re.findall(r"^#(\d+)\s", text, re.M)] + [0]
@@ -457,7 +500,7 @@ def _reason(target: Target, file: Path) -> str:
     """What reading one input ends in: the last line of its traceback, or how the process ended."""
     command = [sys.executable, __file__, "--replay", target.name, str(file)]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=6 * SECONDS, check=False)
+        done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, timeout=6 * SECONDS, check=False)
     except subprocess.TimeoutExpired:
         return f"not read within {6 * SECONDS} s"
     lines = done.stderr.decode(errors="replace").splitlines()

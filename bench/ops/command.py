@@ -16,7 +16,7 @@ from convnextv2_kernels._progress import Progress
 from convnextv2_kernels.benchmark import machine, report, results
 from convnextv2_kernels.benchmark.timing import Budget, control_sentence
 from convnextv2_kernels.benchmark.variants import SPARSE
-from convnextv2_kernels.cli.bench import add_common, make_folder, measured, suffix, warn_if_busy
+from convnextv2_kernels.cli.bench import add_common, make_folder, measured, require_visible, suffix, warn_if_busy
 from convnextv2_kernels.cli.types import PATCH, model_name, positive_int, seconds, side
 
 from . import host_time
@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
         if getattr(args, name) is None:
             setattr(args, name, (QUICK if args.quick else defaults)[name])
     args.models = tuple(dict.fromkeys(args.models))
+    require_visible(args.img_size)
     args.device = args.device or machine.default_device()
     return measured(args, functools.partial(_run, args))
 

@@ -14,8 +14,8 @@ from convnextv2_kernels.benchmark.baseline import MEMORY_FORMATS, PATCH, keep_ma
 from convnextv2_kernels.benchmark.correctness import compare, require, rounding_floor
 from convnextv2_kernels.benchmark.machine import synchronized
 from convnextv2_kernels.benchmark.timing import Budget, Control, rounds_for, summarize, time_interleaved
-from convnextv2_kernels.benchmark.variants import SPARSE, Settings
-from convnextv2_kernels.layout import PatchLayout, random_mask
+from convnextv2_kernels.benchmark.variants import MASK_RATIO, SPARSE, Settings
+from convnextv2_kernels.layout import PatchLayout, mask_fault, random_mask
 from convnextv2_kernels.models import get_config
 
 from .. import ceilings
@@ -186,6 +186,8 @@ def stage_cases(
 ) -> Iterator[OpCase]:
     """Every op on every stage of a model, built one at a time (their inputs are large)."""
     side = img_size // PATCH
+    if (fault := mask_fault((side, side), MASK_RATIO, PATCH)) is not None:
+        raise ValueError(fault)
     mask = random_mask(batch_size, (side, side), generator=torch.Generator().manual_seed(seed))
     mask = mask.to(device)
     for stage, width in enumerate(get_config(model_name).dims):

@@ -12,7 +12,7 @@ from convnextv2_kernels import backends, schedule
 from convnextv2_kernels._progress import Progress
 from convnextv2_kernels.benchmark import machine, report, results
 from convnextv2_kernels.benchmark.timing import Budget, control_sentence
-from convnextv2_kernels.cli.bench import add_common, measured, suffix, warn_if_busy
+from convnextv2_kernels.cli.bench import add_common, measured, require_visible, suffix, warn_if_busy
 from convnextv2_kernels.cli.exit_codes import USAGE, UserError
 from convnextv2_kernels.cli.types import PATCH, model_name, positive_int, seconds, share_or_zero, side
 
@@ -96,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     args.device = args.device or machine.default_device()
     names = {field.name for field in dataclasses.fields(scaling.ScalingSettings)}
     settings = scaling.ScalingSettings(**{name: value for name, value in vars(args).items() if name in names})
+    require_visible(settings.img_size, settings.mask_ratio)
     reason = machine.no_gpu(settings.device) or why_not(settings)
     if reason:
         raise UserError(reason, code=USAGE)

@@ -19,6 +19,7 @@ from ..data.folder import CACHE_NAME, fingerprint
 from ..data.images import load_crop, normalize
 from ..data.labelled import EvalDataset
 from ..data.rng import ORDER, numpy_stream
+from ..layout import mask_fault
 from ..train.loading import Loading, require_shared_memory
 from ..train.reconstruction import (
     Reconstruction,
@@ -214,16 +215,16 @@ def run_reconstruct(args: Namespace) -> int:
     networks = open_networks(args, decoder=True)
     names, sources, data = images_of(args)
     crops = crops_of(args, networks, sources)
+    ratios = [network.mask_ratio if args.mask_ratio is None else args.mask_ratio for network in networks]
+    grids = [
+        _grid(crops.size, network.model.patch_size, ratio) for network, ratio in zip(networks, ratios, strict=True)
+    ]
     rows, results, written = [], [], []
     parts = list(crops)
     pixels = torch.cat([part for part, _ in parts])
     shown = [names[index] for _, indices in parts for index in indices]
-    for network in networks:
-        ratio = network.mask_ratio if args.mask_ratio is None else args.mask_ratio
-        patch = network.model.patch_size
-        if any(side % patch for side in crops.size):
-            raise ValueError(f"--img-size {size_text(crops.size)} must be a multiple of the patches' {patch} px")
-        mask = draw_masks(len(pixels), (crops.size[0] // patch, crops.size[1] // patch), ratio, args.seed)
+    for network, ratio, grid in zip(networks, ratios, grids, strict=True):
+        mask = draw_masks(len(pixels), grid, ratio, args.seed)
         with backend(args):
             result = _reconstruct(network, pixels, mask, args.batch_size)
         name = f"reconstruction-{file_name(network.label)}.png"
@@ -239,6 +240,16 @@ def run_reconstruct(args: Namespace) -> int:
     write_rows(args.output / "reconstruction.csv", rows)
     write_result(args.output / "reconstruction.json", "reconstruction", settings, networks, results)
     return finish(args, [*written, "reconstruction.csv", "reconstruction.json"])
+
+
+def _grid(size: tuple[int, int], patch: int, ratio: float) -> tuple[int, int]:
+    """Patches per column and per row; ValueError where a mask of ``ratio`` would hide all or none of them."""
+    if any(side % patch for side in size):
+        raise ValueError(f"--img-size {size_text(size)} must be a multiple of the patches' {patch} px")
+    grid = size[0] // patch, size[1] // patch
+    if (fault := mask_fault(grid, ratio, patch, "--mask-ratio", "--img-size")) is not None:
+        raise ValueError(fault)
+    return grid
 
 
 def _reconstruct(network: Network, pixels: Tensor, mask: Tensor, batch_size: int) -> Reconstruction:

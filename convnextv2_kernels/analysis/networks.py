@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .._files import parse_json
 from ..checkpoints import load_checkpoint
 from ..checkpoints.state import read_checkpoint, unwrap
 from ..checkpoints.storage import read_file
 from ..data.value_range import Range, range_of
-from ..models import CONFIGS, FCMAE, ConvNeXtV2Features, get_config
+from ..models import FCMAE, ConvNeXtV2Features, get_config
+from ..train.weights import architecture, count_blocks, safetensors_metadata, size_name
 
 IMG_SIZE = (224, 224)
 MASK_RATIO = 0.6
@@ -52,7 +52,7 @@ def load_network(
     """The network of a checkpoint. Widths and depths are read from the weights.
 
     A checkpoint of this library's training also tells its GRN, sizes and normalisation of the target, in ``config``; an
-    ``encoder.safetensors`` its GRN, in the metadata. Anything else has the paper's default.
+    ``encoder.safetensors`` its GRN and the size of its images, in the metadata. Anything else has the paper's default.
 
     Args:
         path: a file or folder as :func:`convnextv2_kernels.load_checkpoint` takes it.
@@ -71,39 +71,46 @@ def load_network(
     settings = _settings(file, content)
     depths, dims = architecture(state.tensors)
     if model_name is not None and tuple(get_config(model_name)) != (depths, dims):
-        raise ValueError(f"{path} has depths {depths} and widths {dims}, which is not {model_name}")
+        this = size_name(depths, dims) or f"a network of depths {depths} and widths {dims}"
+        raise ValueError(f"{path}: this is {this}, expected {model_name}")
     if (in_chans := state.tensors["downsample_layers.0.0.weight"].shape[1]) != 3:
         raise ValueError(f"{path} is a network for images of {in_chans} channels, expected 3")
+    if decoder and "mask_token" not in state.tensors:
+        raise ValueError(f"{path} has no decoder: reconstructions need a checkpoint of FCMAE training")
     grn, scope = str(settings.get("grn", "default")), settings.get("grn_scope", "image")
-    size = _pair(settings.get("img_size", IMG_SIZE))
-    ratio = float(settings.get("mask_ratio", MASK_RATIO))
-    if decoder:
-        if "mask_token" not in state.tensors:
-            raise ValueError(f"{path} has no decoder: reconstructions need a checkpoint of FCMAE training")
-        model = FCMAE(
-            depths,
-            dims,
-            img_size=size,
-            patch_size=settings.get("patch_size", 32),
-            mask_ratio=ratio,
-            norm_pix_loss=settings.get("norm_pix_loss", True),
-            decoder_depth=_count(state.tensors, r"decoder\.(\d+)\."),
-            decoder_embed_dim=state.tensors["proj.weight"].shape[0],
-            grn_scope=scope,
-            grn=grn,
-        )
-    else:
-        model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
-        # A backbone of maps has GRN per image only; the scope holds no parameters.
-        for block in (block for stage in model.stages for block in stage):
-            block.grn.scope = scope
-    load_checkpoint(model, weights)
+    try:
+        size, ratio = _pair(settings.get("img_size", IMG_SIZE)), float(settings.get("mask_ratio", MASK_RATIO))
+        model: nn.Module
+        if decoder:
+            model = FCMAE(
+                depths,
+                dims,
+                img_size=size,
+                patch_size=settings.get("patch_size", 32),
+                mask_ratio=ratio,
+                norm_pix_loss=settings.get("norm_pix_loss", True),
+                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\."),
+                decoder_embed_dim=state.tensors["proj.weight"].shape[0],
+                grn_scope=scope,
+                grn=grn,
+            )
+        else:
+            model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
+            # A backbone of maps has GRN per image only; the scope holds no parameters.
+            for block in (block for stage in model.stages for block in stage):
+                block.grn.scope = scope
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path} cannot be rebuilt from its settings: {error}") from error
+    try:
+        load_checkpoint(model, state.original)
+    except ValueError as error:
+        raise ValueError(f"{path}{str(error).removeprefix('path_or_state_dict')}") from error
     about = {
         "checkpoint": file.name,
         "sha256": _digest(file),
         "format": state.format.name,
         "averaged_weights": use_ema,
-        "model": _name(depths, dims),
+        "model": size_name(depths, dims),
         "depths": list(depths),
         "dims": list(dims),
         "grn": grn,
@@ -126,38 +133,32 @@ def untrained_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = ConvNeXtV2Features(depths=depths, dims=dims)
-    about = {"checkpoint": None, "model": _name(depths, dims), "depths": list(depths), "dims": list(dims), "seed": seed}
+    about = {
+        "checkpoint": None,
+        "model": size_name(depths, dims),
+        "depths": list(depths),
+        "dims": list(dims),
+        "seed": seed,
+    }
     return Network(label, model.eval().to(device), about)
 
 
-def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """``(depths, dims)`` of a state_dict under canonical names."""
-    depths = tuple(_count(tensors, rf"stages\.{stage}\.(\d+)\.") for stage in range(4))
-    return depths, tuple(tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4))
-
-
-def _count(names: Mapping[str, Any], pattern: str) -> int:
-    return len({found[1] for name in names if (found := re.match(pattern, name))})
-
-
-def _name(depths: tuple[int, ...], dims: tuple[int, ...]) -> str | None:
-    return next((name for name, config in CONFIGS.items() if tuple(config) == (depths, dims)), None)
-
-
 def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else tuple(size)
+    height, width = (size, size) if isinstance(size, int) else size
+    if not all(isinstance(side, int) and 0 < side < 1 << 16 for side in (height, width)):
+        raise ValueError(f"img_size must be one or two numbers of pixels, got {size!r}")
+    return height, width
 
 
 def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
     """The ``config`` of a training checkpoint, or the metadata of a safetensors file."""
     if isinstance(content.get("config"), Mapping):
         return content["config"]
-    with file.open("rb") as start:
-        if start.read(9)[8:] != b"{":  # of torch.save, whatever its name
-            return {}
-    with safetensors.safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    return {name: metadata[name] for name in ("grn", "grn_scope", "value_range") if name in metadata}
+    metadata = safetensors_metadata(file)
+    told: dict[str, Any] = {n: metadata[n] for n in ("grn", "grn_scope", "value_range") if n in metadata}
+    if "img_size" in metadata:
+        told["img_size"] = parse_json(metadata["img_size"].encode(), f"img_size in the metadata of {file}")
+    return told
 
 
 def _digest(file: Path) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import use_backend
 from ..graphs import make_graphed_step
-from ..layout import PatchLayout, random_mask
+from ..layout import PatchLayout, mask_fault, num_kept, random_mask
 from ..models import create_fcmae
 from .baseline import PATCH, Baseline, MaskedDenseFCMAE
 
@@ -215,6 +215,9 @@ def make_batch(
     """Random images and FCMAE masks (19 of 49 patches visible at 224 px and the paper's ratio).
 
     They are drawn on the CPU, so that one seed means the same batch on every device.
+
+    Raises:
+        ValueError: an argument out of range; no patch would be visible.
     """
     if size < 1:
         raise ValueError(f"batch size is {size}, expected at least 1")
@@ -223,6 +226,9 @@ def make_batch(
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(size, 3, img_size, img_size, generator=generator)
     side = img_size // PATCH
+    # Nothing visible would time an encoder without work; nothing hidden is the whole network's work, and is allowed.
+    if not num_kept((side, side), mask_ratio):
+        raise ValueError(mask_fault((side, side), mask_ratio, PATCH))
     mask = random_mask(size, (side, side), mask_ratio, generator=generator)
     return Batch(images.to(device), mask.to(device), dtype)
 

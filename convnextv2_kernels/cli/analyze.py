@@ -368,7 +368,13 @@ def _run(name: str) -> Callable[[argparse.Namespace], int]:
         require_packages(f"analyze {args.analysis}", PACKAGES)
         printing_is_optional()
         with user_errors(OSError, ValueError):
-            return getattr(import_module("convnextv2_kernels.analysis.commands"), name)(args)
+            command = getattr(import_module("convnextv2_kernels.analysis.commands"), name)
+            from ..train.config import in_options
+
+            try:
+                return command(args)
+            except ValueError as error:
+                raise ValueError(in_options(str(error), vars(args).keys() - {"images"})) from error
 
     return run
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..layout import mask_fault, num_kept
 from ..models import CONFIGS
 from .exit_codes import USAGE, UserError, exit_code, printing_is_optional, require_packages
 from .types import PATCH, file_path, model_name, positive_int, seconds, share_or_zero, short_name, side
@@ -152,6 +153,13 @@ def measured(args: argparse.Namespace, run: Callable[[str], int]) -> int:
         raise UserError(f"correctness check: {error}") from error
 
 
+def require_visible(img_size: int, mask_ratio: float = 0.6) -> None:
+    """Raise UserError where no patch would be visible: the encoder would have nothing to do."""
+    grid = (img_size // PATCH, img_size // PATCH)
+    if not num_kept(grid, mask_ratio):
+        raise UserError(str(mask_fault(grid, mask_ratio, PATCH, "--mask-ratio", "--img-size")), code=USAGE)
+
+
 def make_folder(output: Path) -> None:
     """Before hours of measuring, not after."""
     try:
@@ -162,6 +170,7 @@ def make_folder(output: Path) -> None:
 
 def _steps(argv: Sequence[str]) -> int:
     args = parse_options(argv)
+    require_visible(args.img_size)
     from ..benchmark import machine
 
     args.device = args.device or machine.default_device()
@@ -249,6 +258,7 @@ def build_figure6_parser() -> argparse.ArgumentParser:
 
 def _figure6(argv: Sequence[str]) -> int:
     args = build_figure6_parser().parse_args(argv)
+    require_visible(args.img_size, args.mask_ratio)
     from ..benchmark import machine
 
     device = args.device = args.device or machine.default_device()

@@ -8,6 +8,7 @@ from ..train import recipes
 from .exit_codes import printing_is_optional, require_packages
 from .training import (
     add_images,
+    add_init,
     add_machine,
     add_model,
     add_schedule,
@@ -15,6 +16,7 @@ from .training import (
     given_options,
     output_of,
     places,
+    require_init,
     require_warmup,
 )
 from .types import file_path, nonnegative_float, positive_float, positive_int, probability, share
@@ -85,15 +87,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help=f"share of each class to evaluate on where there is no such folder (default: {OWN['val_share']})",
     )
-    parser.add_argument(
-        "--init",
-        type=file_path,
-        metavar="WEIGHTS",
-        help="weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official "
-        "code, timm or transformers; its head is left out (default: random weights)",
-    )
-    parser.add_argument(
-        "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
+    add_init(
+        parser,
+        "weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official code, "
+        "timm or transformers; its head is left out (default: random weights)",
     )
     parser.add_argument("--output", type=file_path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
     parser.add_argument(
@@ -203,6 +200,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         )
     if args.eval_only and args.init is None:
         parser.error("--eval-only evaluates the weights of --init, which is missing")
+    require_init(parser, given)
     where["output"] = output_of(given, OUTPUT)
     own = {key: given.get(key, value) for key, value in OWN.items()}
     return {**where, **own, "resolved": resolved}

@@ -8,13 +8,16 @@ from ..train import recipes
 from .exit_codes import printing_is_optional, require_packages
 from .training import (
     add_images,
+    add_init,
     add_machine,
     add_model,
     add_schedule,
     add_storage,
+    flag_of,
     given_options,
     output_of,
     places,
+    require_init,
     require_warmup,
 )
 from .types import file_path, positive_int, probability, share
@@ -27,7 +30,7 @@ DEMO_VALUES: dict[str, Any] = {"norm_pix_loss": False, "epochs": 1, "batch_size"
 DEMO_PLACES: dict[str, Any] = {"max_steps": 1400, "workers": 0}
 DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "backend", "device", "precision", "grn"}
 # Options that a recipe does not hold and that only pre-training has.
-OWN: dict[str, Any] = {"encoding": "sparse"}
+OWN: dict[str, Any] = {"encoding": "sparse", "init": None, "use_ema": False}
 PACKAGES = ("numpy", "PIL", "rich")
 DEMO_PACKAGES = ("matplotlib",)
 
@@ -52,7 +55,8 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
             "  torchrun --nproc-per-node 8 -m convnextv2_kernels pretrain --data photos --recipe paper --amp\n\n"
             "A run writes checkpoints, log.jsonl, config.json and at the end encoder.safetensors\n"
             "to --output. Re-run the same command to resume after an interruption: the losses are\n"
-            "exactly those of an uninterrupted run. The number of processes may change."
+            "exactly those of an uninterrupted run. The number of processes may change. A finished run\n"
+            "is trained on, under a new schedule, with --init OUTPUT/checkpoint-N.pt and another --output."
         ),
     )
     what = parser.add_argument_group("what to train on (one of the two)")
@@ -71,6 +75,11 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         type=file_path,
         metavar="FOLDER",
         help="folder of images, with its subfolders; unreadable files are skipped and listed",
+    )
+    add_init(
+        parser,
+        "weights to start from: a checkpoint of this program, whose decoder is taken too, an encoder.safetensors, or a "
+        "file of the official code, timm or transformers (default: random weights)",
     )
     parser.add_argument(
         "--output",
@@ -166,12 +175,13 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         refused = sorted(set(given) - DEMO_OPTIONS)
         refused += ["recipe"] if args.recipe is not None else []
         if refused:
-            flags = ", ".join("--" + name.replace("_", "-") for name in refused)
+            flags = ", ".join(flag_of(parser, name) for name in refused)
             parser.error(f"pretrain --demo has its own settings; it does not take {flags}")
         where = {**places(given), **{k: v for k, v in DEMO_PLACES.items() if k not in given}}
         given = {**DEMO_VALUES, **given}
     else:
         where = places(given)
+        require_init(parser, given)
     try:
         resolved = recipes.resolve(recipes.PRETRAIN, args.recipe or "default", given)
     except ValueError as error:

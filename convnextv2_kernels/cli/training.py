@@ -15,6 +15,7 @@ from .types import (
     MODEL_PREFIX,
     add_decoding,
     decay,
+    file_path,
     image_size,
     nonnegative_float,
     nonnegative_int,
@@ -45,6 +46,25 @@ PLACES: dict[str, Any] = {
     "value_range": None,
     "max_pixels": MAX_PIXELS,
 }
+
+
+def add_init(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the options of the first weights; ``text`` is the help of ``--init``."""
+    parser.add_argument("--init", type=file_path, metavar="WEIGHTS", help=text)
+    parser.add_argument(
+        "--ema", action="store_const", const=True, dest="use_ema", help="take the averaged weights of --init"
+    )
+
+
+def require_init(parser: argparse.ArgumentParser, given: Mapping[str, Any]) -> None:
+    """End with a usage error where ``--ema`` has no weights to be of."""
+    if given.get("use_ema") and given.get("init") is None:
+        parser.error("--ema takes the averaged weights of --init, which is missing (--ema-decay keeps an average)")
+
+
+def flag_of(parser: argparse.ArgumentParser, name: str) -> str:
+    """The option that sets ``name``."""
+    return next((a.option_strings[0] for a in parser._actions if a.dest == name and a.option_strings), f"--{name}")
 
 
 def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layout import PatchLayout, random_kept
+from ..layout import PatchLayout, mask_fault, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn.init import init_linear_map
 from ..ops._checks import as_bool_mask, as_layout, check_images, check_positive
@@ -36,7 +36,8 @@ class FCMAE(nn.Module):
         img_size: side, or (height, width), of the images; only a default, see :meth:`forward`.
         in_chans: channels of the images.
         patch_size: side of a mask patch in pixels, any multiple of 32.
-        mask_ratio: share of hidden patches if no mask is given.
+        mask_ratio: share of hidden patches if no mask is given; :meth:`forward` then refuses images of which it would
+            hide all patches or none.
         decoder_depth, decoder_embed_dim: blocks and width of the decoder.
         norm_pix_loss: predict each patch normalised by its own mean and deviation.
         grn_scope: GRN of the encoder, ``"image"`` (paper) or ``"batch"`` (official sparse code). In
@@ -110,12 +111,15 @@ class FCMAE(nn.Module):
 
         Returns:
             ``(loss, pred, mask)``. ``loss``: mean squared error over the pixels of a patch, then
-            over the hidden patches of the batch, 0 if there are none. ``pred [N, patch_size^2 *
+            over the hidden patches of the batch. A given mask may hide all of an image, or of every
+            image: the loss is still that mean, but the encoder learns nothing from such an image. If
+            nothing at all is hidden, loss and gradients are 0. ``pred [N, patch_size^2 *
             in_chans, Gh, Gw]``: channel ``(p * patch_size + q) * in_chans + c`` is channel c of
             pixel (p, q) of a patch. ``mask [N, L]``: float32, 1 = hidden.
 
         Raises:
-            TypeError, ValueError: images or mask of another shape, dtype or device.
+            TypeError, ValueError: images or mask of another shape, dtype or device; no mask, and ``mask_ratio`` hides
+                all or none of the patches of images of this size.
             RuntimeError: an encoding or a GRN variant that only the reference has, and another backend is forced.
         """
         visible = self._layout(images, mask)
@@ -188,6 +192,8 @@ class FCMAE(nn.Module):
         n, grid = images.shape[0], self._grid_of(images)
         if mask is not None:
             return as_layout(mask, n, grid, images.device)
+        if (fault := mask_fault(grid, self.mask_ratio, self.patch_size, size_name="images")) is not None:
+            raise ValueError(f"{fault}, or give a mask")
         kept = random_kept(n, grid, self.mask_ratio, device=images.device)
         return PatchLayout.from_kept(kept, grid)
 

@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.state_dict import (
 from .._console import visible
 from .._files import atomic_file
 from ..checkpoints.storage import load_torch
-from ..data.value_range import Range, range_text
 from ..errors import UserError, describe_error
 from .checkpoint_checks import FORMAT, MOMENTS, check_format, named_groups, require_names
 from .distributed import World
@@ -232,26 +231,21 @@ ENCODER_PREFIX = "encoder."
 
 
 def export_encoder(
-    path: Path,
-    model: nn.Module,
-    model_name: str,
-    weights: Mapping[str, Tensor] | None = None,
-    value_range: Range | None = None,
+    path: Path, model: nn.Module, about: str | Mapping[str, str], weights: Mapping[str, Tensor] | None = None
 ) -> int:
     """Write the encoder's weights as safetensors, without the ``encoder.`` prefix; return how many.
 
     Decoder, projection and mask token are left out; they have no use after pre-training. ``weights`` stand in for the
-    model's own where given, as its moving average does. The file's metadata name the model and its GRN, and the
-    ``value_range`` that grey values of more than 8 bits were mapped from.
+    model's own where given, as its moving average does. The file's metadata are ``about`` (:func:`.weights.describe`,
+    or the name of the model alone) and the GRN.
     """
     weights = model.state_dict() if weights is None else weights
     tensors = {n.removeprefix(ENCODER_PREFIX): tensor for n, tensor in weights.items() if n.startswith(ENCODER_PREFIX)}
-    metadata = {"model": model_name, "grn": str(model.grn)}
+    metadata = {"model": about} if isinstance(about, str) else dict(about)
+    metadata["grn"] = str(model.grn)
     scope = model.encoder.stages[0][0].grn.scope
     if scope != "image":
         metadata["grn_scope"] = scope
-    if value_range is not None:
-        metadata["value_range"] = range_text(value_range)
     return export_weights(path, tensors, metadata)
 
 

@@ -110,6 +110,12 @@ def check_state(state: dict[str, Any], step: int, run: Expected) -> None:
     _check_optimizer(state["optimizer"], state["step"], run)
 
 
+def check_about(about: Any) -> None:
+    """Raise ValueError where ``about`` is not what weights tell about themselves: texts by name."""
+    fits = isinstance(about, dict) and all(type(text) is str for pair in about.items() for text in pair)
+    require(fits, "task.about", about, "texts by name")
+
+
 def require(fits: bool, field: str, found: Any, expected: Any) -> None:
     """Raise ValueError that a field is what was not expected, unless it fits."""
     if not fits:

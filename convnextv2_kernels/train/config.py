@@ -1,7 +1,9 @@
 """What the command line asks for, the settings a run resolves it to, and the comparison that guards a resume."""
 
 import platform
+import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,11 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions(TrainOptions):
-    """Of ``pretrain``."""
+    """Of ``pretrain``. ``init``: weights to start from; ``use_ema`` takes their average."""
 
     encoding: str
+    init: Path | None
+    use_ema: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +147,7 @@ class PretrainConfig(RunConfig):
     """Of FCMAE pre-training. ``micro_batch`` is the number of images that share one GRN norm, None where each image has
     its own (``grn_scope`` "image"). ``hflip`` is the share of crops that is mirrored; ``decay`` names the parameters
     that decay (:data:`.optim.DECAYS`); ``encoding`` and ``grn_scope`` as in
-    :class:`convnextv2_kernels.models.FCMAE`."""
+    :class:`convnextv2_kernels.models.FCMAE`; ``init`` says which weights a run starts from, by their digest."""
 
     patch_size: int
     mask_ratio: float
@@ -155,6 +159,7 @@ class PretrainConfig(RunConfig):
     encoding: str = "sparse"
     hflip: float = 0.5
     decay: str = "standard"
+    init: str = "random"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -187,20 +192,32 @@ class FinetuneConfig(RunConfig):
     crop_pct: float | None
 
 
-def require_same_config(saved: dict[str, Any], current: RunConfig, where: str) -> None:
+def require_same_config(saved: dict[str, Any], current: RunConfig, where: str, checkpoint: Path | None = None) -> None:
     """Raise UserError naming each setting in which a checkpoint differs from this run.
 
-    A field that the checkpoint lacks, because it is older than the field, has its default.
+    A field that the checkpoint lacks, because it is older than the field, has its default. ``checkpoint``: a file of
+    it, from which another run could go on.
     """
     now = current.to_dict()
     before = {field.name: _plain(field.default) for field in fields(current) if field.default is not MISSING} | saved
-    differences = [
-        f"{name}: {_said(before.get(name, 'not recorded'))} in the checkpoint, {_said(value)} now"
+    changed = [
+        name
         for name, value in now.items()
         if before.get(name) != value and name != "images_sha256" and not _old_range(name, saved, value)
     ]
+    differences = [
+        f"{name}: {_said(before.get(name, 'not recorded'))} in the checkpoint, {_said(now[name])} now"
+        for name in changed
+    ]
     if before.get("images_sha256") != now["images_sha256"]:
         differences.append("images: the list of files is not that of the checkpoint")
+    elif isinstance(current, PretrainConfig) and "epochs" in changed and {*changed} <= {"epochs", "warmup_epochs"}:
+        raise UserError(
+            f"{where} was written with --epochs {saved.get('epochs')}, and --epochs is now {current.epochs}: the "
+            "learning rate schedule spans them, so this run cannot resume from it. Restore "
+            f"--epochs {saved.get('epochs')}; or train its weights on, under a new schedule, with --init "
+            f"{checkpoint or where} and another --output."
+        )
     if differences:
         raise UserError(
             f"{where} was written with other settings, so this run cannot resume from it; "
@@ -220,6 +237,26 @@ def _said(value: Any) -> str:
 def _old_range(name: str, saved: dict[str, Any], value: Any) -> bool:
     """Whether this is the range that 16-bit values were mapped from before it was recorded."""
     return name == "value_range" and saved.get(name) is None and value == [0, 2**16 - 1]
+
+
+# Options that are not called like the library's arguments.
+_OPTIONS = {
+    "model name": "--model",
+    "drop_path_rate": "--drop-path",
+    "decoder_embed_dim": "--decoder-width",
+    "use_ema=True": "--ema",
+    "prob": "--mix-prob",
+}
+
+
+def in_options(sentence: str, names: Iterable[str] | None = None) -> str:
+    """A sentence of the library that begins with an argument's name, with the name of the option instead; ``names``:
+    of the options, those of the training commands if not given."""
+    if names is None:
+        names = {field.name for kind in (PretrainConfig, FinetuneConfig) for field in fields(kind)}
+    options = {name: "--" + name.replace("_", "-") for name in names} | _OPTIONS
+    named = re.match(rf"({'|'.join(map(re.escape, options))})(?= must | is | needs )", sentence)
+    return sentence if named is None else options[named[1]] + sentence[named.end() :].replace(" or None", " or 'none'")
 
 
 def environment() -> dict[str, Any]:

@@ -20,9 +20,10 @@ from .distributed import resolve_device
 from .loading import require_shared_memory
 from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
-from .setup import build_fcmae, prepare_output, pretrain_config
+from .setup import build_fcmae, hidden_share, prepare_output, pretrain_config
 from .signals import folder_lock
 from .trainer import Spread, Storage, train
+from .weights import describe
 
 
 def run_demo(options: PretrainOptions) -> int:
@@ -47,12 +48,12 @@ def run_demo(options: PretrainOptions) -> int:
     steps, batch = options.max_steps, options.batch_size
     # One epoch as long as the demo: each crop of it is drawn anew from one of the photographs.
     config = dataclasses.replace(
-        pretrain_config(options, device, model.patch_size, "bundled photographs", names), num_images=steps * batch
+        pretrain_config(options, device, "bundled photographs", names), num_images=steps * batch
     )
     console = Screen(soft_wrap=True)
     console.print(
         f"{config.model}: {steps} steps of {batch} random crops of {len(photos)} photographs "
-        f"({', '.join(names)}), {config.img_size[0]} px, {config.mask_ratio:.0%} of patches hidden"
+        f"({', '.join(names)}), {config.img_size[0]} px, {hidden_share(config)}"
     )
     with folder_lock(options.output), use_backend(options.backend):
         settings = {"config": config.to_dict(), "environment": environment()}
@@ -86,7 +87,7 @@ def _show(console, options, config, model, photos) -> None:
         f"FCMAE {config.model} after {config.total_steps} steps on random crops of these "
         "photographs, under masks not drawn in training",
     )
-    export_encoder(encoder, model, config.model)
+    export_encoder(encoder, model, describe(config))
     console.print("\nMean squared error over the hidden pixels (0..1 scale), predicting with")
     for line in describe_errors(result):
         console.print(f"  {line}")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from .._files import write_json
 from .._progress import count
 from ..backends import use_backend
-from ..checkpoints import load_checkpoint as load_weights
-from ..checkpoints.storage import read_file
 from ..data.augment import eval_transform, train_transform
 from ..data.classes import ClassFolder, held_out_share, open_split, reopen_split, save_split
 from ..data.decoding import Decoding
@@ -25,13 +21,13 @@ from ..data.folder import IMAGES_NAME, SKIPPED_NAME, append_skipped
 from ..data.labelled import EvalDataset, LabelledBatch, LabelledDataset, collate_labelled
 from ..data.mixing import Mixing, criterion
 from ..data.rng import DROP_PATH, torch_stream
-from ..data.value_range import Range, choose_range, differing_range, range_of, range_text
+from ..data.value_range import choose_range, differing_range, range_of
 from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
-from ..nn import ConvNeXtV2Block, GRNVariant
+from ..nn import ConvNeXtV2Block
 from .checkpoint import export_weights, list_checkpoints, load_checkpoint, whole_model
-from .checkpoint_checks import require, require_names
-from .config import FinetuneConfig, FinetuneOptions
+from .checkpoint_checks import check_about, require, require_names
+from .config import FinetuneConfig, FinetuneOptions, in_options
 from .distributed import World, processes, resolve_device
 from .evaluate import evaluate
 from .loading import require_shared_memory
@@ -40,6 +36,7 @@ from .pretrain import print_paused, print_stopped, print_summary
 from .setup import kept_range, make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
+from .weights import Weights, compare, describe, digest, read_weights
 
 
 class FinetuneTask:
@@ -47,7 +44,7 @@ class FinetuneTask:
 
     ``best`` is the best top-1 so far, in percent, its epoch, and whether the averaged weights had it. An
     image's drop path is a function of (seed, step, image); Mixup and CutMix are drawn once for the images of a
-    micro-batch, as the official code does for those of a GPU.
+    micro-batch, as the official code does for those of a GPU. ``classes``: names of the classes, by label.
     """
 
     def __init__(
@@ -57,6 +54,7 @@ class FinetuneTask:
         config: FinetuneConfig,
         held_out: EvalDataset,
         output: Path,
+        classes: Sequence[str],
         eval_every: int = 1,
         note: Callable[[str], None] = print,
     ):
@@ -67,6 +65,7 @@ class FinetuneTask:
             config.mixup, config.cutmix, config.mix_prob, config.switch_prob, config.smoothing, config.num_classes
         )
         self.criterion = criterion(self.mixing)
+        self.about = describe(config, classes)
         self.best: dict[str, Any] = {}
         self._blocks = [m for m in model.modules() if isinstance(m, ConvNeXtV2Block) and m.drop_path > 0]
         self._drop_path_scale: tuple[int, Tensor] | None = None
@@ -145,17 +144,18 @@ class FinetuneTask:
         else:
             with trainer.average.applied(self.model):
                 weights = {name: tensor.clone() for name, tensor in whole_model(self.model).items()}
-        about = metadata_of(self.config, self.best)
+        about = self.about | {f"best_{name}": str(value) for name, value in self.best.items()}
         trainer.world.from_main(lambda: export_weights(self.output / "best.safetensors", weights, about))
 
     def state(self) -> dict[str, Any]:
-        """The best result so far."""
-        return {"best": self.best}
+        """The best result so far, and what the weights are of."""
+        return {"best": self.best, "about": self.about}
 
     def check(self, state: Any, step: int) -> None:
         """A best result that this run can have."""
         require(isinstance(state, dict), "task", state, "a dict")
-        require_names("task", state, ("best",), self.state())
+        require_names("task", state, ("best",), ("about",))
+        check_about(state.get("about", {}))
         check_best(state["best"], step, self.config)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -183,20 +183,13 @@ def check_best(best: Any, step: int, config: FinetuneConfig) -> None:
     require(fits, "task.best.averaged", averaged, wanted)
 
 
-def metadata_of(config: FinetuneConfig, best: dict[str, Any] | None = None) -> dict[str, str]:
-    """What a file of weights says about itself."""
-    about = {"model": config.model, "grn": config.grn, "num_classes": str(config.num_classes)}
-    if config.value_range is not None:
-        about["value_range"] = range_text(config.value_range)
-    return {**about, **{f"best_{name}": str(value) for name, value in (best or {}).items()}}
-
-
 def _summary_line(item: tuple[str, dict[str, float]]) -> str:
     prefix, result = item
     name = "averaged weights" if prefix else "weights"
     return f"{name}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}"
 
 
+LEAST_SIDE = 32
 VALUES = (
     "drop_path",
     "layer_decay",
@@ -226,7 +219,7 @@ def run_finetune(options: FinetuneOptions) -> int:
             try:
                 return _run(options, device, world)
             except ValueError as error:  # what a layer, a transform or a loss says of an argument
-                raise UserError(str(error)) from error
+                raise UserError(in_options(str(error))) from error
 
 
 def _require_shared_memory(options: FinetuneOptions, world: World) -> None:
@@ -244,13 +237,27 @@ def _eval_batch(options: FinetuneOptions, world: World) -> int:
 
 
 def _run(options: FinetuneOptions, device: str, world: World) -> int:
-    training, held_out, decoding = world.from_main(lambda: _open(options))
+    if min(options.img_size) < LEAST_SIDE:
+        height, width = options.img_size
+        raise UserError(f"--img-size {height}x{width} must have sides of at least {LEAST_SIDE} pixels.")
+    weights = None if options.init is None else read_weights(options.init, options.use_ema)
+    if weights is not None:
+        weights.require(options.model, options.grn)
+        if options.eval_only:
+            weights.require_head()
+    training, held_out, decoding = world.from_main(lambda: _open(options, weights))
     values = options.resolved.values
-    model = _build(options, device, len(training.classes))
+    say = print if world.is_main else lambda text: None
+    notes = []
+    if options.eval_only:
+        weights.require_head(len(training.classes), training.folder)
+        about = describe(options, training.classes)
+        notes = compare(weights.about, about, weights.what, training.folder)
+    model, origin = _build(options, device, weights, len(training.classes), say)
     transform = eval_transform(options.img_size, options.crop_pct)
     pictures = EvalDataset(held_out.paths(), held_out.labels, transform, decoding)
     if options.eval_only:
-        return _evaluate_only(options, model, pictures, world)
+        return _evaluate_only(options, model, pictures, world, notes)
     parts = world.size * options.accumulate
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
     config = make_config(
@@ -260,7 +267,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         str(options.data.resolve()),
         training.images,
         num_classes=len(training.classes),
-        init=_origin(options, model),
+        init=origin,
         micro_batch=options.batch_size // parts if mixing else None,
         crop_pct=options.crop_pct,
         value_range=decoding.value_range,
@@ -297,14 +304,14 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         reprob=config.reprob,
     )
     dataset = LabelledDataset(training.paths(), training.labels, transform, config.seed, decoding)
-    task = FinetuneTask(model, dataset, config, pictures, options.output, options.eval_every)
+    task = FinetuneTask(model, dataset, config, pictures, options.output, training.classes, options.eval_every)
     outcome = train(task, storage_of(options), split_of(options, world), options.max_steps)
     if world.is_main:
         _conclude(options, config, outcome, task)
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder, Decoding]:
+def _open(options: FinetuneOptions, weights: Weights | None) -> tuple[ClassFolder, ClassFolder, Decoding]:
     """Both parts of the images, and how they are decoded."""
     where = options.data, options.val, options.val_share
     found, kept = None, None
@@ -312,7 +319,7 @@ def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder, Decoding]
         found, kept = reopen_split(*where, options.output, options.max_pixels), kept_range(options.output)
     training, held_out = found or open_split(*where, options.seed, options.output, options.max_pixels)
     traits = {**training.traits_by_path(), **held_out.traits_by_path()}
-    recorded = _recorded_range(options)
+    recorded = None if weights is None else range_of(weights.about.get("value_range"))
     chosen = choose_range(options.value_range, traits, recorded, kept, options.max_pixels)
     notes = [f"note: {text}" for text in (*training.notes, *held_out.notes)]
     for text in [*notes, *chosen.notes, *differing_range(chosen.value_range, recorded, f"--init {options.init}")]:
@@ -320,12 +327,10 @@ def _open(options: FinetuneOptions) -> tuple[ClassFolder, ClassFolder, Decoding]
     return training, held_out, Decoding(chosen.value_range, options.max_pixels)
 
 
-def _recorded_range(options: FinetuneOptions) -> Range | None:
-    """The value range that ``--init`` was trained on, where it says so."""
-    return None if options.init is None else range_of(_about(options.init).get("value_range"))
-
-
-def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV2:
+def _build(
+    options: FinetuneOptions, device: str, weights: Weights | None, num_classes: int, say: Callable[[str], None]
+) -> tuple[ConvNeXtV2, str]:
+    """The model of a run, and which weights it starts from."""
     torch.manual_seed(options.seed)
     values = options.resolved.values
     model = create_model(
@@ -335,57 +340,27 @@ def _build(options: FinetuneOptions, device: str, num_classes: int) -> ConvNeXtV
         head_init_scale=values["head_init_scale"],
         grn=options.grn,
     )
-    if options.init is not None:
-        _require_grn(options)
-        try:
-            load_weights(model, options.init, skip_head=not options.eval_only, use_ema=options.use_ema)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--init {options.init}: {error}") from error
-    return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
+    if weights is not None:
+        loaded = weights.load_into(model, skip_head=not options.eval_only)
+        say(f"{'evaluating' if options.eval_only else 'first weights:'} {loaded}")
+    model = model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
+    return model, "random" if weights is None else digest(model)
 
 
-def _require_grn(options: FinetuneOptions) -> None:
-    """Weights trained with one GRN mean nothing under another, and their names are the same."""
-    about = _about(options.init)
-    stored, wanted = str(about.get("grn", options.grn)), str(GRNVariant.of(options.grn))
-    if str(GRNVariant.of(stored)) != wanted:
-        raise UserError(f"--init {options.init} was trained with --grn {stored}, and --grn is {wanted}.")
-
-
-def _about(weights: Path) -> Mapping[str, Any]:
-    """The metadata of a safetensors file, or the config of a training checkpoint; empty where there are none."""
-    try:
-        with safetensors.safe_open(weights, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError):
-        try:
-            about = read_file(weights).get("config")
-        except (OSError, ValueError):
-            return {}  # load_weights says what is wrong with the file
-    return about if isinstance(about, Mapping) else {}
-
-
-def _origin(options: FinetuneOptions, model: ConvNeXtV2) -> str:
-    """Which weights a run starts from: their digest, for a path may hold others tomorrow, and a file that is written
-    again may hold the same in other bytes."""
-    if options.init is None:
-        return "random"
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return f"sha256 {digest.hexdigest()}"
-
-
-def _evaluate_only(options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World) -> int:
+def _evaluate_only(
+    options: FinetuneOptions, model: ConvNeXtV2, pictures: EvalDataset, world: World, notes: list[str]
+) -> int:
     precision = options.resolved.values["precision"]
+    for note in notes if world.is_main else ():
+        print(f"note: {note}")
     result = evaluate(model, pictures, _eval_batch(options, world), world, split_of(options, world).loading, precision)
     if world.is_main:
         print(
             f"{result['images']} images: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, "
             f"loss {result['loss']:.4f}"
         )
-        write_json(options.output / "evaluation.json", {"init": str(options.init), **result})
+        about = {"init": str(options.init), "img_size": list(options.img_size), "notes": notes}
+        write_json(options.output / "evaluation.json", {**about, **result})
     return 0
 
 
@@ -434,5 +409,5 @@ def _conclude(options: FinetuneOptions, config: FinetuneConfig, outcome: Outcome
     for key, name in (("model", "model"), ("model_ema", "model_ema")):
         if key in state:
             path = options.output / f"{name}.safetensors"
-            export_weights(path, state[key], metadata_of(config))
+            export_weights(path, state[key], task.about)
             print(f"{'averaged weights' if key == 'model_ema' else 'weights'}: {path}")

@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,12 @@ from ..data.decoding import Decoding
 from ..data.folder import SKIPPED_NAME, FolderImages, append_skipped, open_folder, reopen_folder, saved_images
 from ..data.images import Batch, CropDataset, collate, load_crop, normalize
 from ..data.rng import MASK, torch_stream
-from ..data.value_range import Range, choose_range
-from ..layout import random_mask
+from ..data.value_range import Range, choose_range, differing_range, range_of
+from ..errors import UserError
+from ..layout import mask_fault, random_mask
 from ..models import FCMAE
 from .checkpoint import export_encoder, list_checkpoints, load_checkpoint
-from .checkpoint_checks import require, require_names
+from .checkpoint_checks import check_about, require, require_names
 from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions
 from .distributed import World, processes, resolve_device
 from .loading import require_shared_memory
@@ -30,6 +31,7 @@ from .optim import parameter_groups
 from .reconstruction import reconstruct, save_picture
 from .setup import (
     build_fcmae,
+    hidden_share,
     kept_range,
     parameters_of,
     prepare_output,
@@ -40,12 +42,19 @@ from .setup import (
 )
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
+from .weights import describe, digest, read_weights
 
 
 class PretrainTask:
-    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image)."""
+    """Predict the hidden patches of random crops, under masks that are a function of (seed, step, image).
+
+    Raises:
+        UserError: the masks would hide all or none of an image's patches.
+    """
 
     def __init__(self, model: FCMAE, dataset: CropDataset, config: PretrainConfig):
+        if (fault := mask_fault(config.grid, config.mask_ratio, config.patch_size)) is not None:
+            raise UserError(f"{fault}.")
         self.model, self.dataset, self.config = model, dataset, config
         self.collate = collate
         self._mask: tuple[int, Tensor] | None = None
@@ -76,16 +85,17 @@ class PretrainTask:
         """Nothing to do."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing to remember: masks and crops are functions of the step."""
-        return {}
+        """What the weights are of; masks and crops are functions of the step."""
+        return {"about": describe(self.config)}
 
     def check(self, state: Any, step: int) -> None:
-        """An empty dict."""
+        """What :meth:`state` returns; checkpoints may be older than what the weights are of."""
         require(isinstance(state, dict), "task", state, "a dict")
-        require_names("task", state, ())
+        require_names("task", state, (), ("about",))
+        check_about(state.get("about", {}))
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing was remembered."""
+        """Nothing of it changes a loss."""
 
 
 def draw_mask(config: PretrainConfig, num_images: int, step: int) -> Tensor:
@@ -103,10 +113,11 @@ def run_folder(options: PretrainOptions) -> int:
     with processes(device, options.peer_timeout) as world:
         require_shared_memory(options.workers, options.batch_size // world.size * 3 * math.prod(options.img_size))
         model = build_fcmae(options, device)
+        first = _first_weights(options, model, world)
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
-            found, config = world.from_main(lambda: _open(options, device, model, world))
+            found, config = world.from_main(lambda: _open(options, device, first, world))
             if world.is_main:
                 _describe(options, config, model, found, world)
             decoding = Decoding(config.value_range, options.max_pixels)
@@ -118,12 +129,35 @@ def run_folder(options: PretrainOptions) -> int:
     return 0 if outcome.stop_signal is None else 128 + outcome.stop_signal
 
 
-def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> tuple[FolderImages, PretrainConfig]:
+class FirstWeights(NamedTuple):
+    """Which weights a run starts from, and the value range of the images that they were trained on."""
+
+    origin: str = "random"
+    value_range: Range | None = None
+
+
+def _first_weights(options: PretrainOptions, model: FCMAE, world: World) -> FirstWeights:
+    """Load ``--init`` into the model, where it is given."""
+    if options.init is None:
+        return FirstWeights()
+    values = options.resolved.values
+    weights = read_weights(options.init, options.use_ema)
+    weights.require(options.model, options.grn)
+    weights.require_decoder(values["decoder_depth"], values["decoder_embed_dim"])
+    loaded = weights.load_into(model)
+    if world.is_main:
+        print(f"first weights: {loaded}")
+    return FirstWeights(digest(model), range_of(weights.about.get("value_range")))
+
+
+def _open(
+    options: PretrainOptions, device: str, first: FirstWeights, world: World
+) -> tuple[FolderImages, PretrainConfig]:
     folder, output = options.data, options.output
 
     def settle(images: list[str], value_range: Range | None) -> PretrainConfig:
         data = str(folder.resolve())
-        config = pretrain_config(options, device, model.patch_size, data, images, world.size, value_range)
+        config = pretrain_config(options, device, data, images, world.size, first.origin, value_range)
         write_settings(options, config)
         return config
 
@@ -139,8 +173,9 @@ def _open(options: PretrainOptions, device: str, model: FCMAE, world: World) -> 
         with Progress("checking images", config.num_images) as progress:
             found = reopen_folder(folder, output, progress.update, options.max_pixels)
     traits = {folder / name: about for name, about in found.traits.items()}
-    chosen = choose_range(options.value_range, traits, None, kept, options.max_pixels)
-    for note in [*(f"note: {text}" for text in found.notes), *chosen.notes]:
+    chosen = choose_range(options.value_range, traits, first.value_range, kept, options.max_pixels)
+    differing = differing_range(chosen.value_range, first.value_range, f"--init {options.init}")
+    for note in [*(f"note: {text}" for text in found.notes), *chosen.notes, *differing]:
         print(note)
     return found, settle(found.images, chosen.value_range)
 
@@ -153,7 +188,7 @@ def _describe(
     height, width = config.img_size
     print(
         f"{config.model}, {parameters_of(model)} with decoder, {height}x{width} px, "
-        f"{config.mask_ratio:.0%} hidden, backend {config.backend} on {config.device}"
+        f"{hidden_share(config)}, backend {config.backend} on {config.device}"
         + (f", {world.size} processes ({options.parallel})" if world.size > 1 else "")
     )
     print(
@@ -226,11 +261,12 @@ def _finish(
     model = build_fcmae(options, device)
     model.load_state_dict(state["model"])
     encoder = options.output / "encoder.safetensors"
-    export_encoder(encoder, model, config.model, value_range=config.value_range)
+    about = describe(config)
+    export_encoder(encoder, model, about)
     print(f"encoder: {encoder}")
     if "model_ema" in state:
         averaged = options.output / "encoder_ema.safetensors"
-        export_encoder(averaged, model, config.model, state["model_ema"], config.value_range)
+        export_encoder(averaged, model, about, state["model_ema"])
         print(f"encoder of averaged weights: {averaged}")
     if find_spec("matplotlib") is None:
         print("no picture was drawn: that needs matplotlib (pip install matplotlib)")

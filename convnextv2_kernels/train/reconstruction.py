@@ -10,7 +10,7 @@ from .._console import plotted
 from .._files import PNG_METADATA, atomic_file
 from ..data.images import denormalize, normalize
 from ..data.rng import MASK_EVAL, torch_stream
-from ..layout import random_mask
+from ..layout import mask_fault, random_mask
 
 HIDDEN_GREY = 0.5
 
@@ -69,9 +69,14 @@ def draw_masks(num_images: int, grid: tuple[int, int], ratio: float, seed: int) 
     """Random masks ``[N, Gh, Gw]`` bool, True = hidden.
 
     The mask of image i is a pure function of (seed, i): it is the same for any number of images.
+
+    Raises:
+        ValueError: no image, or a ratio that hides all or none of an image's patches.
     """
     if num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images!r}")
+    if (fault := mask_fault(grid, ratio)) is not None:
+        raise ValueError(fault)
     return torch.cat([random_mask(1, grid, ratio, torch_stream(seed, MASK_EVAL, i)) for i in range(num_images)])
 
 

@@ -11,14 +11,24 @@ from .._files import read_json, write_json
 from ..data.folder import fingerprint
 from ..data.value_range import Range, range_of
 from ..errors import FileError, UserError
+from ..layout import mask_fault, num_kept
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
 from .checkpoint import list_checkpoints
 from .checkpoint_checks import check_config, require
-from .config import PretrainConfig, PretrainOptions, RunConfig, TrainOptions, environment, require_same_config
+from .config import (
+    PretrainConfig,
+    PretrainOptions,
+    RunConfig,
+    TrainOptions,
+    environment,
+    in_options,
+    require_same_config,
+)
 from .distributed import World
 from .trainer import Spread, Storage
 
+PATCH = 32  # pixels of a patch's side
 MODEL_VALUES = ("mask_ratio", "norm_pix_loss", "decoder_depth", "decoder_embed_dim", "grn_scope")
 SHARED_VALUES = (
     "epochs",
@@ -39,6 +49,11 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
     """Create the FCMAE of a run on its device, initialised from its seed."""
     torch.manual_seed(options.seed)
     values = options.resolved.values
+    if any(side % PATCH for side in options.img_size):
+        raise UserError(f"--img-size {_size_text(options.img_size)} must be multiples of the patches' {PATCH} pixels.")
+    grid = options.img_size[0] // PATCH, options.img_size[1] // PATCH
+    if (fault := mask_fault(grid, values["mask_ratio"], PATCH, "--mask-ratio", "--img-size")) is not None:
+        raise UserError(f"{fault}.")
     try:
         model = create_fcmae(
             options.model,
@@ -48,7 +63,7 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
             **{name: values[name] for name in MODEL_VALUES},
         )
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(in_options(str(error))) from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
 
 
@@ -81,10 +96,10 @@ def make_config(
 def pretrain_config(
     options: PretrainOptions,
     device: str,
-    patch_size: int,
     data: str,
     images: list[str],
     processes: int = 1,
+    init: str = "random",
     value_range: Range | None = None,
 ) -> PretrainConfig:
     """:func:`make_config` of pre-training."""
@@ -98,7 +113,8 @@ def pretrain_config(
         device,
         data,
         images,
-        patch_size=patch_size,
+        patch_size=PATCH,
+        init=init,
         encoding=options.encoding,
         micro_batch=micro_batch,
         value_range=value_range,
@@ -122,9 +138,9 @@ def write_settings(options: TrainOptions, config: RunConfig) -> None:
     Raises UserError, and leaves the file as it is, where the folder's checkpoints are of other settings.
     """
     path = options.output / "config.json"
-    if list_checkpoints(options.output):
+    if checkpoints := list_checkpoints(options.output):
         saved = _saved_settings(path, config)
-        require_same_config(saved, config, str(path))
+        require_same_config(saved, config, str(path), checkpoints[0][1])
     rest = (
         "workers",
         "loader_timeout",
@@ -180,6 +196,17 @@ def prepare_output(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {path}: cannot be made a folder ({error.strerror}).") from error
+
+
+def hidden_share(config: PretrainConfig) -> str:
+    """The share of the patches that masks hide, which is not quite ``mask_ratio``: patches are whole."""
+    patches = config.grid[0] * config.grid[1]
+    hidden = patches - num_kept(config.grid, config.mask_ratio)
+    return f"{100 * hidden / patches:.0f} % hidden ({hidden} of {patches} patches)"
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def parameters_of(model: nn.Module) -> str:

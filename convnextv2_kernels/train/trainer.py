@@ -242,7 +242,7 @@ class Trainer:
 
         def check(found: dict[str, Any], step: int, path: Path) -> None:
             check_settings(found, self.task.config)
-            require_same_config(found["config"], self.task.config, str(path))
+            require_same_config(found["config"], self.task.config, str(path), path)
             check_state(found, step, expected)
 
         def find() -> dict[str, Any] | None:

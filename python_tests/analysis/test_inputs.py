@@ -51,13 +51,31 @@ def test_older_checkpoint_has_the_papers_defaults(tmp_path):
 
 def test_encoder_file_tells_its_grn(tmp_path):
     model = autoencoder(grn="none")
-    export_encoder(tmp_path / "told.safetensors", model, "x")
+    export_encoder(tmp_path / "told.safetensors", model, {"model": "x", "img_size": "[64, 96]"})
     tensors = safetensors.torch.load_file(tmp_path / "told.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "plain.safetensors", {"format": "pt", "model": "x"})
     found = load_network(tmp_path / "told.safetensors", "a")
     assert found.about["grn"] == "none" and str(found.model.grn) == "none"
     same_features(model, found.model)
-    assert load_network(tmp_path / "plain.safetensors", "a").about["grn"] == "default"
+    plain = load_network(tmp_path / "plain.safetensors", "a")
+    assert plain.about["grn"] == "default" and (found.img_size, plain.img_size) == ((64, 96), (224, 224))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"img_size": [64]},
+        {"img_size": "x"},
+        {"img_size": [0, 64]},
+        {"mask_ratio": [1]},
+        {"grn": "l3"},
+        {"patch_size": 0},
+    ],
+)
+def test_settings_of_no_training_are_told_with_the_file(tmp_path, config):
+    path = training_checkpoint(tmp_path / "a.pt", autoencoder(), **config)
+    with pytest.raises(ValueError, match=r"a\.pt cannot be rebuilt from its settings: "):
+        load_network(path, "a", decoder=True)
 
 
 def test_classifier_and_size(tmp_path):
@@ -66,7 +84,7 @@ def test_classifier_and_size(tmp_path):
     torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
     found = load_network(tmp_path / "a.pth", "a", model_name="convnextv2_atto")
     assert found.about["model"] == "convnextv2_atto" and found.about["format"] == "official"
-    with pytest.raises(ValueError, match="has depths .2, 2, 6, 2. .*not convnextv2_tiny"):
+    with pytest.raises(ValueError, match="this is convnextv2_atto, expected convnextv2_tiny"):
         load_network(tmp_path / "a.pth", "a", model_name="convnextv2_tiny")
     with pytest.raises(ValueError, match="has no decoder"):
         load_network(tmp_path / "a.pth", "a", decoder=True)
@@ -120,6 +138,8 @@ def test_masks_depend_on_seed_and_place_alone():
     assert torch.equal(draw_masks(2, (4, 6), 0.75, seed=3), masks[:2])
     assert not torch.equal(draw_masks(5, (4, 6), 0.75, seed=4), masks)
     assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 5
+    with pytest.raises(ValueError, match="hides all 4 patches"):
+        draw_masks(2, (2, 2), 0.8, seed=3)
 
 
 def test_errors_of_images_add_up_to_that_of_all():

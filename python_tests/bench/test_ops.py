@@ -49,7 +49,7 @@ def test_all_variants_are_timed_and_rated():
 
 @pytest.mark.thorough
 def test_spent_budget_names_what_it_skips():
-    settings = OpSettings(batch_size=1, img_size=32, repeats=1)
+    settings = OpSettings(batch_size=1, img_size=64, repeats=1)
     result = measure_ops("convnextv2_atto", settings, Budget(1e-9), lambda message: None)
     assert result["rows"] == []
     assert len(result["skipped"]) == result["checked_cases"] == 4 * len(SPECS) - 1

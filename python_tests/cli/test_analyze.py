@@ -150,7 +150,7 @@ def test_bundled_photographs(tmp_path, checkpoints):
     [
         (["cosine", "--data", "DATA"], "give at least one CHECKPOINT, or --random with --model"),
         (["cosine", "--random", "--data", "DATA"], "--random without a checkpoint needs --model"),
-        (["cosine", "--random", "--model", "resnet", "--data", "DATA"], "model name must be one of"),
+        (["cosine", "--random", "--model", "resnet", "--data", "DATA"], "--model must be one of"),
         (["cosine", "nowhere.pt", "--data", "DATA"], "nowhere.pt: there is no such file"),
         (["cosine", "ONE", "--data", "nowhere"], "--data nowhere: there is no such folder"),
         (["cosine", "ONE", "--label", "a", "--label", "b", "--data", "DATA"], "once for each of the 1 checkpoints"),
@@ -158,10 +158,18 @@ def test_bundled_photographs(tmp_path, checkpoints):
         (["cosine", "ONE", "--data", "DATA", "--device", "cuda:77"], "--device cuda:77: cannot be used here"),
         (["cosine", "ONE", "--data", "DATA", "--backend", "cuda"], "--backend cuda: "),
         (["selectivity", "ONE", "--data", "DATA/class0"], "one subfolder of images for each class"),
-        (["activations", "ONE", "--data", "DATA", "--layer", "stages.7.0"], "layer must be a block from"),
+        (["activations", "ONE", "--data", "DATA", "--layer", "stages.7.0"], "--layer must be a block from"),
         (["activations", "ONE", "--data", "DATA", "--image", "99"], "--image must be a name among 12 such as"),
         (["reconstruct", "CLASSIFIER", "--data", "DATA"], "has no decoder"),
         (["reconstruct", "ONE", "--data", "DATA", "--img-size", "100"], "must be a multiple of the patches' 32 px"),
+        (
+            ["reconstruct", "ONE", "--data", "DATA", "--mask-ratio", "0.8"],
+            "--mask-ratio 0.8 hides all 4 patches of 64x64",
+        ),
+        (["reconstruct", "ONE", "--data", "DATA", "--mask-ratio", "0"], "--mask-ratio 0 hides none of the 4 patches"),
+        (["reconstruct", "ONE", "--data", "DATA", "--img-size", "32"], "expected --img-size of at least 64"),
+        (["cosine", "CLASSIFIER", "--data", "DATA", "--ema"], "--ema needs averaged weights, expected model_ema"),
+        (["cosine", "CLASSIFIER", "--data", "DATA", "--model", "convnextv2_tiny"], "expected convnextv2_tiny"),
     ],
 )
 def test_errors_are_one_sentence(tmp_path, data, checkpoints, capsys, words, message):

@@ -66,6 +66,22 @@ def test_bad_input(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--img-size", "32"], "the only patch of 32x32 pixels"),
+        (
+            ["--figure6", "--img-size", "64", "--mask-ratio", "0.8"],
+            "--mask-ratio 0.8 hides all 4 patches of 64x64 pixels",
+        ),
+    ],
+)
+def test_nothing_is_timed_where_no_patch_is_visible(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "expected --" in error and error.count("\n") == 1
+
+
 def test_output_that_is_a_file(tmp_path, capsys):
     path = tmp_path / "taken"
     path.write_text("")

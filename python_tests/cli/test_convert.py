@@ -49,7 +49,7 @@ def test_averaged_weights(tmp_path, capsys):
     assert convert(source, target, "--to", "official", "--ema") == 0
     assert_same(torch.load(target, weights_only=True)["model"], averaged)
     assert convert(target, tmp_path / "other.pt", "--to", "official", "--ema") == 1
-    assert capsys.readouterr().err.startswith("error: use_ema=True needs averaged weights, expected model_ema")
+    assert capsys.readouterr().err.startswith("error: --ema needs averaged weights, expected model_ema")
 
 
 def test_overwriting(tmp_path, capsys):

@@ -58,7 +58,7 @@ SMALLER = {
     "--img-sizes": "fewer points",
     "--mask-ratios": "fewer points",
 }
-PRETRAIN = "--epochs 1 --batch-size 12 --img-size 32 --workers 0 --device cpu"
+PRETRAIN = "--epochs 1 --batch-size 12 --img-size 64 --workers 0 --device cpu"
 FINETUNE = "--epochs 1 --batch-size 5 --img-size 32 --workers 0 --device cpu"
 PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
 ANALYZE = "--img-size 64 --device cpu"
@@ -84,6 +84,8 @@ RUN = {
         FINETUNE
     ),
     "python -m convnextv2_kernels pretrain --data FOLDER --output runs/pre": Run(PRETRAIN),
+    "python -m convnextv2_kernels pretrain --data FOLDER --init runs/pre/checkpoint-8000.pt --seed 1 "
+    "--output runs/more": Run(PRETRAIN, put={"runs/pre/checkpoint-8000.pt": "runs/pre/checkpoint-1.pt"}),
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --output runs/fine": Run(
         FINETUNE
     ),

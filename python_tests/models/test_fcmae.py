@@ -110,7 +110,7 @@ def test_nothing_hidden_has_zero_loss(images):
 
 def test_everything_hidden_is_finite(images):
     m = model(mask_ratio=1.0)
-    loss, pred, mask = m(images)
+    loss, pred, mask = m(images, torch.ones(3, 6))
     loss.backward()
     assert mask.all() and loss.isfinite() and pred.isfinite().all()
     assert m.mask_token.grad.any() and not m.encoder.stages[0][0].pwconv1.weight.grad.any()
@@ -279,3 +279,35 @@ def test_bad_images_are_refused(images):
         m(images.to(torch.uint8))
     with pytest.raises(TypeError, match="images .*list"):
         m([1])
+
+
+@pytest.mark.parametrize("encoding", ["sparse", "masked_dense"])
+@pytest.mark.parametrize(
+    ("ratio", "size", "words"),
+    [
+        (0.6, (32, 32), "only patch of 32x32 pixels .*images of at least 64 for mask_ratio 0.6, or give a mask"),
+        (0.6, (32, 64), "mask_ratio 0.6 hides all 2 patches of 32x64 pixels"),
+        (0.8, (64, 64), "at most 0.75 at this size, or images of at least 96 at this ratio, or give a mask"),
+        (0.9, (96, 96), "hides all 9 patches"),
+        (0.0, (64, 64), "hides none of the 4 patches"),
+    ],
+)
+def test_a_ratio_that_shows_or_hides_nothing_is_refused_but_not_such_a_mask(encoding, ratio, size, words):
+    m = model(img_size=size, mask_ratio=ratio, encoding=encoding)
+    images = torch.randn(2, 3, *size)
+    with pytest.raises(ValueError, match=words):
+        m(images)
+    hidden = torch.full((2, *m.grid), ratio > 0)
+    loss, _, mask = m(images, hidden)
+    loss.backward()
+    assert mask.bool().all() == hidden.all() and loss.isfinite()
+    # As documented: with nothing hidden the loss is 0, with nothing visible the encoder has no gradient.
+    assert (loss.item() > 0) == (ratio > 0)
+    assert not m.encoder.stages[0][0].pwconv1.weight.grad.any()
+
+
+def test_a_ratio_is_refused_for_other_sizes_than_the_first_too(images):
+    m = model(img_size=64, mask_ratio=0.75)
+    assert m(torch.randn(2, 3, 64, 64))[0].isfinite()
+    with pytest.raises(ValueError, match="hides all 2 patches of 32x64 pixels"):
+        m(torch.randn(2, 3, 32, 64))

@@ -114,9 +114,15 @@ def test_decoder_depth_and_width(depth, width):
 @pytest.mark.parametrize("encoding", ("sparse", "masked_dense"))
 @pytest.mark.parametrize(("ratio", "kept"), ((0.0, 9), (0.05, 8), (0.5, 4), (0.6, 3), (0.75, 2), (0.9, 0), (1.0, 0)))
 def test_mask_ratio(ratio, kept, encoding):
-    """``int(9 * (1 - ratio))`` patches stay; that may be all of them, or none."""
+    """``int(9 * (1 - ratio))`` patches stay; in a given mask that may be all of them, or none."""
     model = FCMAE(**STAGES, decoder_embed_dim=12, mask_ratio=ratio, encoding=encoding)
-    loss, pred, mask = model(torch.randn(2, 3, 96, 96))
+    images = torch.randn(2, 3, 96, 96)
+    if kept in (0, 9):
+        with pytest.raises(ValueError, match="hides all 9 patches" if kept == 0 else "hides none of the 9 patches"):
+            model(images)
+        loss, pred, mask = model(images, ck.random_mask(2, (3, 3), ratio))
+    else:
+        loss, pred, mask = model(images)
     assert (mask == 0).sum(1).tolist() == [kept, kept]
     loss.backward()
     assert pred.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())

@@ -46,6 +46,7 @@ def test_demo_spares_the_folder_of_a_run(tmp_path, capsys):
 def test_demo_ends_with_picture_numbers_and_table(tmp_path, comparison, capsys):
     assert demo(tmp_path / "new" / "a") == 0
     text = capsys.readouterr().out
+    assert "224 px, 61 % hidden (30 of 49 patches)" in text
     assert "the model" in text and "mean colour of the image's visible pixels" in text
     assert all(part in text for part in ("100 ms", "512 ms", "5.1x", "3.0 MiB", "90.0 MiB", "30.0x"))
     assert comparison == [("convnextv2_atto", 2, 224)]

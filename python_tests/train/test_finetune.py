@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.reference_models import timm
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from convnextv2_kernels.cli import main
@@ -185,8 +186,11 @@ def test_held_out_share_of_a_plain_folder(folder, tmp_path):
         (["--init", "nothing.pt"], "there is no such file"),
         (["--grn", "l3"], "l3"),
         (["--aa", "banana"], "aa must be"),
-        (["--layer-decay", "1.5"], "layer_decay must be greater than 0 and at most 1, got 1.5"),
-        (["--model", "resnet50"], "resnet50"),
+        (["--layer-decay", "1.5"], "--layer-decay must be greater than 0 and at most 1, got 1.5"),
+        (["--model", "resnet50"], "--model must be one of convnextv2_atto, "),
+        (["--img-size", "16"], "--img-size 16x16 must have sides of at least 32 pixels"),
+        (["--drop-path", "1"], "--drop-path must lie in [0, 1), got 1.0"),
+        (["--crop-pct", "1.5"], "--crop-pct must be greater than 0 and at most 1, got 1.5"),
     ],
 )
 def test_bad_settings_end_with_one_sentence(folder, tmp_path, capsys, more, message):
@@ -199,6 +203,86 @@ def test_weights_of_another_grn_are_refused(folder, tmp_path, capsys):
     export_encoder(tmp_path / "e.safetensors", create_fcmae("convnextv2_atto", grn="none"), "convnextv2_atto")
     assert main(command(folder, tmp_path / "run", "--init", str(tmp_path / "e.safetensors"), *DRAWING)) == 1
     assert "was trained with --grn none, and --grn is default" in capsys.readouterr().err
+
+
+def evaluated(capsys, folder, output, *more):
+    """Exit code, standard output and error of an evaluation alone."""
+    code = main(command(folder, output, "--recipe", "default", "--eval-only", *map(str, more)))
+    text = capsys.readouterr()
+    assert text.err.count("error") == (code != 0)
+    return code, text.out, text.err.splitlines()[-1] if code else ""
+
+
+@pytest.mark.parametrize("kind", ["encoder", "checkpoint"])
+def test_weights_without_a_head_are_not_evaluated(folder, tmp_path, capsys, kind):
+    network, path = create_fcmae("convnextv2_atto"), tmp_path / "weights.safetensors"
+    if kind == "encoder":
+        export_encoder(path, network, "convnextv2_atto")
+    else:
+        torch.save({"model": network.state_dict()}, path)
+    code, out, error = evaluated(capsys, folder, tmp_path / "run", "--init", path)
+    assert code == 1 and f"--init {path} has no head" in error and "top-1" not in out
+
+
+def test_weights_tell_their_classes_and_sizes(folder, finished, tmp_path, capsys):
+    for name in ("best", "model", "model_ema"):
+        with safe_open(finished / f"{name}.safetensors", "pt") as file:
+            about = file.metadata()
+        assert json.loads(about["classes"]) == ["across", "upright"] and about["num_classes"] == "2"
+        assert json.loads(about["img_size"]) == [32, 32] and (about["model"], about["grn"]) == (
+            "convnextv2_atto",
+            "default",
+        )
+        assert json.loads(about["mean"]) == [0.485, 0.456, 0.406] and about["in_chans"] == "3"
+    for init in ("best.safetensors", "checkpoint-12.pt"):
+        code, out, _ = evaluated(capsys, folder, tmp_path / "run", "--init", finished / init, "--img-size", "64")
+        assert code == 0 and "was trained at 32x32 pixels, and is evaluated at 64x64" in out and "top-1" in out
+        assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["notes"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("classes", "init", "message"),
+    [
+        (("across", "down"), "best.safetensors", "'upright' only there, and 'down' only here"),
+        (("across", "down"), "checkpoint-12.pt", "'upright' only there, and 'down' only here"),
+        (("across", "down", "upright"), "best.safetensors", "has a head of 2 classes, and "),
+    ],
+)
+def test_an_evaluation_on_other_classes_is_refused(finished, tmp_path, capsys, classes, init, message):
+    for name in classes:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(2):
+            stripes(False, index).save(tmp_path / "data" / name / f"{index}.png")
+    code, out, error = evaluated(capsys, tmp_path / "data", tmp_path / "run", "--init", finished / init)
+    assert code == 1 and message in error and "top-1" not in out
+
+
+def test_weights_of_elsewhere_are_evaluated_with_a_note(folder, tmp_path, capsys):
+    save_file(timm.create_model("convnextv2_atto", num_classes=2).state_dict(), tmp_path / "weights.safetensors")
+    code, out, _ = evaluated(capsys, folder, tmp_path / "run", "--init", tmp_path / "weights.safetensors")
+    assert code == 0 and "does not name its classes: they are taken to be the 2 subfolders of" in out
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_and_evaluated(folder, tmp_path, capsys):
+    """It has no description of its weights, and its pre-training no first weights."""
+    short = "--recipe default --epochs 1 --batch-size 8".split()
+    assert main(command(folder, tmp_path, *short, "--max-steps", "2")) == 0
+    state = torch.load(tmp_path / "checkpoint-2.pt")
+    del state["task"]["about"]
+    torch.save(state, tmp_path / "checkpoint-2.pt")
+    assert main(command(folder, tmp_path, *short)) == 0
+    assert len(lines(tmp_path / "log.jsonl")) == 3
+    capsys.readouterr()
+    code, out, _ = evaluated(
+        capsys, folder, tmp_path / "run", "--init", tmp_path / "checkpoint-2.pt", "--img-size", "64"
+    )
+    assert code == 0 and "does not name its classes" in out and "was trained at 32x32 pixels" in out
+
+
+def test_weights_of_another_size_are_named(folder, tmp_path, capsys):
+    export_encoder(tmp_path / "e.safetensors", create_fcmae("convnextv2_femto"), "convnextv2_femto")
+    assert main(command(folder, tmp_path / "run", "--init", str(tmp_path / "e.safetensors"), *DRAWING)) == 1
+    assert "e.safetensors: this is convnextv2_femto, --model is convnextv2_atto; give" in capsys.readouterr().err
 
 
 def test_folder_of_one_class_and_changed_settings(folder, finished, tmp_path, capsys):

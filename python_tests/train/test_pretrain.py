@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers.training import losses
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
@@ -75,6 +76,7 @@ def test_encoder_loads_into_the_dense_classifier(finished):
 def test_running_again_reports_completion(folder, finished, capsys):
     assert main(command(folder, finished)) == 0
     text = capsys.readouterr().out
+    assert "64x64 px, 75 % hidden (3 of 4 patches), backend" in text
     assert "complete" in text and "1 unreadable file skipped" in text
     assert str(finished / "skipped_files.txt") in text
 
@@ -85,16 +87,116 @@ def test_running_again_reports_completion(folder, finished, capsys):
         (["--model", "convnextv2_femto"], "model: convnextv2_atto in the checkpoint"),
         (["--mask-ratio", "0.5"], "mask_ratio: 0.6"),
         (["--model", "resnet50"], "resnet50"),
-        (["--img-size", "65"], "img_size"),
+        (["--img-size", "65"], "--img-size 65x65 must be multiples of the patches' 32 pixels"),
         (["--min-lr", "0.1"], "--min-lr 0.1 must be at most the peak learning rate"),
-        (["--grn", "l2,l1"], "grn"),
-        (["--img-size", "32x64"], "img_size: [64, 64]"),
+        (["--grn", "l2,l1"], "--grn must hold at most one of"),
+        (["--img-size", "64x96"], "img_size: [64, 64]"),
     ],
 )
 def test_bad_settings_end_with_one_sentence(folder, finished, capsys, more, message):
     assert main(command(folder, finished, *more)) == 1
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--img-size", "32"], "the only patch of 32x32 pixels"),
+        (["--img-size", "32x64"], "--mask-ratio 0.6 hides all 2 patches of 32x64 pixels"),
+        (
+            ["--img-size", "64", "--mask-ratio", "0.8"],
+            "expected --mask-ratio of at most 0.75 at this size, or --img-size",
+        ),
+        (["--img-size", "96", "--mask-ratio", "0.9"], "or --img-size of at least 128 at this ratio"),
+    ],
+)
+def test_masks_without_a_visible_patch_are_refused(folder, tmp_path, capsys, more, message):
+    assert main(command(folder, tmp_path / "run", *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_longer_run_starts_from_the_last_checkpoint(folder, finished, tmp_path, capsys):
+    """A schedule is not stretched: another run goes on from the weights, decoder included."""
+    capsys.readouterr()
+    assert main(command(folder, finished, "--epochs", "3")) == 1
+    error = capsys.readouterr().err
+    last = finished / "checkpoint-4.pt"
+    assert "was written with --epochs 2, and --epochs is now 3" in error and f"--init {last} and another" in error
+    # a rate of nothing: the weights of the first checkpoint are the first weights
+    more = ["--epochs", "3", "--lr", "1e-30", "--ema-decay", "0.5", "--max-steps", "1"]
+    assert main(command(folder, tmp_path, *more, "--init", str(last))) == 0
+    assert f"first weights: encoder and decoder of {last} (fcmae names)\n" in capsys.readouterr().out
+    theirs, ours = (torch.load(path) for path in (last, tmp_path / "checkpoint-1.pt"))
+    assert all(torch.equal(tensor, theirs["model"][name]) for name, tensor in ours["model"].items())
+    assert ours["config"]["init"].startswith("sha256 ") and theirs["config"]["init"] == "random"
+    # Resumed with the same weights, whatever their file is called; not without them, nor from others.
+    shutil.copy(last, tmp_path / "copy.pt")
+    assert main(command(folder, tmp_path, *more[:-1], "2", "--init", str(tmp_path / "copy.pt"))) == 0
+    for other in ([], ["--init", str(finished / "checkpoint-3.pt")]):
+        assert main(command(folder, tmp_path, *more, *other)) == 1
+        assert "init: sha256 " in capsys.readouterr().err
+    averaged = tmp_path / "averaged"
+    assert main(command(folder, averaged, *more, "--init", str(tmp_path / "checkpoint-2.pt"), "--ema")) == 0
+    ours, theirs = torch.load(averaged / "checkpoint-1.pt"), torch.load(tmp_path / "checkpoint-2.pt")
+    assert all(torch.equal(tensor, theirs["model_ema"][name]) for name, tensor in ours["model"].items())
+
+
+def test_a_checkpoint_that_records_no_first_weights_is_resumed(folder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    del settings["config"]["init"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "run" / "checkpoint-4.pt").unlink()
+    state = torch.load(tmp_path / "run" / "checkpoint-3.pt")
+    del state["config"]["init"], state["task"]["about"]
+    torch.save(state, tmp_path / "run" / "checkpoint-3.pt")
+    assert main(command(folder, tmp_path / "run")) == 0
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--model", "convnextv2_femto"],
+            "this is convnextv2_atto, --model is convnextv2_femto; give --model convnextv2_atto",
+        ),
+        (
+            ["--decoder-width", "64"],
+            "has a decoder of --decoder-depth 1 and --decoder-width 512, and they are 1 and 64",
+        ),
+        (["--grn", "none"], "was trained with --grn default, and --grn is none"),
+        (["--ema"], "has no averaged weights, which --ema asks for"),
+    ],
+)
+def test_first_weights_that_do_not_fit_are_told(folder, finished, tmp_path, capsys, more, message):
+    assert main(command(folder, tmp_path / "run", "--init", str(finished / "checkpoint-4.pt"), *more)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: --init ") and error.count("\n") == 1
+
+
+def test_exported_encoder_tells_its_size(finished):
+    with safe_open(finished / "encoder.safetensors", "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["img_size"]) == [64, 64] and (about["model"], about["grn"]) == (
+        "convnextv2_atto",
+        "default",
+    )
+    assert json.loads(about["std"]) == [0.229, 0.224, 0.225] and "classes" not in about
+
+
+def test_options_are_named_as_they_are_written(capsys):
+    for words, message in (
+        (["--demo", "--decoder-width", "64"], "it does not take --decoder-width"),
+        (["--demo", "--init", "a.pt", "--ema"], "it does not take --init, --ema"),
+        (["--data", "x", "--ema"], "--ema takes the averaged weights of --init, which is missing"),
+    ):
+        with pytest.raises(SystemExit) as usage:
+            main(["pretrain", *words])
+        assert usage.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_other_folder_is_refused_by_name(photos, finished, capsys):
