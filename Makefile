@@ -25,7 +25,8 @@ SELECTION ?= all
 # The GPU kernels on a CPU, CUDA's compiled for it, Triton's interpreted, and the tests that call them.
 EMULATE = CONVNEXTV2_KERNELS_CUDA_EMULATION=$(abspath $(EMULATED))
 INTERPRET := TRITON_INTERPRET=1
-SHARED_TESTS := python_tests/conformance python_tests/test_schedule.py
+SHARED_TESTS := python_tests/conformance python_tests/test_schedule.py python_tests/faults/test_index_tables.py \
+	python_tests/faults/test_misuse.py
 CUDA_TESTS := $(SHARED_TESTS) python_tests/backends/cuda python_tests/fuse/test_backends.py \
 	$(addprefix --ignore=python_tests/backends/cuda/,test_build.py test_resources.py)
 TRITON_TESTS := $(SHARED_TESTS) python_tests/backends/triton
@@ -106,6 +107,7 @@ $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)
 	@# PyTorch is named again, as it is installed: torchvision, which timm needs, must not bring another
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[bench,demo,test,timm,train,transformers]" \
 		"torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')"
+	$(BIN)/python tools/match_torchvision.py
 	touch $@
 
 lint: venv

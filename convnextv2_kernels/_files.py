@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, cast
 
 from .errors import FileError
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAX_JSON_BYTES = 256 << 20  # the list of images of a run on a hundred million files is far below
 MAX_JSON_DEPTH = 32
@@ -154,6 +163,50 @@ class _Recorded(io.RawIOBase):
             self._file.flush()
 
 
+def _new_temporary(path: Path) -> tuple[Path, int]:
+    """A new file to write, locked as long as it is open."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+        handle = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+        # Before it was locked, another process may have taken it for abandoned.
+        if not _lock(handle, wait=True) or os.fstat(handle).st_nlink:
+            return temporary, handle
+        os.close(handle)
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Whether an open file could be locked, which the end of the process undoes. Not every file system has locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the temporary files that killed processes left of :func:`atomic_file` for ``path``.
+
+    The lock of a file tells whether it is still written, from another container too. What cannot be deleted stays.
+    """
+    if not path.parent.is_dir():
+        return
+    for entry in path.parent.iterdir():
+        if not re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}\.tmp", entry.name):
+            continue
+        with contextlib.suppress(OSError):
+            if not stat.S_ISREG(entry.lstat().st_mode):
+                continue
+            handle = os.open(entry, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
+            try:
+                if _lock(handle, wait=False):
+                    entry.unlink()
+            finally:
+                os.close(handle)
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that takes the name ``path`` only once it is complete and on disk.
@@ -161,12 +214,10 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     The bytes go to a hidden temporary file of a new name in the same folder (a rename is atomic only within one file
     system), which never follows a link that somebody planted. If the body raises, the temporary file is removed and
     ``path`` is left as it was; where the cause was a failed write, that OSError is raised, whatever the body made of
-    it.
+    it. A killed process cannot remove its own: see :func:`remove_abandoned`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        handle = os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666)
+        temporary, handle = _new_temporary(path)
     except OSError as error:
         error.filename = str(path)
         raise

@@ -30,7 +30,8 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def gemm_dtype(x: Tensor) -> torch.dtype:
     """Dtype of GEMM operands for input ``x`` under the current autocast state."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    # asked of the device "meta", which has no autocast, PyTorch raises
+    if x.dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.reference_models import timm  # noqa: F401  (so that the examples can import it beside any PyTorch)
 from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

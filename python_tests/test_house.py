@@ -73,7 +73,7 @@ def test_no_function_has_more_than_eight_parameters():
 # Who may import whom: a module of a layer takes from layers above it in this table, and from its own.
 LAYERS = (
     ("version", "errors", "_console", "_interrupts"),
-    ("_files", "_progress", "layout", "params", "dtypes", "settings"),
+    ("_files", "_progress", "layout", "params", "dtypes", "settings", "sizes", "tracing"),
     ("backends", "checkpoints"),
     ("schedule",),
     ("ops",),
@@ -89,13 +89,13 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # parts of a layer that must not even take from each other, or from less than the whole layers below
 ONLY = {
-    "nn": {"nn", "ops", "layout", "params", "dtypes", "settings"},
-    "models": {"models", "nn", "ops", "layout", "params", "dtypes", "settings", "version"},
-    "checkpoints": {"checkpoints", "errors", "_files", "version"},
+    "nn": {"nn", "ops", "layout", "params", "dtypes", "settings", "tracing"},
+    "models": {"models", "nn", "ops", "layout", "params", "dtypes", "settings", "sizes", "tracing", "version"},
+    "checkpoints": {"checkpoints", "errors", "_console", "_files", "sizes", "version"},
     "data": {"data", "errors", "_files", "_console", "_progress", "layout"},
 }
 # know torch and each other
-BOTTOM = ("layout", "params", "dtypes", "settings")
+BOTTOM = ("layout", "params", "dtypes", "settings", "tracing")
 
 
 def module_name(path: str) -> str:

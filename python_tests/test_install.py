@@ -103,21 +103,69 @@ def test_info_does_not_call_cuda_available_without_a_gpu(monkeypatch):
 
 
 def test_readme_python_examples_run(tmp_path):
+    """As they stand, in the environment that `make` built: what it has to put right, nothing here puts right."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert blocks
-    # timm beside any PyTorch, and the checkpoint that one block loads
+    assert blocks and blocks[0].startswith("import timm\n")
+    # the checkpoint that one block loads
     before = """
-import os, sys
-import helpers.reference_models, safetensors.torch
+import os
+import safetensors.torch
 import convnextv2_kernels as ck
 os.mkdir("run1")
 encoder = ck.convert_state_dict(ck.models.create_fcmae("convnextv2_tiny").state_dict(), to="official")
 safetensors.torch.save_file(encoder, "run1/encoder.safetensors")
 """
     # what follows builds on what came before; a block that needs a GPU runs where there is one
-    blocks = [before, *(b for b in blocks if ".cuda()" not in b or torch.cuda.is_available())]
-    done = run("\n".join(blocks), tmp_path, PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "python_tests"))))
+    first, *blocks = (b for b in blocks if ".cuda()" not in b or torch.cuda.is_available())
+    done = run("\n".join([first, before, *blocks]), tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, f"{done.stderr}\n(`python tools/match_torchvision.py` mends torchvision)"
+
+
+@pytest.mark.thorough
+def test_an_example_runs_in_a_process_of_its_own(tmp_path):
+    """timm imports without this repository's help."""
+    options = ["--batch-size", "2", "--img-size", "64", "--steps", "2"]
+    done = run([str(ROOT / "examples" / "fuse_timm.py"), *options], tmp_path, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0 and "fused 12 of 12 blocks of ConvNeXt" in done.stdout, done.stderr
+
+
+def mismatched_torchvision(folder, registers="torchvision::nms"):
+    """An installed torchvision whose extension did not load: no operators, and a fake that is registered for one."""
+    package = folder / "torchvision"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("from . import extension, fakes\n")
+    (package / "extension.py").write_text("import torch\n\n\ndef _has_ops():\n    return False\n")
+    fake = f"import torch\ntorch.library.register_fake({registers!r})(lambda dets, scores, iou_threshold: dets)\n"
+    (package / "fakes.py").write_text(fake)
+    information = folder / "torchvision-0.28.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    return folder
+
+
+def match(folder):
+    return run([str(ROOT / "tools" / "match_torchvision.py")], folder, PYTHONPATH=str(folder), PIP_NO_INDEX="1")
+
+
+def test_torchvision_of_another_pytorch_is_made_to_import(tmp_path):
+    folder = mismatched_torchvision(tmp_path / "site")
+    done = match(folder)
     assert done.returncode == 0, done.stderr
+    assert "torchvision 0.28.0 is built for another PyTorch than " in done.stdout
+    changed = (folder / "torchvision" / "extension.py").read_text()
+    assert f"declared its missing operators in {folder / 'torchvision' / 'extension.py'}" in done.stdout
+    again = match(folder)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert (folder / "torchvision" / "extension.py").read_text() == changed
+
+
+@pytest.mark.thorough
+def test_torchvision_that_fails_otherwise_is_left_alone(tmp_path):
+    folder = mismatched_torchvision(tmp_path / "site", registers="torchvision::roi_align")
+    before = (folder / "torchvision" / "extension.py").read_text()
+    done = match(folder)
+    assert done.returncode == 1 and "for a reason that this program does not know: RuntimeError" in done.stderr
+    assert (folder / "torchvision" / "extension.py").read_text() == before
 
 
 def test_an_extension_that_does_not_load_says_what_it_was_built_for(tmp_path):

@@ -40,7 +40,8 @@ class Suite(NamedTuple):
     build: tuple[str, ...] = ()
 
 
-CONFORMANCE = ("python_tests/conformance", "python_tests/test_schedule.py")
+FAULTS = ("python_tests/faults/test_index_tables.py", "python_tests/faults/test_misuse.py")
+CONFORMANCE = ("python_tests/conformance", "python_tests/test_schedule.py", *FAULTS)
 SUITES = {
     "cpu": Suite(("-k", "cpu", *CONFORMANCE), build=("-q", "build_ext", "--inplace", "--build-temp", "build/editable")),
     "cuda": Suite(
@@ -197,6 +198,27 @@ MUTATIONS = (
         TRITON,
         "value = widen(tl.load(source, mask=visible[:, None] & inside, other=blank))",
         "value = widen(tl.load(source, mask=visible[:, None] & inside, other=1.0))",
+    ),
+    Mutation(
+        "cpu trusted tables: an index out of range is read", "csrc/torch/device_cpu.h", "if (!found) return;", "return;"
+    ),
+    Mutation(
+        "cuda trusted tables: a debug build asserts nothing",
+        CUDA,
+        "if (i < p.count) assert(p.low <= p.entries[i] && p.entries[i] <= p.high);",
+        "",
+    ),
+    Mutation(
+        "python trusted layout: its tables are not compared",
+        "convnextv2_kernels/layout.py",
+        "if _can_be_read(slot_of_patch): _check_contents(grid, slot_of_patch,",
+        "if False: _check_contents(grid, slot_of_patch,",
+    ),
+    Mutation(
+        "python hidden NaN: the reference's root is 0 of it",
+        "convnextv2_kernels/backends/reference/norm.py",
+        "other = x != 0",
+        "other = x > 0",
     ),
     Mutation(
         "python wrong neighbour: rows by columns in the table",

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files import parse_json
+from .._console import visible
+from .._files import open_regular, parse_json
 from ..checkpoints import load_checkpoint
-from ..checkpoints.state import read_checkpoint, unwrap
-from ..checkpoints.storage import read_file
+from ..checkpoints.state import architecture, count_blocks, read_checkpoint, require_consistent, shown, unwrap
+from ..checkpoints.storage import CheckpointFile, read_checkpoint_file
 from ..data.value_range import Range, range_of
 from ..models import FCMAE, ConvNeXtV2Features, get_config
-from ..train.weights import architecture, count_blocks, safetensors_metadata, size_name
+from ..sizes import size_of
 
 IMG_SIZE = (224, 224)
 MASK_RATIO = 0.6
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,23 @@ def load_network(
         FileNotFoundError: no such file.
         ValueError: a damaged file, no ConvNeXt V2, not ``model_name``, or without the requested part.
     """
-    file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
-    content = read_file(file)
-    weights = unwrap(content, use_ema, str(path))
-    state = read_checkpoint(weights, str(path))
-    settings = _settings(file, content)
+    file, what = read_checkpoint_file(path), visible(str(path))
+    weights = unwrap(file.content, use_ema, what)
+    state = read_checkpoint(weights, what)
+    settings = _settings(file)
     depths, dims = architecture(state.tensors)
     if model_name is not None and tuple(get_config(model_name)) != (depths, dims):
-        this = size_name(depths, dims) or f"a network of depths {depths} and widths {dims}"
-        raise ValueError(f"{path}: this is {this}, expected {model_name}")
+        this = size_of(depths, dims) or f"a network of depths {depths} and widths {dims}"
+        raise ValueError(f"{what}: this is {this}, expected {model_name}")
     if (in_chans := state.tensors["downsample_layers.0.0.weight"].shape[1]) != 3:
-        raise ValueError(f"{path} is a network for images of {in_chans} channels, expected 3")
+        raise ValueError(f"{what} is a network for images of {in_chans} channels, expected 3")
     if decoder and "mask_token" not in state.tensors:
-        raise ValueError(f"{path} has no decoder: reconstructions need a checkpoint of FCMAE training")
-    grn, scope = str(settings.get("grn", "default")), settings.get("grn_scope", "image")
+        raise ValueError(f"{what} has no decoder: reconstructions need a checkpoint of FCMAE training")
+    require_consistent(state)
+    grn, scope = settings.get("grn", "default"), settings.get("grn_scope", "image")
+    model: nn.Module
     try:
         size, ratio = _pair(settings.get("img_size", IMG_SIZE)), float(settings.get("mask_ratio", MASK_RATIO))
-        model: nn.Module
         if decoder:
             model = FCMAE(
                 depths,
@@ -100,22 +100,22 @@ def load_network(
             for block in (block for stage in model.stages for block in stage):
                 block.grn.scope = scope
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be rebuilt from its settings: {error}") from error
+        raise ValueError(f"{what} cannot be rebuilt from its settings: {shown(str(error))}") from error
     try:
-        load_checkpoint(model, state.original)
+        load_checkpoint(model, weights)
     except ValueError as error:
-        raise ValueError(f"{path}{str(error).removeprefix('path_or_state_dict')}") from error
+        raise ValueError(f"{what}{str(error).removeprefix('path_or_state_dict')}") from error
     about = {
-        "checkpoint": file.name,
-        "sha256": _digest(file),
+        "checkpoint": file.path.name,
+        "sha256": _digest(file.path),
         "format": state.format.name,
         "averaged_weights": use_ema,
-        "model": size_name(depths, dims),
+        "model": size_of(depths, dims),
         "depths": list(depths),
         "dims": list(dims),
         "grn": grn,
         "grn_scope": scope,
-        "step": content.get("step"),
+        "step": step if isinstance(step := file.content.get("step"), int) else None,
         "norm_pix_loss": model.norm_pix_loss if decoder else None,
     }
     value_range = range_of(settings.get("value_range"))
@@ -135,7 +135,7 @@ def untrained_network(
         model = ConvNeXtV2Features(depths=depths, dims=dims)
     about = {
         "checkpoint": None,
-        "model": size_name(depths, dims),
+        "model": size_of(depths, dims),
         "depths": list(depths),
         "dims": list(dims),
         "seed": seed,
@@ -150,20 +150,21 @@ def _pair(size: Any) -> tuple[int, int]:
     return height, width
 
 
-def _settings(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The ``config`` of a training checkpoint, or the metadata of a safetensors file."""
-    if isinstance(content.get("config"), Mapping):
-        return content["config"]
-    metadata = safetensors_metadata(file)
+def _settings(file: CheckpointFile) -> Mapping[str, Any]:
+    """The ``config`` of a training checkpoint, or what the metadata of a safetensors file say of a network's use."""
+    metadata = file.metadata
+    if file.settings is not metadata:
+        return file.settings
     told: dict[str, Any] = {n: metadata[n] for n in ("grn", "grn_scope", "value_range") if n in metadata}
     if "img_size" in metadata:
-        told["img_size"] = parse_json(metadata["img_size"].encode(), f"img_size in the metadata of {file}")
+        what = f"img_size in the metadata of {visible(str(file.path))}"
+        told["img_size"] = parse_json(metadata["img_size"].encode("utf-8", "surrogatepass"), what)
     return told
 
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while part := stream.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()

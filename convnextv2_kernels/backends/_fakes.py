@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,24 @@ def register(namespace: str, *names: str) -> None:
     for name in names or _FAKES:
         operator = f"{namespace}::{name}"
         if operator not in _registered:
-            torch.library.register_fake(operator, _FAKES[name])
+            torch.library.register_fake(operator, on_one_device(_FAKES[name]))
             _registered.add(operator)
+
+
+def on_one_device(fake: Callable) -> Callable:
+    """The dispatcher also calls a fake where one argument lies on the device "meta" and the others do not, and would
+    then return memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def checked(*args, **kwargs):
+        devices = {str(t.device) for t in (*args, *kwargs.values()) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(
+                f"convnextv2_kernels: all tensors must lie on one device, got {', '.join(sorted(devices))}"
+            )
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 def _fake(name: str):

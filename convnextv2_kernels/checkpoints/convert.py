@@ -8,21 +8,27 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._console import visible
 from .formats import FORMATS, WRITABLE
 from .shapes import from_canonical
-from .state import State, listing, read_checkpoint, unwrap
-from .storage import SUFFIXES, read_file, write_file
+from .state import State, listing, read_checkpoint, require_consistent, shown, unwrap
+from .storage import SUFFIXES, read_checkpoint_file, write_file
+
+_KEEPS_GRN = ("official", "fcmae")  # formats of this library, whose networks have variants of GRN
 
 # Stem widths of atto, femto, pico and nano, the sizes that timm builds with 1x1 convolutions.
 _CONV_MLP_WIDTHS = (40, 48, 64, 80)
 
 
 class Conversion(NamedTuple):
-    """A converted state_dict, its source format, and the source keys that the target format lacks."""
+    """A converted state_dict, its source format and the prefix taken off its names, the source keys that the target
+    format lacks, and settings of the training that the names do not tell."""
 
     source_format: str
+    prefix: str
     state_dict: dict[str, Tensor]
     left_out: list[str]
+    settings: dict[str, str]
 
 
 def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None = None) -> dict[str, Tensor]:
@@ -31,7 +37,8 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
     Args:
         sd: state_dict of any format below, or of a part of such a model: timm's ``features_only``, transformers' base
             model and backbone, mmpretrain's backbone, the official encoder-only FCMAE files. May be wrapped as
-            ``model``, ``state_dict`` or ``model_state_dict``; ``module.`` and ``_orig_mod.`` are removed from the keys.
+            ``model``, ``state_dict`` or the like; ``module.`` and ``_orig_mod.`` are removed from the keys, as is a
+            prefix such as ``model.`` that all keys of the network have.
         to: ``"official"`` (dense code, ``models/convnextv2.py``), ``"official-sparse"`` (``models/fcmae.py``, on
             MinkowskiEngine), ``"fcmae"`` (this library's FCMAE: the same with the dense names in the encoder),
             ``"timm"``, ``"transformers"`` or ``"mmpretrain"``.
@@ -46,17 +53,26 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
     Raises:
         TypeError: ``sd`` is not a mapping.
         ValueError: unknown ``to``; ``conv_mlp`` for a format other than timm's; ``sd`` has keys or shapes that no
-            ConvNeXt V2 has, lacks parameters, or contains anything but dense floating-point tensors.
+            ConvNeXt V2 has, or shapes that contradict each other, lacks parameters, or contains anything but dense
+            floating-point tensors; it records a GRN that only this library has, and ``to`` is another's format.
     """
     if not isinstance(sd, Mapping):
         raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")
-    return convert(read_checkpoint(unwrap(sd, False, "sd"), "sd"), to, conv_mlp).state_dict
+    config = sd.get("config")
+    settings = config if isinstance(config, Mapping) else {}
+    return convert(read_checkpoint(unwrap(sd, False, "sd"), "sd"), to, conv_mlp, settings).state_dict
 
 
-def convert(state: State, to: str, conv_mlp: bool | None = None) -> Conversion:
-    """See :func:`convert_state_dict`."""
+def convert(
+    state: State, to: str, conv_mlp: bool | None = None, settings: Mapping[str, Any] | None = None
+) -> Conversion:
+    """See :func:`convert_state_dict`; ``settings`` as :class:`.storage.CheckpointFile` has them."""
     if to not in WRITABLE:
         raise ValueError(f"to must be one of {', '.join(WRITABLE)}, got {to!r}")
+    require_consistent(state)
+    kept = _grn_settings(settings or {})
+    if kept.get("grn") and to not in _KEEPS_GRN:
+        raise ValueError(f"{state.what} was trained with the GRN {shown(kept['grn'])!r}, which {to} does not have")
     if conv_mlp is None:
         conv_mlp = _conv_mlp(state)
     elif to != "timm":
@@ -67,8 +83,8 @@ def convert(state: State, to: str, conv_mlp: bool | None = None) -> Conversion:
         for name, tensor in state.tensors.items()
         if (key := own(name)) is not None
     }
-    left_out = [key for name, key in state.keys.items() if own(name) is None]
-    return Conversion(state.format.name, converted, left_out)
+    left_out = [key for name, key in state.keys.items() if own(name) is None] + list(state.outside)
+    return Conversion(state.format.name, state.prefix, converted, left_out, kept)
 
 
 def convert_file(source: Path, target: Path, to: str, *, use_ema: bool = False, overwrite: bool = False) -> str:
@@ -76,20 +92,33 @@ def convert_file(source: Path, target: Path, to: str, *, use_ema: bool = False, 
 
     Raises:
         OSError: no such file, or the target exists already or cannot be written.
-        ValueError: as :func:`convert_state_dict`, or a file that cannot be read, see :func:`.storage.read_file`.
+        ValueError: as :func:`convert_state_dict`, or a file that cannot be read, see
+            :func:`.storage.read_checkpoint_file`.
     """
+    name, what = visible(str(target)), visible(str(source))
     if target.suffix not in SUFFIXES:
-        raise ValueError(f"{target} must end in {', '.join(SUFFIXES)}, which tells the kind of file to write")
+        raise ValueError(f"{name} must end in {', '.join(SUFFIXES)}, which tells the kind of file to write")
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists already; --force overwrites it")
-    what = str(source)
-    done = convert(read_checkpoint(unwrap(read_file(source), use_ema, what), what), to)
-    write_file(target, done.state_dict, to)
+        raise FileExistsError(f"{name} exists already; --force overwrites it")
+    file = read_checkpoint_file(source)
+    done = convert(read_checkpoint(unwrap(file.content, use_ema, what), what), to, settings=file.settings)
+    write_file(target, done.state_dict, to, done.settings)
+    behind = f" behind {shown(done.prefix)}" if done.prefix else ""
     return (
-        f"{source}: {done.source_format} names\n"
-        f"{target}: {to} names, {len(done.state_dict)} tensors\n"
+        f"{what}: {done.source_format} names{behind}\n"
+        f"{name}: {to} names, {len(done.state_dict)} tensors\n"
         f"left out: {listing(done.left_out) or 'nothing'}"
     )
+
+
+def _grn_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What differs from the GRN of the paper."""
+    usual = {"grn": "default", "grn_scope": "image"}
+    return {
+        name: value
+        for name, default in usual.items()
+        if isinstance(value := settings.get(name), str) and value != default
+    }
 
 
 def _conv_mlp(state: State) -> bool:

@@ -20,6 +20,7 @@ _VALUES = {
     "grn": ("gamma", "beta"),
     "output": ("stem", "stage1", "stage2", "stage3", "stage4"),
 }
+_DEPTHWISE = ("stages.{stage}.{block}.dwconv.weight", "stages.{stage}.{block}.dwconv.{kind}")
 _FIELD = re.compile(r"{(\w+)}")
 _BLOCK = "0|[1-9][0-9]*"  # the one field whose values are not just numbers
 
@@ -121,12 +122,15 @@ _TABLES |= {
 
 
 class Format:
-    """The names of one code base; ``table`` pairs canonical patterns with its own."""
+    """The names of one code base; ``table`` pairs canonical patterns with its own. ``depthwise`` matches the name of a
+    stage's depthwise convolution behind any prefix."""
 
     def __init__(self, name: str, table: dict[str, str]):
         self.name = name
         self._to_own = [(_regex(canonical), own) for canonical, own in table.items()]
         self._to_canonical = [(_regex(own), canonical) for canonical, own in table.items()]
+        depthwise = next(own for canonical, own in table.items() if canonical in _DEPTHWISE).replace("{kind}", "weight")
+        self.depthwise = re.compile(rf"(?P<prefix>.*\.)?{_regex(depthwise).pattern}", re.DOTALL)
 
     def canonical(self, key: str) -> str | None:
         """Canonical name of a key of this format, ``None`` if the format has no such key."""
@@ -137,16 +141,23 @@ class Format:
         return _translate(name, self._to_own)
 
 
-def detect(keys: Iterable[str]) -> Format | None:
-    """The format of these keys, ``None`` if they are not a ConvNeXt's.
+def networks_in(keys: Iterable[str]) -> dict[str, list[tuple[str, Format]]]:
+    """The ConvNeXts among these keys: by the prefix of their keys, the formats they can be read as, each with the
+    prefix that this takes.
 
-    Recognised by the depthwise convolutions of the stages, which have another name in every format.
+    Recognised by the depthwise convolutions of the stages, which have another name in every format. A format that has
+    a longer name for them needs a shorter prefix and comes first: ``encoder.stages.0.0.dwconv.weight`` is of an FCMAE,
+    or of an official network called ``encoder``.
     """
-    depthwise = _regex("stages.{stage}.{block}.dwconv.weight")
-    for known in FORMATS.values():
-        if any(depthwise.fullmatch(known.canonical(key) or "") for key in keys):
-            return known
-    return None
+    found: dict[str, list[tuple[str, Format]]] = {}
+    for key in keys:
+        readings = [
+            (match["prefix"] or "", known) for known in FORMATS.values() if (match := known.depthwise.fullmatch(key))
+        ]
+        if readings:
+            readings.sort(key=lambda reading: len(reading[0]))
+            found.setdefault(readings[0][0], readings)
+    return found
 
 
 def part_of(name: str) -> str:

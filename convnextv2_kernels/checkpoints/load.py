@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._console import visible
+from ..sizes import size_of
 from .formats import part_of
-from .state import listing, read_checkpoint, read_state, unwrap
-from .storage import read_file
+from .state import State, architecture, listing, read_checkpoint, read_state, shown, unwrap
+from .storage import read_checkpoint_file
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class LoadReport:
         loaded: keys of the model that now hold the checkpoint's values.
         kept_initial: keys of the model that the checkpoint lacks.
         left_out: keys of the checkpoint that the model lacks.
+        prefix: taken off the names in the checkpoint, where they are of a larger module, such as ``"model."``.
     """
 
     source_format: str
@@ -31,12 +34,22 @@ class LoadReport:
     loaded: tuple[str, ...]
     kept_initial: tuple[str, ...]
     left_out: tuple[str, ...]
+    prefix: str = ""
 
     def __str__(self) -> str:
+        source = f"{self.source_format} behind {shown(self.prefix)}" if self.prefix else self.source_format
         return (
-            f"loaded {len(self.loaded)} tensors ({self.source_format} -> {self.target_format}); "
+            f"loaded {len(self.loaded)} tensors ({source} -> {self.target_format}); "
             f"kept initial: {listing(self.kept_initial) or 'none'}; left out: {listing(self.left_out) or 'none'}"
         )
+
+
+class MisfitError(ValueError):
+    """Weights that do not fit the model: ``sentence`` says why, the whole text also what helps in Python."""
+
+    def __init__(self, sentence: str, advice: str = ""):
+        super().__init__(sentence + advice)
+        self.sentence = sentence
 
 
 def load_checkpoint(
@@ -57,7 +70,7 @@ def load_checkpoint(
     Args:
         model: this library's ``ConvNeXtV2``, ``SparseEncoder`` or ``FCMAE``; a model of timm (``features_only``
             included), transformers or mmpretrain; or any module with official names, dense or sparse. May be wrapped by
-            DistributedDataParallel or torch.compile.
+            DistributedDataParallel or torch.compile, or be part of a larger module, if no other ConvNeXt is.
         path_or_state_dict: a file (``.safetensors``, or of ``torch.save``), a folder with ``model.safetensors`` or
             ``pytorch_model.bin``, or the content of such a file. No code from a file is run.
         skip_head: keep the head of the model unchanged.
@@ -66,19 +79,26 @@ def load_checkpoint(
     Raises:
         FileNotFoundError: no such file.
         TypeError: an argument has the wrong type.
-        ValueError: a file that is damaged or could run code; keys that are missing, unknown or of another shape, all
-            in one message; no averaged weights for ``use_ema``; parameters on the meta device.
+        ValueError: a file that is damaged, could run code or costs more than it holds; keys that are missing, unknown
+            or of another shape, all in one message; several networks; no averaged weights for ``use_ema``; parameters
+            that are no dense tensors with values; a file that records another GRN (:class:`.nn.GRNVariant`) than the
+            model's, whose names and shapes are the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(path_or_state_dict, Mapping):
         content, what = path_or_state_dict, "path_or_state_dict"
+        settings = content.get("config")
     elif isinstance(path_or_state_dict, (str, os.PathLike)):
-        content, what = read_file(Path(path_or_state_dict)), str(path_or_state_dict)
+        file = read_checkpoint_file(Path(path_or_state_dict))
+        content, settings, what = file.content, file.settings, visible(str(path_or_state_dict))
     else:
         raise TypeError(f"path_or_state_dict must be a path or a state_dict, got {type(path_or_state_dict).__name__}")
     source = read_checkpoint(unwrap(content, use_ema, what), what)
     target = read_state(model.state_dict(), "model")
+    _require_size(source, target)
+    if isinstance(settings, Mapping):
+        _require_grn(model, settings, what)
     common = {part_of(name) for name in source.keys} & {part_of(name) for name in target.keys}
     if skip_head:
         common.discard("head")
@@ -94,16 +114,46 @@ def load_checkpoint(
         faults.append(f"its shapes differ: {listing(shapes)}")
     if faults:
         only_head = {part_of(name) for name in misshaped} == {"head"}
-        hint = " (skip_head=True leaves the head of the model as it is)" if only_head else ""
-        raise ValueError(f"{what} does not fit the model: {'; '.join(faults)}{hint}")
+        advice = " (skip_head=True leaves the head of the model as it is)" if only_head else ""
+        raise MisfitError(f"{what} does not fit the model: {'; '.join(faults)}", advice)
     _copy({target.keys[name]: (tensor, theirs[name]) for name, tensor in ours.items()})
     return LoadReport(
         source.format.name,
         target.format.name,
         loaded=tuple(target.keys[name] for name in ours),
-        kept_initial=tuple(key for name, key in target.keys.items() if name not in ours),
-        left_out=tuple(key for name, key in source.keys.items() if name not in theirs),
+        kept_initial=tuple(key for name, key in target.keys.items() if name not in ours) + target.outside,
+        left_out=tuple(key for name, key in source.keys.items() if name not in theirs) + source.outside,
+        prefix=source.prefix,
     )
+
+
+def _require_size(source: State, target: State) -> None:
+    """Two published sizes are told by their names: what differs would fill pages."""
+    if any(f"stages.{stage}.0.dwconv.weight" not in target.tensors for stage in range(4)):
+        return  # a backbone of fewer stages
+    given, wanted = (size_of(*architecture(state.tensors)) for state in (source, target))
+    if given and wanted and given != wanted:
+        raise MisfitError(f"{source.what} does not fit the model: it is {given}, and the model is {wanted}")
+
+
+def _require_grn(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:
+    """Weights trained with one GRN mean nothing under another, and neither names nor shapes differ."""
+    if not isinstance(stored := settings.get("grn"), str):
+        return
+    # The layers of this library have a variant that reads its text; those of other code bases are the default.
+    variants: set[Any] = {
+        module.variant for module in model.modules() if hasattr(module, "variant") and hasattr(module, "gamma")
+    }
+    for variant in variants:
+        try:
+            stored = str(type(variant).of(stored))
+        except ValueError:
+            raise ValueError(f"{what} records an unknown GRN, {shown(stored)!r}") from None
+    wanted = {str(variant) for variant in variants} or {"default"}
+    if wanted != {stored}:
+        raise MisfitError(
+            f"{what} was trained with the GRN {shown(stored)!r}, and the model has {' and '.join(sorted(wanted))!r}"
+        )
 
 
 def _copy(pairs: dict[str, tuple[Tensor, Tensor]]) -> None:

@@ -7,6 +7,7 @@ The canonical shapes are those of the official dense code: convolutions ``(out, 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from math import isqrt
 
 from torch import Tensor
@@ -70,3 +71,50 @@ def from_canonical(name: str, tensor: Tensor, to: str, conv_mlp: bool) -> Tensor
         elif re.fullmatch(r"downsample_layers\.[1-3]\.1\.weight", name):
             tensor = tensor.permute(3, 2, 1, 0).flatten(0, 1)
     return tensor.contiguous()
+
+
+def contradictions(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Canonical names of a complete checkpoint whose shapes contradict the others', each with the shape that follows
+    from these: the widths of the stages and of the decoder, four times as many hidden channels in a block, square
+    kernels of one side a stage, the number of classes."""
+    dims = [tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4)]
+    decoder = tensors["proj.weight"].shape[0] if "proj.weight" in tensors else 0
+    wrong = {}
+    for name, tensor in tensors.items():
+        expected = _follows(name, tensors, dims, decoder)
+        if tuple(tensor.shape) != expected:
+            wrong[name] = expected
+    return wrong
+
+
+def _follows(name: str, tensors: Mapping[str, Tensor], dims: list[int], decoder: int) -> tuple[int, ...]:
+    shape, last = tensors[name].shape, dims[-1]
+    if block := re.fullmatch(r"((stages)\.(\d)|decoder)\.\d+\.(.*)", name):
+        width = dims[int(block[3])] if block[2] else decoder
+        hidden = 4 * width
+        side = tensors[f"{block[1]}.0.dwconv.weight"].shape[-1]
+        if ".grn." in name:
+            return (1, 1, 1, hidden)
+        return {
+            "dwconv.weight": (width, 1, side, side),
+            "pwconv1.weight": (hidden, width),
+            "pwconv1.bias": (hidden,),
+            "pwconv2.weight": (width, hidden),
+        }.get(block[4], (width,))
+    if between := re.fullmatch(r"downsample_layers\.(\d)\.(\d)\.(\w+)", name):
+        stage, layer = int(between[1]), int(between[2])
+        is_convolution = layer == (0 if stage == 0 else 1)
+        if is_convolution and between[3] == "weight":
+            return (dims[stage], shape[1] if stage == 0 else dims[stage - 1], shape[-1], shape[-1])
+        return (dims[stage] if stage == 0 or is_convolution else dims[stage - 1],)
+    if output := re.fullmatch(r"hidden_states_norms\.(?:stem|stage(\d))\.\w+", name):
+        return (dims[int(output[1] or 1) - 1],)
+    return {
+        "head.weight": (shape[0], last),
+        "head.bias": (tensors["head.weight"].shape[0],) if "head.weight" in tensors else (),
+        "proj.weight": (decoder, last, 1, 1),
+        "proj.bias": (decoder,),
+        "mask_token": (1, decoder, 1, 1),
+        "pred.weight": (shape[0], decoder, 1, 1),
+        "pred.bias": (tensors["pred.weight"].shape[0],) if "pred.weight" in tensors else (),
+    }.get(name, (last,))

@@ -44,8 +44,5 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and say what was left out."""
     printing_is_optional()
     with user_errors(OSError, ValueError):
-        try:
-            print(convert_file(args.source, args.target, args.to, use_ema=args.ema, overwrite=args.force))
-        except ValueError as error:
-            raise ValueError(str(error).replace("use_ema=True", "--ema", 1)) from error
+        print(convert_file(args.source, args.target, args.to, use_ema=args.ema, overwrite=args.force))
     return OK

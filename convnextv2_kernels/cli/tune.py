@@ -11,7 +11,7 @@ import torch
 from .. import backends
 from ..backends import triton
 from ..layout import num_kept
-from ..models.config import get_config
+from ..sizes import get_config
 from .exit_codes import OK, UserError, printing_is_optional, user_errors
 from .types import PATCH, image_size, positive_int, share
 

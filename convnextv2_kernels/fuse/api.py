@@ -11,7 +11,7 @@ from .. import backends
 from ..nn import ConvNeXtV2Block
 from ..schedule import SAVE_POLICIES
 from . import checks
-from .families import Family, family_of
+from .families import Family, family_of, v1_block
 from .forward import FusedForward, install, installed, remove
 from .report import FuseReport, Replaced, Skipped
 from .trial import computes_otherwise
@@ -42,38 +42,21 @@ def fuse(model: nn.Module, strict: bool = True, save: str | None = None) -> Fuse
     _check_model(model)
     if save not in (None, *SAVE_POLICIES):
         raise ValueError(f"save must be one of {', '.join(SAVE_POLICIES)} or None, got {save!r}")
-    plan: dict[str, tuple[nn.Module, Family]] = {}
-    skipped: list[Skipped] = []
-    already: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, ConvNeXtV2Block) or installed(module) is not None:
-            already.append(name)
-            continue
-        family = family_of(module)
-        if family is None:
-            continue
-        reason = checks.why_not(family, module)
-        if reason is None and not family.classes:
-            reason = computes_otherwise(module, family)
-        if reason is None:
-            plan[name] = module, family
-        else:
-            skipped.append(Skipped(name, reason))
+    plan, skipped, already = _sorted_blocks(model)
     for block, family in plan.values():
         install(block, FusedForward(block, family, save))
-    if save is not None:
-        for name in already:
-            forward = installed(model.get_submodule(name))
-            if forward is not None:
-                forward.save = save
     replaced = [Replaced(name, family.title) for name, (_, family) in plan.items()]
     report = FuseReport(type(model).__name__, tuple(replaced), tuple(skipped), tuple(already), _backend(model))
     if strict and not replaced and not already:
-        found = "; " + str(report).split("\n", 1)[1].strip() if skipped else ""
         raise ValueError(
-            f"model is a {type(model).__name__} in which no block can be fused, expected ConvNeXt V2 blocks of timm, "
-            f"transformers, the official code or this library (strict=False accepts it){found}"
+            f"model is a {type(model).__name__} in which no block can be fused: {report.found()} "
+            "(strict=False accepts it)"
         )
+    if save is not None:
+        for module in model.modules():
+            forward = installed(module)
+            if forward is not None:
+                forward.save = save
     return report
 
 
@@ -101,6 +84,37 @@ def fused(model: nn.Module, strict: bool = True, save: str | None = None) -> Ite
         for block in blocks:
             if installed(block) is not None:
                 remove(block)
+
+
+def _sorted_blocks(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Family]], list[Skipped], list[str]]:
+    """The blocks to fuse, the blocks that cannot be, and the names of those that are."""
+    plan: dict[str, tuple[nn.Module, Family]] = {}
+    skipped: list[Skipped] = []
+    already: list[str] = []
+    for name, module in model.named_modules():
+        forward = installed(module)
+        if isinstance(module, ConvNeXtV2Block) or forward is not None:
+            reason = None if forward is None else forward.unfit()
+            if reason is None:
+                already.append(name)
+            else:
+                skipped.append(Skipped(name, f"fused before, but it has changed and runs unfused now: {reason}"))
+            continue
+        v1 = v1_block(module)
+        if v1 is not None:
+            skipped.append(Skipped(name, v1))
+            continue
+        family = family_of(module)
+        if family is None:
+            continue
+        reason = checks.why_not(family, module)
+        if reason is None and not family.classes:
+            reason = computes_otherwise(module, family)
+        if reason is None:
+            plan[name] = module, family
+        else:
+            skipped.append(Skipped(name, reason))
+    return plan, skipped, already
 
 
 def _check_model(model: nn.Module) -> None:

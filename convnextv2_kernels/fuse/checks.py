@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.fx
 from torch import nn
 
-from .families import Family, Parts
+from .families import Family, Parts, full_name, unexpected
 
 # modules by class name: their computation is known, whichever library defines them
 LAYER_NORMS = {
@@ -28,15 +28,11 @@ GRNS = {"timm.layers.grn.GlobalResponseNorm", "transformers.models.convnextv2.mo
 DROP_PATHS = {"timm.layers.drop.DropPath", "transformers.models.convnextv2.modeling_convnextv2.ConvNextV2DropPath"}
 
 
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
-
-
 def activation(act: nn.Module) -> str | None:
     """``act`` of :func:`~convnextv2_kernels.ops.convnextv2_block` for a module, or None if it is not a GELU."""
     if type(act) is nn.GELU:
         return "gelu" if act.approximate == "none" else "gelu_tanh"
-    return GELUS.get(_name(type(act)))
+    return GELUS.get(full_name(type(act)))
 
 
 def why_not(family: Family, block: nn.Module) -> str | None:
@@ -71,7 +67,7 @@ def unfit(family: Family, block: nn.Module) -> str | None:
 
 def _why_not_conv(name: str, conv: nn.Module) -> str | None:
     if type(conv) is not nn.Conv2d:
-        return f"{name} is a {type(conv).__name__}, expected torch.nn.Conv2d"
+        return unexpected(name, conv, "torch.nn.Conv2d")
     k = conv.kernel_size
     if k[0] != k[1] or k[0] % 2 == 0 or not 3 <= k[0] <= 11:
         return f"{name} has a kernel of {k[0]}x{k[1]}, expected an odd square from 3 to 11"
@@ -88,15 +84,15 @@ def _why_not_conv(name: str, conv: nn.Module) -> str | None:
 
 def _why_not_classes(family: Family, parts: Parts) -> str | None:
     if activation(parts.act) is None:
-        return f"{family.act} is a {type(parts.act).__name__}, expected the erf or the tanh GELU"
+        return unexpected(family.act, parts.act, "the erf or the tanh GELU")
     if not family.classes:
         return None  # recognised by names; the trial run checks the rest
-    if _name(type(parts.norm)) not in LAYER_NORMS:
-        return f"{family.norm} is a {type(parts.norm).__name__}, expected LayerNorm"
-    if _name(type(parts.grn)) not in GRNS:
-        return f"{family.grn} is a {type(parts.grn).__name__}, expected global response normalisation"
-    if not isinstance(parts.drop_path, nn.Identity) and _name(type(parts.drop_path)) not in DROP_PATHS:
-        return f"{family.drop_path} is a {type(parts.drop_path).__name__}, expected DropPath or the identity"
+    if full_name(type(parts.norm)) not in LAYER_NORMS:
+        return unexpected(family.norm, parts.norm, "LayerNorm")
+    if full_name(type(parts.grn)) not in GRNS:
+        return unexpected(family.grn, parts.grn, "global response normalisation")
+    if not isinstance(parts.drop_path, nn.Identity) and full_name(type(parts.drop_path)) not in DROP_PATHS:
+        return unexpected(family.drop_path, parts.drop_path, "DropPath or the identity")
     return None
 
 
@@ -106,7 +102,7 @@ def _why_not_linear(family: Family, parts: Parts) -> str | None:
             if (product.kernel_size, product.stride, product.groups) != ((1, 1), (1, 1), 1) or any(product.padding):
                 return f"{name} is a convolution of {product.kernel_size}, expected 1x1"
         elif type(product) is not nn.Linear:
-            return f"{name} is a {type(product).__name__}, expected torch.nn.Linear or Conv2d"
+            return unexpected(name, product, "torch.nn.Linear or Conv2d")
         if product.bias is None:
             return f"{name} has no bias"
     return None

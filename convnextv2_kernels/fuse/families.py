@@ -70,7 +70,7 @@ class Family:
             children = {name for name, _ in block.named_children()}
             return type(block) if children == set(self.names) else None
         bases = [c for c in type(block).__mro__ if issubclass(c, nn.Module)]
-        return next((c for c in bases if f"{c.__module__}.{c.__qualname__}" in self.classes), None)
+        return next((c for c in bases if full_name(c) in self.classes), None)
 
     def parts(self, block: nn.Module) -> Parts:
         """The block's parts as they are now: they may have been replaced since it was fused."""
@@ -94,11 +94,28 @@ def _module(block: nn.Module, name: str) -> nn.Module:
     return block
 
 
+def full_name(kind: type) -> str:
+    """``module.Class``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def unexpected(name: str, module: nn.Module, expected: str) -> str:
+    """The reason that a part of a block is of another class, which is named in full where PyTorch has its namesake."""
+    kind = type(module)
+    if kind.__module__.startswith("peft."):
+        return (
+            f"{name} is {full_name(kind)}, a layer of peft that the fused block would not run, expected {expected} "
+            "(peft's merge_and_unload restores it)"
+        )
+    foreign = hasattr(nn, kind.__name__) and not kind.__module__.startswith("torch.")
+    return f"{name} is {full_name(kind) if foreign else f'a {kind.__name__}'}, expected {expected}"
+
+
 def _why_not_timm(block: ForeignModule) -> str | None:
     if type(block.mlp).__name__ != "GlobalResponseNormMlp":
-        return f"mlp is a {type(block.mlp).__name__} without global response normalisation (ConvNeXt V1)"
+        return unexpected("mlp", block.mlp, "GlobalResponseNormMlp")
     if not isinstance(block.shortcut, nn.Identity):
-        return f"shortcut is a {type(block.shortcut).__name__}, expected the identity"
+        return unexpected("shortcut", block.shortcut, "the identity")
     for name in ("drop1", "drop2"):
         rate = getattr(block.mlp, name).p
         if rate:
@@ -144,6 +161,26 @@ OFFICIAL = Family(
     grn_parameters=("gamma", "beta"),
 )
 FAMILIES = (TIMM, TRANSFORMERS, OFFICIAL)
+# What `fuse` looks for, this library's own blocks among it.
+KINDS = (*(family.title for family in FAMILIES), "this library's ConvNeXtV2Block")
+V1_BLOCK = "ConvNeXt V1 block"
+# its blocks by class, or in the official code by the names of their children
+_V1_CLASSES = ("transformers.models.convnext.modeling_convnext.ConvNextLayer", "torchvision.models.convnext.CNBlock")
+_V1_CHILDREN = set(OFFICIAL.names) - {OFFICIAL.grn}
+_LAYER_SCALES = ("gamma", "layer_scale_parameter", "layer_scale")
+
+
+def v1_block(module: ForeignModule) -> str | None:
+    """What a module is called in a report if it is a block of ConvNeXt V1, or None."""
+    if TIMM.base_class(module) is not None:
+        known = type(module.mlp).__name__ in ("Mlp", "ConvMlp")
+    else:
+        known = {name for name, _ in module.named_children()} == _V1_CHILDREN
+        known |= any(full_name(c) in _V1_CLASSES for c in type(module).__mro__)
+    if not known:
+        return None
+    scaled = any(getattr(module, name, None) is not None for name in _LAYER_SCALES)
+    return f"{V1_BLOCK} ({'layer scale, ' if scaled else ''}no GRN)"
 
 
 def family_titled(title: str) -> Family:

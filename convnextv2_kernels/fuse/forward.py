@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..dtypes import gemm_dtype
+from ..tracing import exporting
 from .checks import activation, unfit
 from .families import Family
 
@@ -131,15 +132,19 @@ class FusedForward:
         block = self.block
         inputs = (*args, *kwargs.values())
         x = inputs[0] if len(inputs) == 1 else None
-        # The block's own forward: with more arguments than a map, on the meta device, and in a trace, such as the ONNX
-        # exporter's, which must contain PyTorch's operators only.
-        if x is None or torch.jit.is_tracing() or (isinstance(x, Tensor) and x.is_meta):
+        # The block's own forward: with more arguments than a map, on the meta device, and in an export to ONNX or
+        # TorchScript, which must contain PyTorch's operators only.
+        if x is None or exporting() or (isinstance(x, Tensor) and x.is_meta):
             return type(block).forward(block, *args, **kwargs)
-        reason = unfit(self._family, block)
+        reason = self.unfit()
         if reason is not None:
             self._warn(block, reason)
             return type(block).forward(block, *args, **kwargs)
         return fused_block(x, *block_arguments(self._family, block), self.save)
+
+    def unfit(self) -> str | None:
+        """Why the block, as it is now, runs its own forward, or None."""
+        return unfit(self._family, self.block)
 
     def _warn(self, block: nn.Module, reason: str) -> None:
         if not self._warned and not torch.compiler.is_compiling():

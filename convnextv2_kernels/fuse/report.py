@@ -6,6 +6,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .families import KINDS, V1_BLOCK
+
 
 class Replaced(NamedTuple):
     """A block that was fused: its name in the model, and what it is."""
@@ -28,7 +30,8 @@ class FuseReport:
     Attributes:
         model: name of the model's class.
         replaced: blocks fused by this call.
-        skipped: blocks of a known family, or similar to one, that were not fused, each with the reason.
+        skipped: blocks of a known family, or similar to one, that were not fused, each with the reason; also those of
+            ConvNeXt V1, and those fused before that have changed since and run their own forward.
         already_fused: names of blocks fused before, or of this library's own.
         backend: the backend of the fused blocks, with the reason if it is the plain PyTorch reference.
     """
@@ -45,17 +48,38 @@ class FuseReport:
         lines += _grouped(self.replaced)
         if self.already_fused:
             lines.append(f"  fused already: {_names(self.already_fused)}")
-        lines += [f"  not fused: {line.strip()}" for line in _grouped(self.skipped)]
+        lines += [f"  {line}" for line in self._not_fused()]
+        if not blocks:
+            lines.append(f"  {self.found()}")
         if self.replaced or self.already_fused:
             lines.append(f"  served by: {self.backend}")
         return "\n".join(lines)
 
+    def found(self) -> str:
+        """The blocks that were not fused, by reason; where there are none, the kinds that were looked for."""
+        return "; ".join(self._not_fused()) or f"found none of {', '.join(KINDS[:-1])} and {KINDS[-1]}"
 
-def _grouped(entries: tuple[Replaced, ...] | tuple[Skipped, ...]) -> list[str]:
+    def _not_fused(self) -> list[str]:
+        lines = []
+        for reason, names in _by_text(self.skipped).items():
+            if reason.startswith(V1_BLOCK):
+                plural = "" if len(names) == 1 else "s"
+                kind = reason.replace(V1_BLOCK, V1_BLOCK + plural, 1)
+                lines.append(f"found {len(names)} {kind}, not fused: {_names(names)}")
+            else:
+                lines.append(f"not fused: {reason}: {_names(names)}")
+        return lines
+
+
+def _by_text(entries: tuple[Replaced, ...] | tuple[Skipped, ...]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name, text in entries:
         groups[text].append(name)
-    return [f"  {text}: {_names(names)}" for text, names in groups.items()]
+    return groups
+
+
+def _grouped(entries: tuple[Replaced, ...] | tuple[Skipped, ...]) -> list[str]:
+    return [f"  {text}: {_names(names)}" for text, names in _by_text(entries).items()]
 
 
 def _names(names: list[str] | tuple[str, ...]) -> str:

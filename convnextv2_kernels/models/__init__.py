@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..sizes import CONFIGS, ModelConfig, get_config
 from .backbone import SparseEncoder
-from .config import CONFIGS, ModelConfig, get_config
 from .convnextv2 import ConvNeXtV2, ConvNeXtV2Features
 from .fcmae import FCMAE
 from .patchify import patchify, unpatchify

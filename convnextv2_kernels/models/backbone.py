@@ -106,7 +106,11 @@ class SparseEncoder(Backbone):
         feature_dtype, grn: see :class:`Backbone`.
     """
 
-    def forward(self, images: Tensor, layout: PatchLayout | None = None) -> Tensor:
+    def forward(self, images: Tensor, layout: PatchLayout | Tensor | None = None) -> Tensor:
         """``images [N, in_chans, H, W]`` -> packed ``[P, p/32, p/32, dims[3]]`` for patches of p
-        pixels (p any multiple of 32), or dense ``[N, H//32, W//32, dims[3]]`` without a layout."""
-        return self.run_stages(images, layout)
+        pixels (p any multiple of 32), or dense ``[N, H//32, W//32, dims[3]]`` without a layout.
+
+        ``layout`` may be a mask ``[N, Gh, Gw]`` bool, True = hidden, as an exported program takes it; see
+        :meth:`.PatchLayout.from_mask`.
+        """
+        return self.run_stages(images, PatchLayout.from_mask(layout) if isinstance(layout, Tensor) else layout)

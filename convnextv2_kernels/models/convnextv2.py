@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..nn import GRNVariant, LayerNorm
 from ..nn.init import init_linear_map
 from ..ops._checks import check_positive
+from ..sizes import CONFIGS
 from .backbone import Backbone
-from .config import CONFIGS
 
 _TINY = CONFIGS["convnextv2_tiny"]
 

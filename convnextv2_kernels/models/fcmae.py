@@ -12,9 +12,10 @@ from ..layout import PatchLayout, mask_fault, random_kept
 from ..nn import ConvNeXtV2Block, GRNVariant
 from ..nn.init import init_linear_map
 from ..ops._checks import as_bool_mask, as_layout, check_images, check_positive
+from ..sizes import CONFIGS
+from ..tracing import exporting
 from . import patchify
 from .backbone import SparseEncoder
-from .config import CONFIGS
 from .loss import reconstruction_loss
 from .masked_dense import masked_dense_features
 
@@ -192,6 +193,8 @@ class FCMAE(nn.Module):
         n, grid = images.shape[0], self._grid_of(images)
         if mask is not None:
             return as_layout(mask, n, grid, images.device)
+        if exporting():
+            raise ValueError("mask must be given in an export to ONNX or TorchScript, which draws none, got None")
         if (fault := mask_fault(grid, self.mask_ratio, self.patch_size, size_name="images")) is not None:
             raise ValueError(f"{fault}, or give a mask")
         kept = random_kept(n, grid, self.mask_ratio, device=images.device)

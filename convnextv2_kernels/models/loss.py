@@ -37,6 +37,6 @@ def reconstruction_loss(pred: Tensor, target: Tensor) -> Tensor:
     wider of the two dtypes. One ``[P, D]`` tensor is saved for backward, in the dtype of GEMM
     operands, because only GEMMs consume its gradient.
     """
-    if reference_forced():  # plain PyTorch, which has higher derivatives
+    if reference_forced():
         return (pred - target).square().sum(dim=-1).sum() / max(pred.numel(), 1)
     return _ReconstructionLoss.apply(pred, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 
 from ..dtypes import FLOAT_DTYPES
 from ..layout import PatchLayout
+from ..tracing import exporting, for_any_input
 
 SCOPES = ("image", "batch")
+ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 # Arguments that have passed their checks: a step calls an op with the same shapes again and again.
@@ -21,28 +24,28 @@ _MOST_PASSED = 4096
 
 def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> tuple:
     """All that the checks of an op look at."""
-    of = tuple(None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+    of = tuple(None if t is None else (t.shape, t.dtype, t.device, t.requires_grad, t.layout, type(t)) for t in tensors)
     first = tensors[0]
     kind = "cpu" if first is None else first.device.type
     where = (
         None if layout is None else (type(layout), layout.num_patches, layout.num_images, layout.patch_of_slot.device)
     )
-    return of, where, settings, torch.is_autocast_enabled(kind)
+    return of, where, settings, kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:
     """Whether arguments with these shapes, dtypes and devices have passed the checks of an op before."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():
         return False
     try:
         return _key(tensors, layout, settings) in _passed
-    except (AttributeError, TypeError):  # not tensors, say
+    except (AttributeError, TypeError, RuntimeError):  # not tensors, say, or of no shape
         return False
 
 
 def remember(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> None:
     """Arguments have passed their checks."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or exporting():  # sizes are symbols or traced tensors
         return
     if len(_passed) >= _MOST_PASSED:
         _passed.clear()
@@ -55,6 +58,15 @@ def check_float(x: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {x.dtype}, expected float32, float64, bfloat16 or float16")
+    check_strided(x, name)
+
+
+def check_strided(x: Tensor, name: str) -> None:
+    """Kernels see the memory of a tensor: it has to be one block of elements at strides."""
+    if x.layout is torch.strided and not x.is_nested and type(x).__name__ != "DTensor":
+        return
+    kind = "a DTensor" if x.layout is torch.strided else f"of layout {x.layout}"
+    raise TypeError(f"{name} is {'a nested tensor' if x.is_nested else kind}, expected a dense tensor on one device")
 
 
 def check_layout(layout: PatchLayout, x: Tensor, name: str) -> None:
@@ -108,14 +120,14 @@ def check_param(t: Tensor, name: str, numel_or_shape: int | tuple[int, ...], x: 
     Under autocast the dtype may differ: parameters are then cast as the AMP table says.
     """
     check_float(t, name)
-    if isinstance(numel_or_shape, int):
-        if t.numel() != numel_or_shape:
-            raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
-    elif tuple(t.shape) != numel_or_shape:
-        raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    if isinstance(numel_or_shape, tuple):
+        if tuple(t.shape) != numel_or_shape:
+            raise ValueError(f"{name} has shape {list(t.shape)}, expected {list(numel_or_shape)}")
+    elif t.numel() != numel_or_shape:
+        raise ValueError(f"{name} has shape {list(t.shape)}, expected {numel_or_shape} elements")
     if t.device != x.device:
         raise ValueError(f"{name} lies on {t.device}, expected the device of the input, {x.device}")
-    if t.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if t.dtype != x.dtype and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
         raise TypeError(
             f"{name} has dtype {t.dtype}, expected {x.dtype}, the dtype of the input (or run under torch.autocast)"
         )
@@ -128,9 +140,15 @@ def check_scope(scope: str, name: str = "scope") -> str:
     return scope
 
 
+def check_act(act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+
+
 def check_eps(eps: float, name: str = "eps") -> None:
-    if not eps >= 0:
-        raise ValueError(f"{name} must be a number >= 0, got {eps!r}")
+    # a tensor is no number: on a GPU it would have to be read
+    if isinstance(eps, bool) or not isinstance(eps, (int, float, torch.SymFloat)) or not 0 <= eps < math.inf:
+        raise ValueError(f"{name} must be a finite number >= 0, got {eps!r}")
 
 
 def check_grn_eps(eps: float, name: str = "eps") -> None:
@@ -140,17 +158,18 @@ def check_grn_eps(eps: float, name: str = "eps") -> None:
         raise ValueError(f"{name} must be a number > 0 for global response normalisation, got 0")
 
 
-def check_depthwise_weight(weight: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    check_float(weight, "weight")
+def check_depthwise_weight(weight: Tensor, bias: Tensor | None, x: Tensor, prefix: str = "") -> None:
+    name = prefix + "weight"
+    check_float(weight, name)
     c = x.shape[-1]
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, 1, K, K] with C = {c}")
+        raise ValueError(f"{name} has shape {list(weight.shape)}, expected [C, 1, K, K] with C = {c}")
     k = weight.shape[-1]
     if k % 2 == 0 or not 3 <= k <= 11:
-        raise ValueError(f"weight has kernel size {k}, expected an odd K from 3 to 11")
-    check_param(weight, "weight", (c, 1, k, k), x)
+        raise ValueError(f"{name} has kernel size {k}, expected an odd K from 3 to 11")
+    check_param(weight, name, (c, 1, k, k), x)
     if bias is not None:
-        check_param(bias, "bias", (c,), x)
+        check_param(bias, prefix + "bias", (c,), x)
 
 
 def check_drop_path_scale(scale: Tensor | None, num_images: int, x: Tensor) -> None:
@@ -173,6 +192,7 @@ def check_visible(visible: Tensor, x: Tensor, layout: PatchLayout | None) -> Non
         raise ValueError("visible must be None with a layout, whose packed maps have no hidden sites, got a tensor")
     if not isinstance(visible, Tensor):
         raise TypeError(f"visible must be a torch.Tensor or None, got {type(visible).__name__}")
+    check_strided(visible, "visible")
     expected = (*x.shape[:3], 1)
     if tuple(visible.shape) != expected:
         raise ValueError(f"visible has shape {list(visible.shape)}, expected {list(expected)}, one value per site")
@@ -214,6 +234,7 @@ def check_images(images: Tensor, in_chans: int, multiple: int, any_size: bool = 
         raise TypeError(f"images must be a torch.Tensor, got {type(images).__name__}")
     if not images.dtype.is_floating_point:
         raise TypeError(f"images must be of a floating-point dtype, got {images.dtype}")
+    check_strided(images, "images")
     if images.dim() != 4 or images.shape[1] != in_chans:
         raise ValueError(f"images must have shape [N, {in_chans}, H, W], got {list(images.shape)}")
     height, width = images.shape[2:]
@@ -260,6 +281,7 @@ def as_bool_mask(mask: Tensor, num_images: int, grid: tuple[int, int], device: t
     """``[N, Gh, Gw]`` bool of a mask in any of the accepted forms."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a torch.Tensor or a PatchLayout, got {type(mask).__name__}")
+    check_strided(mask, "mask")
     rows, columns = grid
     accepted = ([num_images, rows, columns], [num_images, rows * columns])
     if list(mask.shape) not in accepted:
@@ -268,7 +290,7 @@ def as_bool_mask(mask: Tensor, num_images: int, grid: tuple[int, int], device: t
         raise ValueError(f"mask is on {mask.device}, but images is on {device}")
     if mask.dtype != torch.bool:
         hidden = mask == 1
-        if not bool((hidden | (mask == 0)).all()):
+        if not for_any_input() and not bool((hidden | (mask == 0)).all()):
             raise ValueError("mask must hold only 0 (visible) and 1 (hidden), got other values")
         mask = hidden
     return mask.reshape(num_images, rows, columns)

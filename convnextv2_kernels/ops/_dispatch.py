@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..tracing import exporting
 
 _NOTHING = contextlib.nullcontext()
 # other subclasses may bring a dispatch mode of their own
@@ -21,7 +22,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """The ops place their casts themselves (``dtypes.py``), so autocast is off inside them."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def dispatch(
@@ -33,12 +34,36 @@ def dispatch(
 ) -> Tensor:
     """Runs an op on input x by the backend that is forced or fits: ``reference()``, or ``kernel(name)`` with its name.
 
+    An export into PyTorch's own operators records the reference.
+
     Raises:
         RuntimeError: a forced backend that cannot run it.
     """
-    name = backends.select(x, op, gemm_dtype)
+    if exporting():
+        require_reference(f"an export of {op} to ONNX or TorchScript")
+        name = "reference"
+    else:
+        name = backends.select(x, op, gemm_dtype)
     with no_autocast(x):
-        return reference() if name == "reference" else kernel(name)
+        if name == "reference":
+            return reference()
+        return kernel(name) if torch.compiler.is_compiling() else _differentiated_once(op, name, kernel)
+
+
+def _differentiated_once(op: str, name: str, kernel: Callable[[str], Tensor]) -> Tensor:
+    """``kernel(name)``, for which PyTorch's own words about transforms help nobody."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_only_the_reference(f"{op} cannot be transformed by torch.func (vmap, grad, jvp, ...)"))
+    try:
+        return kernel(name)
+    except NotImplementedError as error:
+        if "jvp" not in str(error):
+            raise
+        raise RuntimeError(_only_the_reference(f"{op} has no forward-mode derivative")) from error
+
+
+def _only_the_reference(what: str, purpose: str = "that") -> str:
+    return f"{what}; run the forward pass under convnextv2_kernels.use_backend('reference') for {purpose}"
 
 
 def traced() -> bool:
@@ -62,8 +87,8 @@ def require_reference(what: str) -> None:
 
 
 def reference_forced() -> bool:
-    """Whether ops are to run in plain PyTorch throughout, so that they have higher derivatives."""
-    return backends.forced() == "reference"
+    """Whether ops are to run in plain PyTorch throughout, which has higher derivatives and can be exported."""
+    return backends.forced() == "reference" or exporting()
 
 
 def once_differentiable(backward):
@@ -75,11 +100,17 @@ def once_differentiable(backward):
 
     @functools.wraps(backward)
     def wrapped(ctx, *grads):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{type(ctx).__name__.removeprefix('_')} can be differentiated once only, got create_graph=True; run "
-                "the forward pass under convnextv2_kernels.use_backend('reference') for higher derivatives"
-            )
-        return backward(ctx, *grads)
+        if torch.compiler.is_compiling():
+            return backward(ctx, *grads)
+        name = type(ctx).__name__.removeprefix("_")
+        if torch.is_grad_enabled():
+            what = f"{name} can be differentiated once only, got create_graph=True"
+            raise RuntimeError(_only_the_reference(what, "higher derivatives"))
+        try:
+            return backward(ctx, *grads)
+        except RuntimeError as error:
+            if "Batching rule" not in str(error):
+                raise
+            raise RuntimeError(_only_the_reference(f"{name} takes no batch of gradients (vmap)")) from error
 
     return wrapped

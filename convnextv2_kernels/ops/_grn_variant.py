@@ -28,7 +28,9 @@ class GRNVariant:
     * ``skip`` (Table 2c): ``x + gamma * (x * N(G(x))) + beta``, or ``gamma * (x * N(G(x))) + beta`` without it. Then
       gamma starts at 1, which the paper does not specify: at 0 a block would start as the identity, without a gradient
       for the layers before GRN.
-    * ``enabled=False``: no GRN at all, the block of ConvNeXt V1 without its layer scale.
+    * ``enabled=False``: no GRN at all, the block of ConvNeXt V1 without its layer scale. A block computes it as GRN
+      with gamma and beta of zero, which shows in an image with NaN or infinity only: as with GRN, all of it becomes
+      NaN.
 
     eps is the layer's, 1e-6; it is never inside a root.
 

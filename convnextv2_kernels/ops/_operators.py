@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .. import backends, schedule
+from ..backends._fakes import on_one_device
 from ..dtypes import statistics_dtype
 from ..params import BlockBackwardArgs, BlockForwardArgs, MLPBackwardArgs, MLPForwardArgs
+from . import _operator_checks
 from ._dispatch import no_autocast
 
 _NAMESPACE = "convnextv2_kernels"
@@ -36,16 +38,21 @@ def _schema_of(arguments: type) -> str:
 
 
 def define(name: str, arguments: Any, outputs: str, implementation: Callable, fake: Callable):
-    """Registers an operator whose implementation and fake take its arguments as one NamedTuple, and returns it."""
+    """Registers an operator whose implementation and fake take its arguments as one NamedTuple, and returns it. The
+    arguments have been checked where an op calls it, but a program of torch.export may hold others."""
+    check = getattr(_operator_checks, name)
 
     def run(*args):
         # compiled code runs these under the caller's autocast; their casts are placed explicitly (dtypes.py)
+        given = arguments._make(args)
+        check(given)
         with no_autocast(args[0]):
-            return implementation(arguments._make(args))
+            return implementation(given)
 
     _library.define(f"{name}({_schema_of(arguments)}) -> {outputs}")
     _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", lambda *args: fake(arguments._make(args)), lib=_library)
+    one_device = on_one_device(lambda *args: fake(arguments._make(args)))
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", one_device, lib=_library)
     return getattr(torch.ops.convnextv2_kernels, name).default
 
 

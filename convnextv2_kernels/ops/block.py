@@ -70,7 +70,7 @@ def _check(
     dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2 = params
     scope, act, eps, grn_eps, save = settings
     check.check_packed(x, layout)
-    check.check_depthwise_weight(dw_weight, dw_bias, x)
+    check.check_depthwise_weight(dw_weight, dw_bias, x, "dw_")
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
     check_mlp(x, (w1, b1, gamma, beta, w2, b2), x.shape[-1], layout, drop_path_scale, scope, act)

@@ -19,7 +19,6 @@ from .patches import gather_patches
 
 # w1, b1, gamma, beta, w2, b2
 MLPParameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-ACTIVATIONS = ("gelu", "gelu_tanh")
 
 
 class _PointwiseMLP(torch.autograd.Function):
@@ -82,8 +81,7 @@ def check_mlp(
     check.check_param(b2, "b2", (out_channels,), x)
     check.check_scope(scope)
     check.check_drop_path_scale(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    check.check_act(act)
 
 
 def pointwise_mlp(

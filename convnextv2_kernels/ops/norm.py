@@ -155,7 +155,8 @@ def global_response_norm(
     """
     variant = GRNVariant.of(variant)
     _check_grn(x, gamma, beta, layout, scope, eps)
-    gamma, beta = variant.affine(gamma, beta)
+    if not variant.enabled:  # not the formula with zeros, in which an infinity makes the whole image NaN
+        return x.clone(memory_format=torch.contiguous_format)
     if not variant.fused:
         require_reference(f"the GRN variant '{variant}'")
         with no_autocast(x):

@@ -228,6 +228,7 @@ def _check_images(images: Tensor, weight: Tensor, bias: Tensor | None, layout: P
             )
     elif min(h, w) < 4:
         raise ValueError(f"images are {h}x{w} pixels, expected sides of at least 4")
+    check.check_float(weight, "weight")
     if weight.dim() != 4:
         raise ValueError(f"weight has shape {list(weight.shape)}, expected [C, {c}, 4, 4]")
     check.check_param(weight, "weight", (weight.shape[0], c, 4, 4), images)

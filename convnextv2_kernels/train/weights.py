@@ -8,32 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from torch import Tensor, nn
+from torch import nn
 
 from .._console import visible
 from .._files import parse_json
 from ..checkpoints import load_checkpoint
 from ..checkpoints.formats import part_of
-from ..checkpoints.state import State, listing, read_checkpoint, read_state, unwrap
-from ..checkpoints.storage import read_file
+from ..checkpoints.state import (
+    AVERAGED_WEIGHTS,
+    State,
+    architecture,
+    count_blocks,
+    listing,
+    read_checkpoint,
+    read_state,
+    require_consistent,
+    unwrap,
+)
+from ..checkpoints.storage import CheckpointFile, read_checkpoint_file
 from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..data.value_range import range_text
 from ..errors import UserError
-from ..models import CONFIGS
 from ..nn import GRNVariant
+from ..sizes import size_of
 from .checkpoint import list_checkpoints
 from .config import RunConfig, TrainOptions
 
 CHANNELS = 3
 MAX_TEXT = 16 << 20  # of one metadatum: the names of ImageNet-22K's 21841 classes are a few hundred kilobytes
-_IN_FOLDER = ("model.safetensors", "pytorch_model.bin")
 _LISTS = {"classes": str, "img_size": int, "mean": float, "std": float}
 # What the settings of a checkpoint without a description of its weights tell as well.
 _SETTINGS = ("model", "grn", "grn_scope", "img_size", "num_classes")
@@ -144,7 +151,7 @@ class Weights:
     def require(self, model: str, grn: str) -> None:
         """Raise UserError unless these are weights of ``model`` with this GRN, for images of three channels."""
         found = architecture(self.state.tensors)
-        if (name := size_name(*found)) != model:
+        if (name := size_of(*found)) != model:
             this = name or "a network of depths {} and widths {}".format(*(", ".join(map(str, n)) for n in found))
             raise UserError(
                 f"{self.what}: this is {this}, --model is {model}" + (f"; give --model {name}." if name else ".")
@@ -189,7 +196,8 @@ class Weights:
         try:
             load_checkpoint(model, self.state.original, skip_head=skip_head)
         except ValueError as error:
-            raise UserError(f"{self.what}{str(error).removeprefix('path_or_state_dict')}") from error
+            sentence = getattr(error, "sentence", str(error))  # without advice for callers in Python
+            raise UserError(f"{self.what}{sentence.removeprefix('path_or_state_dict')}") from error
         there, here = self.parts, _parts(read_state(model.state_dict(), "model").tensors)
         taken = [part for part in here if part in there and not (skip_head and part == "head")]
         text = f"{_and(taken)} of {self.path} ({self.state.format.name} names)"
@@ -201,39 +209,36 @@ class Weights:
 
 def read_weights(path: Path, use_ema: bool) -> Weights:
     """Read ``--init``; UserError where that is not the weights of a ConvNeXt V2."""
-    try:
-        file = next((path / name for name in _IN_FOLDER if (path / name).is_file()), path) if path.is_dir() else path
-        if file.is_dir() and (step_and_path := list_checkpoints(file)[:1]):
-            raise UserError(
-                f"--init {path} is the folder of a run: give a file of it, such as {step_and_path[0][1]} or the "
-                "weights exported at its end."
-            )
-        content = read_file(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--init {error}") from error
     what = f"--init {path}"
     try:
-        tensors = unwrap(content, use_ema, what)
-    except ValueError as error:
-        message = f"{what} has no averaged weights, which --ema asks for; runs with --ema-decay keep some."
-        raise UserError(message) from error
+        file = read_checkpoint_file(path)
+    except (OSError, ValueError) as error:
+        if path.is_dir() and (checkpoints := list_checkpoints(path)):
+            raise UserError(
+                f"{what} is the folder of a run: give a file of it, such as {checkpoints[0][1]} or the weights "
+                "exported at its end."
+            ) from error
+        raise UserError(f"--init {error}") from error
+    if use_ema and not any(isinstance(file.content.get(name), Mapping) for name in AVERAGED_WEIGHTS):
+        raise UserError(f"{what} has no averaged weights, which --ema asks for; runs with --ema-decay keep some.")
     try:
-        state = read_checkpoint(tensors, what)
+        state = read_checkpoint(unwrap(file.content, use_ema, what), what)
+        require_consistent(state)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Weights(path, state, description(file, content))
+    return Weights(path, state, description(file))
 
 
-def description(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
+def description(file: CheckpointFile) -> dict[str, str]:
     """What a file tells about its weights, as of :func:`describe`: an export in its metadata, a checkpoint of this
     program's training in ``task``, an older one in its settings; nothing if it is another program's."""
-    if isinstance(content.get("config"), Mapping):
-        told = {name: content["config"][name] for name in _SETTINGS if name in content["config"]}
-        task = content.get("task")
+    if file.settings is not file.metadata:
+        told = {name: file.settings[name] for name in _SETTINGS if name in file.settings}
+        task = file.content.get("task")
         about = task.get("about") if isinstance(task, Mapping) else None
         told |= about if isinstance(about, Mapping) else {}
         return {str(name): text for name, value in told.items() if (text := _text(value)) is not None}
-    return safetensors_metadata(file)
+    return dict(file.metadata)
 
 
 def _text(value: Any) -> str | None:
@@ -245,15 +250,6 @@ def _text(value: Any) -> str | None:
         return None
 
 
-def safetensors_metadata(file: Path) -> dict[str, str]:
-    """The metadata of a safetensors file that was read before, nothing of any other file."""
-    with file.open("rb") as start:
-        if start.read(9)[8:] != b"{":  # of torch.save, whatever its name
-            return {}
-    with safetensors.safe_open(file, framework="pt") as opened:
-        return dict(opened.metadata() or {})
-
-
 def digest(model: nn.Module) -> str:
     """Which weights a run starts from: a path may hold others tomorrow, and a file that is written again may hold the
     same in other bytes."""
@@ -262,22 +258,6 @@ def digest(model: nn.Module) -> str:
         found.update(name.encode())
         found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return f"sha256 {found.hexdigest()}"
-
-
-def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """``(depths, dims)`` of a state_dict under canonical names."""
-    depths = tuple(count_blocks(tensors, rf"stages\.{stage}\.(\d+)\.") for stage in range(4))
-    return depths, tuple(tensors[f"stages.{stage}.0.dwconv.weight"].shape[0] for stage in range(4))
-
-
-def count_blocks(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers ``pattern``'s group finds at the start of names."""
-    return len({found[1] for name in names if (found := re.match(pattern, name))})
-
-
-def size_name(depths: Sequence[int], dims: Sequence[int]) -> str | None:
-    """``convnextv2_<size>``, None for a network of other depths and widths."""
-    return next((name for name, config in CONFIGS.items() if config == (tuple(depths), tuple(dims))), None)
 
 
 def _parts(names: Iterable[str]) -> list[str]:

@@ -49,7 +49,7 @@ void grn_gradient(const MlpBackwardStatistics& p, const A* sums, int64_t stride)
     for (int64_t c = 0; c < channels; ++c) scale[c] = A(1) + gamma[c] * norm[c] * inverse;
     for (int64_t c = 0; c < channels; ++c) {
       dgamma[c] += norm[c] * inverse * t[c];
-      kappa[c] = norm[c] > 0 ? (gamma[c] * t[c] * inverse - pull) / norm[c] : A(0);
+      kappa[c] = norm[c] != 0 ? (gamma[c] * t[c] * inverse - pull) / norm[c] : A(0);
     }
   }
 }

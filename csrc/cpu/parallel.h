@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <new>
 
 #include "cnx/cpu.h"
 #include "simd.h"
@@ -25,7 +26,7 @@ class Scratch {
   explicit Scratch(int64_t count) {
     const size_t bytes = (static_cast<size_t>(count > 0 ? count : 1) * sizeof(A) + 63) / 64 * 64;
     data_ = static_cast<A*>(std::aligned_alloc(64, bytes));
-    if (!data_) std::abort();
+    if (!data_) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;

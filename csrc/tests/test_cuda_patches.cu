@@ -2,6 +2,7 @@
 // against plain loops. Buffers are exactly sized and filled with a sentinel.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "../cuda/common/launch.cuh"
 #include "cnx/cuda.h"
@@ -181,6 +182,45 @@ void test_wrong_ids() {
   for (const int32_t slot : slots) check(slot >= -1 && slot < 8, "slot of a wrong id", slot);
 }
 
+// The assertions on index tables, which a debug build makes on a GPU too.
+void test_assertions() {
+  const auto passes = [](const auto& assertion) {
+    try {
+      assertion();
+    } catch (const std::runtime_error&) {
+      return false;
+    }
+    return true;
+  };
+  const auto indices = [&](std::vector<int32_t> entries, int64_t low, int64_t high) {
+    const auto count = static_cast<int64_t>(entries.size());
+    return passes(
+        [&] { cuda::assert_indices({.entries = entries.data(), .count = count, .low = low, .high = high}, kLaunch); });
+  };
+  const auto offsets = [&](std::vector<int32_t> entries, int64_t rows_per_slot, int64_t rows) {
+    const auto count = static_cast<int64_t>(entries.size()) - 1;
+    return passes([&] {
+      cuda::assert_offsets({.offsets = entries.data(), .rows_per_slot = rows_per_slot, .count = count, .rows = rows},
+                           kLaunch);
+    });
+  };
+  check(indices({-1, 0, 4}, -1, 4), "indices in range");
+  check(indices({}, 0, -1), "no indices");
+  check(offsets({0, 3, 3, 5}, 4, 20), "offsets that rise");
+  check(offsets({7, 7, 9}, 1, 2), "offsets of a chunk");
+  check(offsets({2}, 1, 0), "offsets of no segment");
+  const std::vector<int32_t> many(1000, 3);
+  for (const int32_t wrong : {-2, 5, INT32_MAX, INT32_MIN})
+    for (const size_t place : {0, 255, 999}) {
+      std::vector<int32_t> entries = many;
+      entries[place] = wrong;
+      check(!indices(entries, -1, 4), "an index out of range", wrong);
+    }
+  check(!offsets({0, 4, 3, 5}, 4, 20), "offsets that fall");
+  check(!offsets({-1, 3, 5}, 1, 6), "a negative offset");
+  check(!offsets({0, 3, 5}, 4, 24), "offsets of other rows");
+}
+
 }  // namespace
 
 int main() {
@@ -210,5 +250,6 @@ int main() {
   test_layout(2, 100, 90, 3000);
   test_layout(1, 128, 128, 8192 + 5);
   test_wrong_ids();
+  test_assertions();
   return exit_code();
 }

@@ -21,18 +21,21 @@ namespace {
 template <class D>
 ConvGeometry geometry_of(const Tensor& x, int64_t kernel_size, const OptionalTensor& neighbours) {
   check_device<D>(x, "x");
-  STD_TORCH_CHECK(x.dim() == 4, "convnextv2_kernels: x must have four dimensions");
-  STD_TORCH_CHECK(kernel_size % 2 == 1 && kernel_size >= 3 && kernel_size <= 11,
-                  "convnextv2_kernels: kernel size must be odd, from 3 to 11");
+  CNX_CHECK(x.dim() == 4 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1,
+            "x must be [maps, H, W, C] with H, W and C >= 1");
+  CNX_CHECK(kernel_size % 2 == 1 && kernel_size >= 3 && kernel_size <= 11,
+            "kernel size must be odd, from 3 to 11, got ", kernel_size);
   ConvGeometry g{.maps = x.size(0),
                  .height = x.size(1),
                  .width = x.size(2),
                  .channels = x.size(3),
                  .kernel_size = static_cast<int>(kernel_size)};
   if (neighbours) {
-    STD_TORCH_CHECK(g.height == g.width && g.height > 0, "convnextv2_kernels: packed patches must be square");
-    const int64_t reach = (kernel_size / 2 + g.height - 1) / g.height, window = 2 * reach + 1;
-    g.neighbours = int32_pointer(neighbours, x, g.maps * window * window, "neighbours");
+    CNX_CHECK(g.height == g.width, "packed patches must be square");
+    // one more patch away for each side that fits in the radius
+    const int64_t radius = kernel_size / 2, reach = radius / g.height + (radius % g.height != 0);
+    const int64_t count = product({g.maps, 2 * reach + 1, 2 * reach + 1}, "the number of neighbours");
+    g.neighbours = index_pointer<D>(neighbours, x, {.count = count, .low = -1, .high = g.maps - 1}, "neighbours");
   }
   return g;
 }
@@ -44,7 +47,7 @@ ConvForward forward_params(const Tensor& x, const Tensor& weight, const Optional
   p.dtype = D::dtype_of(x);
   p.geometry = geometry_of<D>(x, last_size(weight), neighbours);
   const int64_t channels = p.geometry.channels, k = p.geometry.kernel_size;
-  check_stat(weight, x, channels * k * k, "weight");
+  check_stat(weight, x, product({channels, k, k}, "the size of the weight"), "weight");
   if (bias) check_stat(*bias, x, channels, "bias");
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
@@ -70,6 +73,7 @@ std::tuple<Tensor, Tensor> depthwise_conv_normalize(const Tensor& x, const Tenso
                                                     const OptionalTensor& neighbours, const OptionalTensor& ln_weight,
                                                     const OptionalTensor& ln_bias, double eps) {
   ConvForward p = forward_params<D>(x, weight, bias, neighbours);
+  check_eps(eps);
   if (ln_weight) check_stat(*ln_weight, x, x.size(3), "ln_weight");
   if (ln_bias) check_stat(*ln_bias, x, x.size(3), "ln_bias");
   p.ln_weight = pointer(ln_weight);

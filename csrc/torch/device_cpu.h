@@ -29,6 +29,28 @@ struct Cpu {
   static bool accepts(const Tensor& t) { return t.is_cpu(); }
   static DType dtype_of(const Tensor& t) { return feature_type(t, false); }
 
+  // No branch for each entry: the loop is vectorised, two instructions an entry.
+  static void check_indices(const IndexTable& p, const Tensor&, const char* name) {
+    const auto low = static_cast<uint32_t>(p.low),
+               high = static_cast<uint32_t>(p.high < INT32_MAX ? p.high : INT32_MAX);
+    const auto outside = [=](int32_t entry) { return uint32_t{static_cast<uint32_t>(entry) - low > high - low}; };
+    uint32_t found = p.high < p.low;
+    for (int64_t i = 0; i < p.count; ++i) found |= outside(p.entries[i]);
+    if (!found) return;
+    int64_t first = 0;
+    while (p.high >= p.low && !outside(p.entries[first])) ++first;
+    CNX_CHECK(false, name, " holds ", p.entries[first], " at ", first, ", expected indices from ", p.low, " to ",
+              p.high);
+  }
+  static void check_offsets(const Segments& s, const Tensor&) {
+    for (int64_t i = 0; i < s.count; ++i)
+      CNX_CHECK(s.offsets[i] >= 0 && s.offsets[i] <= s.offsets[i + 1], "offsets must rise from 0 or more, got ",
+                s.offsets[i], " before ", s.offsets[i + 1]);
+    const int64_t slots = int64_t{s.offsets[s.count]} - s.offsets[0];
+    CNX_CHECK(slots == s.rows / s.rows_per_slot, "offsets must span the ", s.rows / s.rows_per_slot,
+              " slots of the rows, got ", slots);
+  }
+
 #define CNX_CPU_KERNEL(name, Params)                 \
   static void name(const Params& p, const Tensor&) { \
     kernels().name(p, torch_threads());              \

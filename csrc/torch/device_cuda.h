@@ -50,9 +50,9 @@ struct Cuda {
     const int32_t device = like.get_device_index();
     torch::stable::accelerator::DeviceGuard guard(device);
     void* stream = nullptr;
-    STD_TORCH_CHECK(
+    CNX_CHECK(
         aoti_torch_get_current_cuda_stream && aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-        "convnextv2_kernels: PyTorch has no current stream on CUDA device ", device);
+        "PyTorch has no current stream on CUDA device ", device);
 #endif
     const int64_t bytes = workspace_bytes(p);
     if (!bytes) return kernel(p, {.stream = stream, .workspace = nullptr});
@@ -66,6 +66,20 @@ struct Cuda {
   }
   CNX_CUDA_KERNELS(CNX_CUDA_DEVICE)
 #undef CNX_CUDA_DEVICE
+
+  // Reading a table would wait for the device: only a debug build asserts what is in it, on the device.
+  static void check_indices(const IndexTable& p, const Tensor& like, const char*) {
+    if (kAssertsTables) assert_indices(p, like);
+  }
+  static void check_offsets(const Segments& s, const Tensor& like) {
+    if (kAssertsTables) assert_offsets(s, like);
+  }
+  static constexpr bool kAssertsTables =
+#if defined(CNX_EMULATION) || defined(CNX_DEBUG)
+      true;
+#else
+      false;
+#endif
 };
 
 }  // namespace binding

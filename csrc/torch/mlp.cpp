@@ -41,7 +41,7 @@ namespace {
 
 template <class D>
 Tensor column_sum(const Tensor& x) {
-  check_device<D>(x, "x");
+  check_rows<D>(x, "x");
   Tensor sums = new_stat(x, {last_size(x)});
   D::column_sum({.dtype = D::dtype_of(x),
                  .rows = row_count(x),
@@ -56,15 +56,21 @@ template <class D>
 std::tuple<Tensor, Tensor> gelu_statistics(const Tensor& a, std::optional<Tensor> h, const Tensor& gamma, double eps,
                                            bool tanh, const OptionalTensor& offsets, int64_t rows_per_slot,
                                            int64_t segments) {
-  check_device<D>(a, "a");
+  check_rows<D>(a, "a");
+  check_eps(eps);
+  const Segments rows = segments_of<D>(offsets, a, rows_per_slot, segments);
   const int64_t channels = last_size(a);
-  if (h) check_like(*h, a, "h");
   check_stat(gamma, a, channels, "gamma");
+  if (h) {
+    check_like(*h, a, "h");
+    check_written(*h, a, true, "h");
+    check_written(*h, gamma, false, "h");
+  }
   Tensor norm = new_stat(a, {segments, channels}), scale = new_stat(a, {segments, channels});
   D::gelu_statistics(
       {
           .dtype = D::dtype_of(a),
-          .segments = segments_of(offsets, a, rows_per_slot, segments),
+          .segments = rows,
           .channels = channels,
           .activation = gelu_form(tanh),
           .a = a.const_data_ptr(),
@@ -81,15 +87,23 @@ std::tuple<Tensor, Tensor> gelu_statistics(const Tensor& a, std::optional<Tensor
 template <class D>
 void gelu_scale(const Tensor& a, Tensor out, const OptionalTensor& scale, bool tanh, const OptionalTensor& offsets,
                 int64_t rows_per_slot, int64_t segments, const OptionalTensor& beta, bool gelu) {
-  check_device<D>(a, "a");
+  check_rows<D>(a, "a");
   check_like(out, a, "out");
+  const Segments rows = segments_of<D>(offsets, a, rows_per_slot, segments);
   const int64_t channels = last_size(a);
-  if (scale) check_stat(*scale, a, segments * channels, "scale");
-  if (beta) check_stat(*beta, a, channels, "beta");
+  check_written(out, a, true, "out");
+  if (scale) {
+    check_stat(*scale, a, product({segments, channels}, "the size of scale"), "scale");
+    check_written(out, *scale, false, "out");
+  }
+  if (beta) {
+    check_stat(*beta, a, channels, "beta");
+    check_written(out, *beta, false, "out");
+  }
   D::gelu_scale(
       {
           .dtype = D::dtype_of(a),
-          .segments = segments_of(offsets, a, rows_per_slot, segments),
+          .segments = rows,
           .channels = channels,
           .activation = gelu ? gelu_form(tanh) : Activation::identity,
           .a = a.const_data_ptr(),
@@ -106,19 +120,26 @@ std::tuple<Tensor, Tensor, Tensor> mlp_backward_statistics(const OptionalTensor&
                                                            const Tensor& gamma, double eps, bool tanh,
                                                            const OptionalTensor& offsets, int64_t rows_per_slot,
                                                            int64_t segments) {
-  check_device<D>(norm, "norm");
-  STD_TORCH_CHECK(bool(a) == bool(ds) && bool(a) != bool(t),
-                  "convnextv2_kernels: either a and ds or their sums t must be given");
-  const int64_t channels = last_size(norm);
+  check_rows<D>(norm, "norm");
+  check_eps(eps);
+  CNX_CHECK(bool(a) == bool(ds) && bool(a) != bool(t), "either a and ds or their sums t must be given");
+  check_segment_count(segments);
+  const int64_t channels = last_size(norm), size = product({segments, channels}, "the size of norm");
   const Tensor& like = a ? *a : norm;
-  check_stat(norm, like, segments * channels, "norm");
+  check_stat(norm, like, size, "norm");
   check_stat(gamma, like, channels, "gamma");
-  if (ds) check_like(*ds, *a, "ds");
-  if (t) check_stat(*t, like, segments * channels, "t");
+  Segments rows{.rows_per_slot = 1, .count = segments};
+  if (a) {
+    check_rows<D>(*a, "a");
+    CNX_CHECK(last_size(*a) == channels, "a must have the ", channels, " columns of norm");
+    check_like(*ds, *a, "ds");
+    rows = segments_of<D>(offsets, *a, rows_per_slot, segments);
+  } else {
+    check_from(rows_per_slot, 1, INT32_MAX, "rows_per_slot");
+    check_stat(*t, like, size, "t");
+  }
   Tensor scale = new_stat(norm, {segments, channels}), kappa = new_stat(norm, {segments, channels}),
          dgamma = new_stat(norm, {channels});
-  Segments rows{.rows_per_slot = 1, .count = segments};
-  if (a) rows = segments_of(offsets, *a, rows_per_slot, segments);
   D::mlp_backward_statistics(
       {
           .dtype = D::dtype_of(like),
@@ -143,19 +164,32 @@ template <class D>
 Tensor mlp_backward_pointwise(const Tensor& a, const Tensor& ds, const Tensor& scale, const Tensor& kappa,
                               std::optional<Tensor> hs, Tensor da, bool tanh, const OptionalTensor& offsets,
                               int64_t rows_per_slot, int64_t segments, const OptionalTensor& beta) {
-  check_device<D>(a, "a");
-  const int64_t channels = last_size(a);
+  check_rows<D>(a, "a");
+  const Segments rows = segments_of<D>(offsets, a, rows_per_slot, segments);
+  const int64_t channels = last_size(a), size = product({segments, channels}, "the size of scale");
   check_like(ds, a, "ds");
   check_like(da, a, "da");
-  if (hs) check_like(*hs, a, "hs");
-  check_stat(scale, a, segments * channels, "scale");
-  check_stat(kappa, a, segments * channels, "kappa");
+  check_stat(scale, a, size, "scale");
+  check_stat(kappa, a, size, "kappa");
   if (beta) check_stat(*beta, a, channels, "beta");
+  const auto check_result = [&](const Tensor& written, bool over_a, bool over_ds, const char* name) {
+    check_written(written, a, over_a, name);
+    check_written(written, ds, over_ds, name);
+    check_written(written, scale, false, name);
+    check_written(written, kappa, false, name);
+    if (beta) check_written(written, *beta, false, name);
+  };
+  check_result(da, false, true, "da");
+  if (hs) {
+    check_like(*hs, a, "hs");
+    check_result(*hs, true, false, "hs");
+    check_written(*hs, da, false, "hs");
+  }
   Tensor db = new_stat(a, {channels});
   D::mlp_backward_pointwise(
       {
           .dtype = D::dtype_of(a),
-          .segments = segments_of(offsets, a, rows_per_slot, segments),
+          .segments = rows,
           .channels = channels,
           .activation = gelu_form(tanh),
           .a = a.const_data_ptr(),
@@ -178,12 +212,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> mlp_parameters(const Tensor& w1, cons
                                                           const OptionalTensor& ln_weight,
                                                           const OptionalTensor& ln_bias, const Tensor& like) {
   check_device<D>(w1, "w1");
-  check_same_device(w2, w1, "w2");
+  check_device<D>(like, "like");
+  check_matrix(w1, "w1");
+  check_matrix(w2, "w2");
+  check_same_device(w1, like, "w1");
+  check_same_device(w2, like, "w2");
   const int64_t hidden = w1.size(0), inputs = w1.size(1), outputs = w2.size(0);
   const bool same = w1.scalar_type() == like.scalar_type();
-  STD_TORCH_CHECK(
-      w2.scalar_type() == w1.scalar_type() && w2.size(1) == hidden && (same || w1.scalar_type() == stat_type(like)),
-      "convnextv2_kernels: w1 and w2 must both have the dtype of the rows or of the statistics");
+  CNX_CHECK(w2.size(1) == hidden, "w2 must be [O, H] with the ", hidden, " rows of w1 [H, C]");
+  CNX_CHECK(w2.scalar_type() == w1.scalar_type() && (same || w1.scalar_type() == stat_type(like)),
+            "w1 and w2 must both have the dtype of the rows or of the statistics");
+  CNX_CHECK(bool(ln_weight) == bool(ln_bias), "ln_weight and ln_bias must both be given, or neither");
   check_stat(b1, like, hidden, "b1");
   if (b2) check_stat(*b2, like, outputs, "b2");
   check_stat(beta, like, hidden, "beta");
@@ -219,11 +258,13 @@ template <class D>
 std::tuple<Tensor, Tensor> unfold_layer_norm(const Tensor& w1, const Tensor& ln_weight, const Tensor& ln_bias,
                                              const Tensor& db1, Tensor dw1) {
   check_device<D>(w1, "w1");
+  check_matrix(w1, "w1");
   const int64_t hidden = w1.size(0), inputs = w1.size(1);
   check_stat(ln_weight, w1, inputs, "ln_weight");
   check_stat(ln_bias, w1, inputs, "ln_bias");
   check_stat(db1, w1, hidden, "db1");
   check_stat(dw1, w1, hidden * inputs, "dw1");
+  for (const Tensor& input : {w1, ln_weight, ln_bias, db1}) check_written(dw1, input, false, "dw1");
   Tensor dweight = new_stat(w1, {inputs}), dbias = new_stat(w1, {inputs});
   D::unfold_layer_norm(
       {
@@ -243,13 +284,18 @@ std::tuple<Tensor, Tensor> unfold_layer_norm(const Tensor& w1, const Tensor& ln_
 }
 
 template <class D>
+void check_products(const Tensor& g) {
+  check_rows<D>(g, "g");
+  CNX_CHECK(g.dim() == 3 && g.scalar_type() == stat_type(g), "g must be [N, O, H] of the statistics dtype");
+}
+
+template <class D>
 Tensor products_reduce(const Tensor& g, const Tensor& w2) {
-  check_device<D>(g, "g");
-  STD_TORCH_CHECK(g.dim() == 3, "convnextv2_kernels: g must be [N, O, H]");
+  check_products<D>(g);
   const int64_t images = g.size(0), outputs = g.size(1), hidden = g.size(2);
   check_stat(g, w2, g.numel(), "g");
   check_same_device(w2, g, "w2");
-  STD_TORCH_CHECK(w2.numel() == outputs * hidden, "convnextv2_kernels: w2 must be [O, H]");
+  CNX_CHECK(w2.numel() == outputs * hidden, "w2 must be [O, H]");
   Tensor t = new_stat(g, {images, hidden});
   D::products_reduce(
       {
@@ -267,8 +313,7 @@ Tensor products_reduce(const Tensor& g, const Tensor& w2) {
 
 template <class D>
 Tensor products_weight(const Tensor& g, const Tensor& scale, const Tensor& d_sum, const Tensor& beta) {
-  check_device<D>(g, "g");
-  STD_TORCH_CHECK(g.dim() == 3, "convnextv2_kernels: g must be [N, O, H]");
+  check_products<D>(g);
   const int64_t images = g.size(0), outputs = g.size(1), hidden = g.size(2);
   check_stat(scale, g, images * hidden, "scale");
   check_stat(d_sum, g, outputs, "d_sum");
@@ -293,8 +338,7 @@ Tensor products_weight(const Tensor& g, const Tensor& scale, const Tensor& d_sum
 template <class D>
 Tensor transpose_rows(const Tensor& x) {
   check_device<D>(x, "x");
-  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float,
-                  "convnextv2_kernels: x must be a float32 matrix");
+  CNX_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float, "x must be a float32 matrix");
   Tensor y = new_features(x, {x.size(1), x.size(0)});
   D::transpose_rows(static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1),
                     static_cast<float*>(y.mutable_data_ptr()));

@@ -35,7 +35,8 @@ namespace {
 template <class D>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
                                                       const OptionalTensor& bias, double eps) {
-  check_device<D>(x, "x");
+  check_rows<D>(x, "x");
+  check_eps(eps);
   const int64_t channels = last_size(x);
   if (weight) check_stat(*weight, x, channels, "weight");
   if (bias) check_stat(*bias, x, channels, "bias");
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Opt
 template <class D>
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& x, const Tensor& mean,
                                                        const Tensor& rstd, const OptionalTensor& weight) {
-  check_device<D>(x, "x");
+  check_rows<D>(x, "x");
   check_like(grad, x, "grad");
   const int64_t channels = last_size(x), rows = row_count(x);
   check_stat(mean, x, rows, "mean");
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
 template <class D>
 std::tuple<Tensor, Tensor, Tensor> normalized_backward(const Tensor& dy, const Tensor& z, const Tensor& rstd,
                                                        const Tensor& weight) {
-  check_device<D>(z, "z");
+  check_rows<D>(z, "z");
   check_like(dy, z, "dy");
   const int64_t channels = last_size(z);
   check_stat(rstd, z, row_count(z), "rstd");
@@ -111,9 +112,9 @@ std::tuple<Tensor, Tensor, Tensor> normalized_backward(const Tensor& dy, const T
 template <class D>
 std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, const OptionalTensor& weight,
                                                     const OptionalTensor& bias, double eps) {
-  check_device<D>(x, "x");
-  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) % 2 == 0 && x.size(2) % 2 == 0,
-                  "convnextv2_kernels: x must be [maps, h, w, C] with even h and w");
+  check_rows<D>(x, "x");
+  check_eps(eps);
+  CNX_CHECK(x.dim() == 4 && x.size(1) % 2 == 0 && x.size(2) % 2 == 0, "x must be [maps, h, w, C] with even h and w");
   const int64_t maps = x.size(0), h = x.size(1), w = x.size(2), channels = x.size(3);
   if (weight) check_stat(*weight, x, channels, "weight");
   if (bias) check_stat(*bias, x, channels, "bias");
@@ -137,9 +138,11 @@ std::tuple<Tensor, Tensor> space_to_depth_normalize(const Tensor& x, const Optio
 template <class D>
 std::tuple<Tensor, Tensor, Tensor> space_to_depth_normalize_backward(const Tensor& dy, const Tensor& z,
                                                                      const Tensor& rstd, const Tensor& weight) {
-  check_device<D>(z, "z");
+  check_rows<D>(z, "z");
   check_like(dy, z, "dy");
-  STD_TORCH_CHECK(rstd.dim() == 3, "convnextv2_kernels: rstd must be [maps, h, w]");
+  CNX_CHECK(last_size(z) % 4 == 0, "z must be [maps, h / 2, w / 2, 4 C]");
+  CNX_CHECK(rstd.dim() == 3 && rstd.size(1) % 2 == 0 && rstd.size(2) % 2 == 0,
+            "rstd must be [maps, h, w] with even h and w");
   const int64_t maps = rstd.size(0), h = rstd.size(1), w = rstd.size(2), channels = last_size(z) / 4;
   check_stat(rstd, z, row_count(z) * 4, "rstd");
   check_stat(weight, z, channels, "weight");
@@ -166,7 +169,9 @@ template <class D>
 std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, const Tensor& beta,
                                        const OptionalTensor& offsets, int64_t rows_per_slot, int64_t segments,
                                        bool gelu, double eps) {
-  check_device<D>(x, "x");
+  check_rows<D>(x, "x");
+  check_eps(eps);
+  const Segments rows = segments_of<D>(offsets, x, rows_per_slot, segments);
   const int64_t channels = last_size(x);
   check_stat(gamma, x, channels, "gamma");
   check_stat(beta, x, channels, "beta");
@@ -174,7 +179,7 @@ std::tuple<Tensor, Tensor> grn_forward(const Tensor& x, const Tensor& gamma, con
   D::grn_forward(
       {
           .dtype = D::dtype_of(x),
-          .segments = segments_of(offsets, x, rows_per_slot, segments),
+          .segments = rows,
           .channels = channels,
           .gelu = gelu,
           .x = x.const_data_ptr(),
@@ -192,16 +197,18 @@ template <class D>
 std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor& x, const Tensor& gamma,
                                                 const Tensor& norm, const OptionalTensor& offsets,
                                                 int64_t rows_per_slot, int64_t segments, bool gelu, double eps) {
-  check_device<D>(x, "x");
+  check_rows<D>(x, "x");
+  check_eps(eps);
   check_like(grad, x, "grad");
+  const Segments rows = segments_of<D>(offsets, x, rows_per_slot, segments);
   const int64_t channels = last_size(x);
   check_stat(gamma, x, channels, "gamma");
-  check_stat(norm, x, segments * channels, "norm");
+  check_stat(norm, x, product({segments, channels}, "the size of norm"), "norm");
   Tensor dx = new_features(x, sizes(x)), dgamma = new_stat(x, {channels}), dbeta = new_stat(x, {channels});
   D::grn_backward(
       {
           .dtype = D::dtype_of(x),
-          .segments = segments_of(offsets, x, rows_per_slot, segments),
+          .segments = rows,
           .channels = channels,
           .gelu = gelu,
           .grad = grad.const_data_ptr(),
@@ -219,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
 
 template <class D>
 Tensor normalized_backward_input(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
-  check_device<D>(z, "z");
+  check_rows<D>(z, "z");
   check_like(dz, z, "dz");
   check_stat(rstd, z, row_count(z), "rstd");
   Tensor dx = new_features(z, sizes(z));

@@ -88,8 +88,38 @@ def test_classifier_and_size(tmp_path):
         load_network(tmp_path / "a.pth", "a", model_name="convnextv2_tiny")
     with pytest.raises(ValueError, match="has no decoder"):
         load_network(tmp_path / "a.pth", "a", decoder=True)
-    with pytest.raises(ValueError, match="use_ema=True needs averaged weights"):
+    with pytest.raises(ValueError, match="has no averaged weights"):
         load_network(tmp_path / "a.pth", "a", use_ema=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"grn": "median"},
+        {"grn": ["l1"]},
+        {"grn_scope": "patch"},
+        {"img_size": "224"},
+        {"img_size": [1, 2, 3]},
+        {"img_size": -32},
+        {"mask_ratio": "most"},
+        {"mask_ratio": [0.6]},
+        {"patch_size": None},
+    ],
+)
+def test_settings_that_no_network_has_are_refused(tmp_path, config):
+    path = training_checkpoint(tmp_path / "a.pt", autoencoder(), **config)
+    with pytest.raises(ValueError, match="a.pt cannot be rebuilt from its settings: ."):
+        load_network(path, "a", decoder=True)
+
+
+def test_shapes_are_compared_before_a_network_of_their_widths_is_built(tmp_path):
+    state = autoencoder().state_dict()
+    for name in ("dwconv.weight", "dwconv.bias", "norm.weight", "norm.bias"):
+        key = f"encoder.stages.3.0.{name}"
+        state[key] = torch.ones(10**6, *state[key].shape[1:])
+    torch.save({"model": state}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="a.pt has shapes that contradict each other: encoder.downsample_layers.3"):
+        load_network(tmp_path / "a.pt", "a")
 
 
 def test_untrained_network_depends_on_the_seed_alone():

@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import pytest
 import torch
@@ -165,3 +166,54 @@ def test_arguments():
         convert_state_dict(state, "official", conv_mlp=True)
     with pytest.raises(TypeError, match="sd must be a state_dict, got ConvNeXtV2"):
         convert_state_dict(classifier(), "official")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder.downsample_layers.0.0.weight", (8, 3, 4, 5)),
+        ("encoder.downsample_layers.0.1.weight", (9,)),
+        ("encoder.downsample_layers.2.0.bias", (24,)),
+        ("encoder.downsample_layers.2.1.weight", (24, 8, 2, 2)),
+        ("encoder.downsample_layers.2.1.bias", (16,)),
+        ("encoder.stages.1.0.dwconv.weight", (16, 2, 7, 7)),
+        ("encoder.stages.1.1.dwconv.weight", (16, 1, 5, 5)),
+        ("encoder.stages.1.1.dwconv.bias", (8,)),
+        ("encoder.stages.1.1.norm.weight", (8,)),
+        ("encoder.stages.1.1.pwconv1.weight", (48, 16)),
+        ("encoder.stages.1.1.pwconv1.bias", (48,)),
+        ("encoder.stages.1.1.grn.gamma", (1, 1, 1, 16)),
+        ("encoder.stages.1.1.pwconv2.weight", (16, 48)),
+        ("encoder.stages.1.1.pwconv2.bias", (64,)),
+        ("decoder.1.dwconv.weight", (13, 1, 7, 7)),
+        ("decoder.1.grn.beta", (1, 1, 1, 12)),
+        ("proj.weight", (12, 24, 1, 1)),
+        ("proj.bias", (32,)),
+        ("mask_token", (1, 32, 1, 1)),
+        ("pred.weight", (3072, 32, 1, 1)),
+        ("pred.bias", (3,)),
+    ],
+)
+def test_shapes_that_contradict_each_other(name, shape):
+    state = autoencoder().state_dict()
+    expected = re.escape(str(list(state[name].shape)))
+    if name.endswith("0.0.weight"):
+        expected = r"\[8, 3, 5, 5\]"
+    with pytest.raises(ValueError, match=rf"shapes that contradict each other: {name} .* \(expected {expected}\)"):
+        convert_state_dict({**state, name: torch.ones(shape)}, "fcmae")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("head.weight", (5, 24)), ("head.bias", (6,)), ("norm.bias", (24,))])
+def test_heads_that_contradict_the_encoder(name, shape):
+    state = classifier().state_dict()
+    with pytest.raises(ValueError, match=rf"contradict each other: {name} .* \(expected "):
+        convert_state_dict({**state, name: torch.ones(shape)}, "official")
+
+
+def test_a_grn_that_others_lack():
+    """Other code bases would compute something else with the same weights."""
+    content = {"model": classifier().state_dict(), "config": {"grn": "l1"}}
+    assert_same(convert_state_dict(content, "official"), content["model"])
+    for to in ("timm", "transformers", "mmpretrain", "official-sparse"):
+        with pytest.raises(ValueError, match=f"sd was trained with the GRN 'l1', which {to} does not have"):
+            convert_state_dict(content, to)

@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import torch
 from helpers.reference_models import timm, transformers
 from torch import nn
@@ -232,7 +233,7 @@ def test_averaged_weights():
         assert_same(model.state_dict(), raw)
         load_checkpoint(model, {"model": raw, name: averaged}, use_ema=True)
         assert_same(model.state_dict(), averaged)
-    with pytest.raises(ValueError, match="use_ema=True .*, expected model_ema or .*, got model, epoch"):
+    with pytest.raises(ValueError, match="no averaged weights, expected model_ema or .*, got model, epoch"):
         load_checkpoint(model, {"model": raw, "epoch": 1}, use_ema=True)
 
 
@@ -304,3 +305,103 @@ def test_average_of_torch_itself():
     target = torch.optim.swa_utils.AveragedModel(classifier())
     load_checkpoint(target, average.state_dict())
     assert_same(target.module.state_dict(), model.state_dict())
+
+
+def behind(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "backbone.", "encoder.", "student.", "a.b.c.", "model.encoder."])
+@pytest.mark.parametrize("source", ["official", "timm", "transformers", "mmpretrain"])
+def test_networks_in_larger_modules(source, prefix):
+    state, model = classifier().state_dict(), classifier()
+    report = load_checkpoint(model, {"state_dict": behind(prefix, convert_state_dict(state, source))})
+    assert_same(model.state_dict(), state)
+    assert (report.source_format, report.prefix) == (source, prefix)
+    assert f"({source} behind {prefix} -> official)" in str(report)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "encoder."])
+@pytest.mark.parametrize("source", ["fcmae", "official-sparse"])
+def test_autoencoders_in_larger_modules(source, prefix):
+    state, model = autoencoder().state_dict(), autoencoder()
+    report = load_checkpoint(model, behind(prefix, convert_state_dict(state, source)))
+    assert_same(model.state_dict(), state)
+    assert (report.source_format, report.prefix) == (source, prefix)
+
+
+def test_prefixes_mixed_with_wrappers():
+    state, model = classifier().state_dict(), classifier()
+    wrapped = {key.replace("stages.", "stages._orig_mod."): value for key, value in state.items()}
+    content = {"module": {"state_dict": behind("_orig_mod.model.module.net.", wrapped)}}
+    assert load_checkpoint(model, content).prefix == "model.net."
+    assert_same(model.state_dict(), state)
+    assert_same(convert_state_dict(content, "official"), state)
+
+
+def test_the_rest_of_a_larger_module_is_reported():
+    state, model = classifier().state_dict(), classifier()
+    rest = {"criterion.weight": torch.ones(3), "accuracy.total": torch.tensor(3)}
+    report = load_checkpoint(model, behind("model.", state) | rest)
+    assert report.left_out == ("criterion.weight", "accuracy.total")
+    with pytest.raises(ValueError, match="keys that are not of a ConvNeXt V2 with official names: model.extra$"):
+        load_checkpoint(model, behind("model.", state | {"extra": torch.ones(1)}))
+    larger = nn.ModuleDict({"net": classifier(), "criterion": nn.Linear(1, 1)})
+    report = load_checkpoint(larger, state)
+    assert report.kept_initial == ("criterion.weight", "criterion.bias")
+    assert_same(larger["net"].state_dict(), state)
+
+
+def test_several_networks_are_told_by_their_prefixes():
+    state, model = classifier().state_dict(), classifier()
+    for content, names in (
+        (behind("student.", state) | behind("teacher.", state), "their keys begin with student., teacher."),
+        (behind("ema.", state) | state, "their keys begin with ema., no prefix"),
+        ({"student": state, "teacher": state}, "student, teacher"),
+    ):
+        with pytest.raises(ValueError, match=f"holds several networks, expected one: {names}$"):
+            load_checkpoint(model, content)
+    load_checkpoint(model, {"student": state, "epoch": 1})
+    with pytest.raises(ValueError, match="holds averaged weights only, under state_dict_ema: ask for these"):
+        load_checkpoint(model, {"state_dict_ema": state})
+
+
+def test_another_size_is_told_by_name():
+    model = create_model("convnextv2_femto")
+    with pytest.raises(
+        ValueError,
+        match=r"^path_or_state_dict does not fit the model: it is convnextv2_atto, and the model is convnextv2_femto$",
+    ):
+        load_checkpoint(model, create_model("convnextv2_atto").state_dict())
+
+
+@pytest.mark.parametrize("record", ["metadata", "config", "mapping"])
+def test_another_grn_is_refused(tmp_path, record):
+    """Names and shapes are the same: only what the file says of its training tells them apart."""
+    state = classifier().state_dict()
+
+    def recorded(grn):
+        if record == "mapping":
+            return {"model": state, "config": {"grn": grn}}
+        path = tmp_path / "a"
+        if record == "metadata":
+            safetensors.torch.save_file(state, path, {"grn": grn})
+        else:
+            torch.save({"model": state, "config": {"grn": grn}}, path)
+        return path
+
+    mean = ConvNeXtV2(num_classes=CLASSES, depths=DEPTHS, dims=DIMS, grn="mean")
+    load_checkpoint(mean, recorded("mean, skip"))
+    load_checkpoint(classifier(), recorded("default"))
+    load_checkpoint(timm_model(), recorded("default"))
+    for model, grn, has in (
+        (classifier(), "mean", "default"),
+        (mean, "default", "mean"),
+        (timm_model(), "l1", "default"),
+    ):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=f"was trained with the GRN '{grn}', and the model has '{has}'"):
+            load_checkpoint(model, recorded(grn))
+        assert_same(model.state_dict(), before)
+    with pytest.raises(ValueError, match="records an unknown GRN, 'median'"):
+        load_checkpoint(mean, recorded("median"))

@@ -168,7 +168,7 @@ def test_bundled_photographs(tmp_path, checkpoints):
         ),
         (["reconstruct", "ONE", "--data", "DATA", "--mask-ratio", "0"], "--mask-ratio 0 hides none of the 4 patches"),
         (["reconstruct", "ONE", "--data", "DATA", "--img-size", "32"], "expected --img-size of at least 64"),
-        (["cosine", "CLASSIFIER", "--data", "DATA", "--ema"], "--ema needs averaged weights, expected model_ema"),
+        (["cosine", "CLASSIFIER", "--data", "DATA", "--ema"], "has no averaged weights, expected model_ema"),
         (["cosine", "CLASSIFIER", "--data", "DATA", "--model", "convnextv2_tiny"], "expected convnextv2_tiny"),
     ],
 )

@@ -8,6 +8,7 @@ from checkpoints.samples import WRITABLE, assert_same, autoencoder, classifier
 
 from convnextv2_kernels import cli
 from convnextv2_kernels.checkpoints import convert_state_dict, load_checkpoint
+from convnextv2_kernels.checkpoints.storage import read_checkpoint_file
 
 
 def convert(*words):
@@ -49,7 +50,30 @@ def test_averaged_weights(tmp_path, capsys):
     assert convert(source, target, "--to", "official", "--ema") == 0
     assert_same(torch.load(target, weights_only=True)["model"], averaged)
     assert convert(target, tmp_path / "other.pt", "--to", "official", "--ema") == 1
-    assert capsys.readouterr().err.startswith("error: --ema needs averaged weights, expected model_ema")
+    assert capsys.readouterr().err == (
+        f"error: {target} has no averaged weights, expected model_ema or state_dict_ema, got model\n"
+    )
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_another_grn_stays_known(tmp_path, capsys, suffix):
+    source, target = tmp_path / "source.safetensors", tmp_path / f"target{suffix}"
+    safetensors.torch.save_file(classifier().state_dict(), source, {"grn": "l1", "grn_scope": "batch", "model": "x"})
+    assert convert(source, target, "--to", "official") == 0
+    assert read_checkpoint_file(target).settings.items() >= {"grn": "l1", "grn_scope": "batch"}.items()
+    with pytest.raises(ValueError, match="trained with the GRN 'l1', and the model has 'default'"):
+        load_checkpoint(classifier(), target)
+    assert convert(source, target, "--to", "timm", "--force") == 1
+    assert "source.safetensors was trained with the GRN 'l1', which timm does not have" in capsys.readouterr().err
+
+
+def test_a_prefix_is_reported(tmp_path, capsys):
+    source, target = tmp_path / "source.pt", tmp_path / "target.pt"
+    behind = {f"net.{key}": value for key, value in classifier().state_dict().items()}
+    torch.save({"state_dict": behind | {"loss.weight": torch.ones(1)}}, source)
+    assert convert(source, target, "--to", "timm") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{source}: official names behind net." and lines[2] == "left out: loss.weight"
 
 
 def test_overwriting(tmp_path, capsys):

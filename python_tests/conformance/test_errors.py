@@ -118,13 +118,13 @@ CALLS = [
     (GRN, {"scope": "patch"}, ValueError, "scope must be 'image' or 'batch', got 'patch'"),
     (BLOCK, {"scope": None}, ValueError, "scope must be 'image' or 'batch', got None"),
     (BLOCK, {"act": "relu"}, ValueError, "act must be one of gelu, gelu_tanh, got 'relu'"),
-    (BLOCK, {"eps": -1.0, "grn_eps": 1e-6}, ValueError, r"^eps must be a number >= 0, got -1\.0"),
+    (BLOCK, {"eps": -1.0, "grn_eps": 1e-6}, ValueError, r"^eps must be a finite number >= 0, got -1\.0"),
     (BLOCK, {"eps": 0.0, "grn_eps": None}, ValueError, "^eps must be a number > 0 for global response"),
-    (BLOCK, {"grn_eps": -1.0}, ValueError, r"grn_eps must be a number >= 0, got -1\.0"),
+    (BLOCK, {"grn_eps": -1.0}, ValueError, r"grn_eps must be a finite number >= 0, got -1\.0"),
     (BLOCK, {"grn_eps": 0.0}, ValueError, "grn_eps must be a number > 0 for global response"),
-    (GRN, {"eps": -1e-6}, ValueError, "eps must be a number >= 0, got -1e-06"),
-    ("layer_norm", {"eps": float("nan")}, ValueError, "eps must be a number >= 0, got nan"),
-    ("layer_norm_grn", {"ln_eps": -1.0}, ValueError, r"ln_eps must be a number >= 0, got -1\.0"),
+    (GRN, {"eps": -1e-6}, ValueError, "eps must be a finite number >= 0, got -1e-06"),
+    ("layer_norm", {"eps": float("nan")}, ValueError, "eps must be a finite number >= 0, got nan"),
+    ("layer_norm_grn", {"ln_eps": -1.0}, ValueError, r"ln_eps must be a finite number >= 0, got -1\.0"),
 ]
 
 
@@ -164,8 +164,16 @@ LAYOUTS = [
     (lambda: PatchLayout.from_kept(IDS, (1, 1)), ValueError, "ids keeps 2 patches per image, but grid 1x1 has only 1"),
     (lambda: PatchLayout.from_kept(IDS, (3, 0)), ValueError, r"grid must be two positive integers .*got \(3, 0\)"),
     (lambda: PatchLayout.from_kept(IDS, (3,)), ValueError, r"grid must be two positive integers .*got \(3,\)"),
-    (lambda: PatchLayout.from_mask(MASK).neighbour_slots(-1), ValueError, "radius must be an integer >= 0, got -1"),
-    (lambda: PatchLayout.from_mask(MASK).neighbour_slots(1.0), ValueError, r"radius must be an integer >= 0, got 1\.0"),
+    (
+        lambda: PatchLayout.from_mask(MASK).neighbour_slots(-1),
+        ValueError,
+        "radius must be an integer from 0 to 255, got -1",
+    ),
+    (
+        lambda: PatchLayout.from_mask(MASK).neighbour_slots(1.0),
+        ValueError,
+        r"radius must be an integer from 0 to 255, got 1\.0",
+    ),
     (lambda: random_mask(2, (3, 3), ratio=1.5), ValueError, r"ratio must lie between 0 and 1 .*got 1\.5"),
     (lambda: random_kept(2, (3, 3), ratio=-0.1), ValueError, r"ratio must lie between 0 and 1 .*got -0\.1"),
     (lambda: random_mask(2, (0, 3)), ValueError, r"grid must be two positive integers .*got \(0, 3\)"),

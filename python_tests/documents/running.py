@@ -24,7 +24,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from helpers.reference_models import timm  # noqa: F401  (so that finetune can import it beside any PyTorch)
 
 from convnextv2_kernels import cli
 

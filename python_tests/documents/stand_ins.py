@@ -147,6 +147,8 @@ CHECKED = {
     'pip install --no-build-isolation "torch==2.13.0" -e ".[timm]"': Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation -e ".[train]"': Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation "torch==2.13.0" -e ".[train]"': Checked(BY_PIP, pip_requirements),
+    "pip install onnx onnxruntime onnxscript": Checked(BY_PIP, pip_requirements),
+    "python tools/match_torchvision.py": Checked("changes the environment", options),
     "make demo": Checked("takes minutes; what it calls, `pretrain --demo`, is run", make_target),
     "python -m bench gate": Checked("`make gate` runs it", options),
     "python -m bench gate --update": Checked("rewrites the committed baseline", options),

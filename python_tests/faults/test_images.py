@@ -154,7 +154,7 @@ def test_runs_of_before_go_on():
     saved.pop("value_range")
     require_same_config(saved, CONFIG, "x")
     require_same_config(saved, replace(CONFIG, value_range=(0.0, 65535.0)), "x")  # what 16 bits were mapped from
-    with pytest.raises(UserError, match=r"value_range: not recorded in the checkpoint, \[0.0, 4095.0\] now"):
+    with pytest.raises(UserError, match=r"value_range: None in the checkpoint, \[0.0, 4095.0\] now"):
         require_same_config(saved, replace(CONFIG, value_range=(0.0, 4095.0)), "x")
 
 

@@ -1,5 +1,6 @@
 """Blocks that are fused, blocks that are not and why; undoing it leaves nothing behind."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -8,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.official import Block
-from helpers.reference_models import timm
+from helpers.reference_models import timm, transformers
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 import convnextv2_kernels as ck
 
@@ -71,7 +73,7 @@ def test_report_names_the_backend():
 
 
 SKIPPED = {
-    "mlp is a Mlp without global response normalisation (ConvNeXt V1)": {"use_grn": False},
+    "ConvNeXt V1 block (no GRN)": {"use_grn": False},
     "conv_dw has dilation 2, expected 1": {"output_stride": 16},
     "norm is a RmsNorm2d, expected LayerNorm": {"norm_layer": "rmsnorm"},
     "mlp.act is a SiLU, expected the erf or the tanh GELU": {"act_layer": "silu"},
@@ -213,17 +215,101 @@ def test_this_librarys_models_are_fused_by_nature():
     assert ck.unfuse(model) == 0
 
 
+class OfficialV1(nn.Module):
+    """The children of the official code's ConvNeXt V1 block."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dwconv, self.norm = nn.Conv2d(dim, dim, 7, padding=3, groups=dim), nn.LayerNorm(dim)
+        self.pwconv1, self.act, self.pwconv2 = nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim)
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-6))
+        self.drop_path = nn.Identity()
+
+
+def transformers_v1() -> nn.Module:
+    config = transformers.ConvNextConfig(depths=[1, 1, 2, 1], hidden_sizes=[8, 8, 8, 8])
+    return transformers.ConvNextModel(config)
+
+
+def torchvision_v1() -> nn.Module:
+    setting = [CNBlockConfig(8, 8, 2), CNBlockConfig(8, None, 3)]
+    return ConvNeXt(setting)
+
+
+V1 = {
+    "found 5 ConvNeXt V1 blocks (layer scale, no GRN), not fused: stages.0.blocks.0, ": (
+        lambda: small_timm_model(use_grn=False, ls_init_value=1e-6)
+    ),
+    "found 5 ConvNeXt V1 blocks (no GRN), not fused: stages.0.blocks.0, ": lambda: small_timm_model(use_grn=False),
+    "found 5 ConvNeXt V1 blocks (layer scale, no GRN), not fused: encoder.stages.0.layers.0, ": transformers_v1,
+    "found 5 ConvNeXt V1 blocks (layer scale, no GRN), not fused: features.1.0, ": torchvision_v1,
+    "found 1 ConvNeXt V1 block (layer scale, no GRN), not fused: 0": lambda: nn.Sequential(OfficialV1(8)),
+}
+
+
+@pytest.mark.parametrize("found", V1)
+def test_v1_blocks_are_counted(found):
+    model = V1[found]()
+    with pytest.raises(ValueError, match=re.escape(f"in which no block can be fused: {found}")):
+        ck.fuse(model)
+    assert f"\n  {found}" in str(ck.fuse(model, strict=False))
+
+
 def test_nothing_to_fuse():
-    v1 = "no block can be fused, expected .* \\(strict=False accepts it\\); not fused: mlp is a Mlp without global"
-    with pytest.raises(ValueError, match=v1):
-        ck.fuse(small_timm_model(use_grn=False))
     plain = nn.Sequential(nn.Conv2d(3, 8, 3))
-    with pytest.raises(ValueError, match="model is a Sequential in which no block can be fused, expected ConvNeXt V2"):
+    found = (
+        "found none of timm ConvNeXtBlock, transformers ConvNextV2Layer, official Block and this library's "
+        "ConvNeXtV2Block"
+    )
+    expected = f"model is a Sequential in which no block can be fused: {found} (strict=False accepts it)"
+    with pytest.raises(ValueError, match=re.escape(expected)):
         ck.fuse(plain)
-    assert str(ck.fuse(plain, strict=False)) == "fused 0 of 0 blocks of Sequential"
+    assert str(ck.fuse(plain, strict=False)) == f"fused 0 of 0 blocks of Sequential\n  {found}"
     for call in (ck.fuse, ck.unfuse):
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got dict"):
             call({})
+
+
+def test_fusing_again_reports_what_runs_unfused():
+    model = small_timm_model()
+    ck.fuse(model, save="inputs")
+    changed = model.stages[2].blocks[1]
+    handle = changed.mlp.act.register_forward_hook(lambda *_: None)
+    model.stages[0].blocks[0].mlp.drop1.p = 0.5
+    before = "fused before, but it has changed and runs unfused now: "
+    report = ck.fuse(model, save="hidden")
+    assert report.skipped == (
+        ("stages.0.blocks.0", f"{before}mlp.drop1 drops out with rate 0.5, expected 0"),
+        ("stages.2.blocks.1", f"{before}a hook on mlp.act would not run"),
+    )
+    assert report.already_fused == ("stages.1.blocks.0", "stages.2.blocks.0", "stages.3.blocks.0")
+    assert str(report).startswith("fused 0 of 5 blocks of ConvNeXt\n") and changed.forward.save == "hidden"
+    handle.remove()
+    assert len(ck.fuse(model).already_fused) == 4
+    assert ck.unfuse(model) == 5
+    with pytest.raises(ValueError, match="no block can be fused: not fused: fused before, but it has changed and"):
+        block = nn.Sequential(changed)
+        ck.fuse(block)
+        changed.mlp.drop1.p = 0.5
+        ck.fuse(block)
+
+
+def test_layers_of_peft_are_named():
+    """Its LoRA layers are called Linear and Conv2d, as PyTorch's."""
+    lora = type("Linear", (nn.Module,), {"__module__": "peft.tuners.lora.layer"})
+    model = small_timm_model()
+    ck.fuse(model)
+    model.stages[0].blocks[0].mlp.fc1 = lora()
+    reason = (
+        "mlp.fc1 is peft.tuners.lora.layer.Linear, a layer of peft that the fused block would not run, expected "
+        "torch.nn.Linear or Conv2d (peft's merge_and_unload restores it)"
+    )
+    assert ck.fuse(model).skipped[0].reason.endswith(f"runs unfused now: {reason}")
+    ck.unfuse(model)
+    assert ck.fuse(model).skipped == (("stages.0.blocks.0", reason),)
+    model.stages[1].blocks[0].mlp.fc1 = type("Linear", (nn.Module,), {"__module__": "other.layers"})()
+    ck.unfuse(model)
+    assert ck.fuse(model).skipped[1].reason == "mlp.fc1 is other.layers.Linear, expected torch.nn.Linear or Conv2d"
 
 
 def test_context_manager():

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from convnextv2_kernels.checkpoints import convert_state_dict
 from convnextv2_kernels.errors import UserError
 from convnextv2_kernels.models import create_fcmae, create_model
+from convnextv2_kernels.sizes import size_of
 from convnextv2_kernels.train.checkpoint import export_encoder, export_weights
-from convnextv2_kernels.train.weights import compare, describe, digest, read_weights, size_name
+from convnextv2_kernels.train.weights import compare, describe, digest, read_weights
 
 RUN = SimpleNamespace(model="convnextv2_atto", grn="default", img_size=(64, 96))
 DATA = "flowers"
@@ -105,7 +106,7 @@ def test_it_says_which_weights_these_are(tmp_path):
         weights.require_head(3, DATA)
     with pytest.raises(UserError, match="no averaged weights, which --ema asks for"):
         read_weights(tmp_path / "a.safetensors", True)
-    assert size_name((3, 3, 27, 3), (96, 192, 384, 768)) == "convnextv2_small" and size_name((1,) * 4, (8,) * 4) is None
+    assert size_of((3, 3, 27, 3), (96, 192, 384, 768)) == "convnextv2_small" and size_of((1,) * 4, (8,) * 4) is None
     save_file(classifier(in_chans=4).state_dict(), tmp_path / "four.safetensors")
     with pytest.raises(UserError, match="for images of 4 channels, and images are read as 3"):
         read_weights(tmp_path / "four.safetensors", False).require("convnextv2_atto", "default")

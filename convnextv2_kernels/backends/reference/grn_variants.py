@@ -70,7 +70,7 @@ def global_response_norm(
     """
     stat = statistics_dtype(x.dtype)
     scale = gamma.reshape(-1).to(stat) * normalize(aggregate(x, layout, scope, aggregation, visible), normalizer, eps)
-    scale = spread_over_rows(1.0 + scale if skip else scale, x, layout)
+    scale = spread_over_rows(1.0 + scale if skip else scale, x, layout, scope)
     return (x * scale + beta.reshape(-1).to(stat)).to(x.dtype)
 
 

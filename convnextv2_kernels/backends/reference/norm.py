@@ -8,13 +8,15 @@ from torch import Tensor
 
 from ...dtypes import statistics_dtype
 from ...layout import PatchLayout
+from ...tracing import exporting
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """LayerNorm over the last dimension with biased variance."""
     weight = None if weight is None else weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    # a weight's size is a constant in a trace, where the size of packed rows is not
+    return F.layer_norm(x, x.shape[-1:] if weight is None else weight.shape, weight, bias, eps)
 
 
 def image_sums(x: Tensor, layout: PatchLayout | None, scope: str) -> Tensor:
@@ -25,21 +27,25 @@ def image_sums(x: Tensor, layout: PatchLayout | None, scope: str) -> Tensor:
     if layout is None:
         return x.flatten(1, -2).sum(1)
     per_slot = x.flatten(1, -2).sum(1)
+    if exporting():  # TorchScript's exporter to ONNX adds no rows of the same index
+        patches = layout.grid[0] * layout.grid[1]
+        rows = per_slot.new_zeros(layout.num_images * patches, c).index_copy(0, layout.patch_of_slot.long(), per_slot)
+        return rows.view(layout.num_images, patches, c).sum(1)
     zero = per_slot.new_zeros(layout.num_images, c)
-    return zero.index_add(0, layout.image_of_slot, per_slot)
+    return zero.index_add(0, layout.image_of_slot.long(), per_slot)
 
 
-def spread_over_rows(stat: Tensor, x: Tensor, layout: PatchLayout | None) -> Tensor:
-    """``[N, C]`` or ``[1, C]`` -> broadcastable against ``x [P or N, ..., C]``."""
-    if stat.shape[0] != 1 and layout is not None:
+def spread_over_rows(stat: Tensor, x: Tensor, layout: PatchLayout | None, scope: str = "image") -> Tensor:
+    """``[N, C]``, or ``[1, C]`` of scope "batch", -> broadcastable against ``x [P or N, ..., C]``."""
+    if scope == "image" and layout is not None:
         stat = stat.index_select(0, layout.image_of_slot)
     return stat.reshape(stat.shape[0], *(1,) * (x.dim() - 2), stat.shape[-1])
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose gradient at 0 is 0: a channel that is zero everywhere gets no gradient."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+    other = x != 0  # NaN too, which must not become 0
+    return torch.where(other, torch.where(other, x, 1.0).sqrt(), 0.0)
 
 
 def grn_scale(x: Tensor, gamma: Tensor, layout: PatchLayout | None, scope: str, eps: float) -> Tensor:
@@ -54,7 +60,7 @@ def global_response_norm(
     x: Tensor, gamma: Tensor, beta: Tensor, layout: PatchLayout | None, scope: str, eps: float
 ) -> Tensor:
     """``x + gamma * (x * N(G(x))) + beta``; the norm runs over the visible pixels of an image (or of the batch)."""
-    scale = spread_over_rows(grn_scale(x, gamma, layout, scope, eps), x, layout)
+    scale = spread_over_rows(grn_scale(x, gamma, layout, scope, eps), x, layout, scope)
     return (x * scale + beta.reshape(-1).to(scale.dtype)).to(x.dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import _fakes
+from .. import _contracts, _fakes
 from .availability import INTERPRETED
 
 
@@ -90,10 +90,16 @@ def operator(function):
     """Registers a function that only reads its arguments and returns new tensors, and returns the operator.
 
     Its annotations are the schema; names, arguments and results match the operator of the same name in ``csrc/torch``,
-    so that both share one fake."""
+    so that both share one fake. It checks its arguments (``_contracts.py``)."""
     name = function.__name__
     FUNCTIONS[name] = function
+    check = _contracts.of(name)
+
+    def checked(*args):
+        check(*args)
+        return function(*args)
+
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, checked, "CompositeExplicitAutograd")
     _fakes.register(NAMESPACE, name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -100,8 +100,8 @@ def finish_gradient_kernel(
         response = value / mean
         tl.store(terms + columns, response * t, mask=held)
         tl.store(scale + columns, 1.0 + weight * response, mask=held)
-        pulled = (weight * t / mean - pull) / tl.where(value > 0, value, 1.0)
-        tl.store(kappa + columns, tl.where(value > 0, pulled, 0.0), mask=held)
+        pulled = (weight * t / mean - pull) / tl.where(value != 0, value, 1.0)
+        tl.store(kappa + columns, tl.where(value != 0, pulled, 0.0), mask=held)
 
 
 def _finisher(parts: Tensor, channels: int) -> tuple[Tensor, dict]:

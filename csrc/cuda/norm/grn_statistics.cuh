@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kStatisticsThreads, 1)
     const A t = kappa[c], value = norm[c], response = value * inverse;
     dgamma[segment * stride + c] = response * t;
     scale[c] = A(1) + gamma[c] * response;
-    kappa[c] = value > A(0) ? (gamma[c] * t * inverse - pull) / value : A(0);
+    kappa[c] = value != A(0) ? (gamma[c] * t * inverse - pull) / value : A(0);
   }
 }
 

@@ -1,5 +1,7 @@
 // The index of visible patches, built without leaving the device: PatchLayout.from_kept and neighbour_slots in
-// layout.py.
+// layout.py; and the assertions on index tables of a debug build.
+#include <cassert>
+
 #include "../common/launch.cuh"
 #include "cnx/cuda.h"
 
@@ -88,12 +90,30 @@ __global__ void __launch_bounds__(kThreads) neighbour_slots_kernel(NeighbourSlot
   p.neighbours[index] = inside ? p.slot_of_patch[(image * p.grid_h + row) * p.grid_w + column] : -1;
 }
 
+// A failed assertion ends the kernel, and everything after it on the device, with an error.
+__global__ void __launch_bounds__(kThreads) assert_indices_kernel(IndexTable p) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < p.count) assert(p.low <= p.entries[i] && p.entries[i] <= p.high);
+}
+
+__global__ void __launch_bounds__(kThreads) assert_offsets_kernel(Segments s) {
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (i < s.count) assert(0 <= s.offsets[i] && s.offsets[i] <= s.offsets[i + 1]);
+  if (i == s.count) assert(int64_t{s.offsets[i]} - s.offsets[0] == s.rows / s.rows_per_slot);
+}
+
 }  // namespace
 
 int64_t layout_from_kept_workspace(const LayoutFromKept&) {
   return 0;
 }
 int64_t neighbour_slots_workspace(const NeighbourSlots&) {
+  return 0;
+}
+int64_t assert_indices_workspace(const IndexTable&) {
+  return 0;
+}
+int64_t assert_offsets_workspace(const Segments&) {
   return 0;
 }
 
@@ -106,6 +126,16 @@ void neighbour_slots(const NeighbourSlots& p, const Launch& launch) {
   const int64_t total = p.slots * (2 * p.radius + 1) * (2 * p.radius + 1);
   if (total == 0) return;
   CNX_LAUNCH((neighbour_slots_kernel), static_cast<unsigned>(ceil_div(total, kThreads)), kThreads, 0, launch, p);
+}
+
+void assert_indices(const IndexTable& p, const Launch& launch) {
+  if (p.count == 0) return;
+  CNX_LAUNCH((assert_indices_kernel), static_cast<unsigned>(ceil_div(p.count, kThreads)), kThreads, 0, launch, p);
+}
+
+void assert_offsets(const Segments& s, const Launch& launch) {
+  const auto blocks = static_cast<unsigned>(ceil_div(s.count + 1, kThreads));
+  CNX_LAUNCH((assert_offsets_kernel), blocks, kThreads, 0, launch, s);
 }
 
 }  // namespace cuda

@@ -83,7 +83,7 @@ struct Launch {
 };
 
 // Every function of this backend and its parameters. layer_norm_backward: mean null = x is normalised already; dweight
-// and dbias may be null.
+// and dbias may be null. assert_indices and assert_offsets are for debug builds.
 #define CNX_CUDA_KERNELS(K)                         \
   K(conv_forward, ConvForward)                      \
   K(conv_weight_grad, ConvWeightGrad)               \
@@ -106,7 +106,9 @@ struct Launch {
   K(scatter_patches, PatchCopy)                     \
   K(patch_pixels, PatchPixels)                      \
   K(layout_from_kept, LayoutFromKept)               \
-  K(neighbour_slots, NeighbourSlots)
+  K(neighbour_slots, NeighbourSlots)                \
+  K(assert_indices, IndexTable)                     \
+  K(assert_offsets, Segments)
 
 // Which kernel serves a convolution (pointers null: aligned), what a CTA of it is, and whether it normalises itself.
 // Asks no device.

@@ -47,6 +47,12 @@ struct Segments {
   }
 };
 
+// A table of indices, each from `low` to `high`.
+struct IndexTable {
+  const int32_t* entries;
+  int64_t count, low, high;
+};
+
 // Depthwise convolution. Packed patches x[P, s, s, C]: neighbours [P, (2r+1)^2] with r = ceil((K/2) / s), maps = P,
 // height = width = s. Dense maps x[N, H, W, C]: neighbours null, maps = N.
 struct ConvGeometry {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -37,3 +38,9 @@ def get_config(name: str) -> ModelConfig:
     except KeyError:
         names = ", ".join(CONFIGS)
         raise ValueError(f"model name must be one of {names}; got {name!r}") from None
+
+
+def size_of(depths: Sequence[int], dims: Sequence[int]) -> str | None:
+    """The name of the published size with these blocks and widths, None if there is none."""
+    given = (tuple(depths), tuple(dims))
+    return next((name for name, config in CONFIGS.items() if config == given), None)
