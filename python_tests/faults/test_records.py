@@ -278,7 +278,7 @@ def test_a_log_that_is_removed_is_begun_again_with_a_warning(tmp_path, sources, 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("size", [100, 3000, 1 << 20])
+@pytest.mark.parametrize("size", [100, 2000, 1 << 20])
 def test_commands_on_a_full_disk_end_in_a_sentence_that_names_a_file(tmp_path, sources, capsys, size):
     data = sources[0].parent
     output = tmp_path / "out"

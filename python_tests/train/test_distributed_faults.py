@@ -119,7 +119,7 @@ def _faults(root, sources, world):
     # the first process alone lacks a package that only it uses
     task = PretrainTask(tiny_model(), CropDataset(sources, CONFIG.img_size, CONFIG.seed), CONFIG)
     if rank == 0:
-        sys.modules["torch.utils.tensorboard"] = None
+        sys.modules["tensorboard.compat.proto.event_pb2"] = None
     with pytest.raises(UserError, match="--tensorboard needs the package tensorboard"):
         train(task, Storage(root / "board", tensorboard=True), Spread(world))
 
