@@ -337,6 +337,8 @@ def random_mask(
 
 
 def _is_int(value: object) -> bool:
+    if isinstance(value, Tensor):  # what torch.jit.trace makes of a size
+        return for_any_input()
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 

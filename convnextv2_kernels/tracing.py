@@ -6,6 +6,8 @@ import warnings
 
 import torch
 
+_is_tracing = torch._C._is_tracing  # what torch.jit.is_tracing asks, without two calls in Python a layer
+
 # What the checks of arguments compare is not part of a program of torch.jit.trace.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"convnextv2_kernels\.")
 
@@ -15,10 +17,10 @@ def exporting() -> bool:
     """Whether calls are recorded as PyTorch's own operators only: in ``torch.onnx.export`` (both exporters) and in
     ``torch.jit.trace``, whose programs run where this package is not installed."""
     # the ONNX exporters are one or the other, and to ask torch.onnx takes microseconds
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    return _is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def for_any_input() -> bool:
     """Whether a program is being recorded that is to take other inputs too (``torch.export``, ``torch.onnx.export``,
     ``torch.jit.trace``), so that the values of a tensor decide nothing."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return torch.compiler.is_exporting() or _is_tracing()

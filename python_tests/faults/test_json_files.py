@@ -132,7 +132,7 @@ def test_a_result_with_numbers_out_of_the_ordinary_is_compared(tmp_path, capsys)
 
 
 def figure6_command(output: Path) -> list[str]:
-    words = "bench --figure6 --models atto --batch-size 1 --img-size 32 --repeats 1 --no-compile --no-peak".split()
+    words = "bench --figure6 --models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-peak".split()
     return [*words, "--device", "cpu", "--allocator", "default", "--output", str(output)]
 
 

@@ -193,7 +193,7 @@ def test_a_signal_removes_the_temporary_file(tmp_path):
     assert process.stdout.readline() == b"half\n" and temporaries(tmp_path)
     process.terminate()
     _, error = process.communicate(timeout=60)
-    assert (process.returncode, error) == (128 + signal.SIGTERM, b"")
+    assert (process.returncode, error) == (128 + signal.SIGTERM, b"terminated\n")
     assert [path.name for path in tmp_path.iterdir()] == ["source.pt"]
 
 
