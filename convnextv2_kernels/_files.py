@@ -186,15 +186,16 @@ def _lock(handle: int, wait: bool) -> bool:
     return True
 
 
-def remove_abandoned(path: Path) -> None:
-    """Delete the temporary files that killed processes left of :func:`atomic_file` for ``path``.
+def remove_abandoned(folder: Path, name: str | None = None) -> None:
+    """Delete the temporary files that killed processes left of :func:`atomic_file` in a folder, or for one ``name``.
 
     The lock of a file tells whether it is still written, from another container too. What cannot be deleted stays.
     """
-    if not path.parent.is_dir():
+    if not folder.is_dir():
         return
-    for entry in path.parent.iterdir():
-        if not re.fullmatch(rf"\.{re.escape(path.name)}\.\d+\.[0-9a-f]{{8}}\.tmp", entry.name):
+    target = ".+" if name is None else re.escape(name)
+    for entry in folder.iterdir():
+        if not re.fullmatch(rf"\.{target}\.\d+(\.[0-9a-f]{{8}})?\.tmp", entry.name, re.DOTALL):
             continue
         with contextlib.suppress(OSError):
             if not stat.S_ISREG(entry.lstat().st_mode):

@@ -294,7 +294,7 @@ def _run(args: Namespace, name: str, title: str, settings: dict[str, Any], class
     networks = open_networks(args)
     prepare_output(args.output)
     training, held_out, decoding = _open(args, networks)
-    size = args.img_size or networks[0].img_size or (224, 224)
+    size = args.img_size or networks[0].img_size
     require_shared_memory(args.workers, args.batch_size * 3 * 4 * size[0] * size[1])  # float32
     rows, failures = [], []
     with backend(args):

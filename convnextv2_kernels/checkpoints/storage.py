@@ -78,7 +78,7 @@ def read_file(path: Path) -> Mapping[str, Any]:
     return read_checkpoint_file(path).content
 
 
-def load_torch(path: Path, expect_bytes: int | None = None) -> Any:
+def load_torch(path: Path) -> Any:
     """The content of a file of torch.save, on the CPU.
 
     Nothing that the file names is imported or called; besides tensors and plain containers it may hold what
@@ -87,7 +87,6 @@ def load_torch(path: Path, expect_bytes: int | None = None) -> Any:
 
     Args:
         path: a regular file.
-        expect_bytes: the most that the file may have, where its reader knows.
 
     Raises:
         FileError: a file that is damaged, was not written by torch.save, exceeds a bound, or could only be read by
@@ -95,9 +94,6 @@ def load_torch(path: Path, expect_bytes: int | None = None) -> Any:
         OSError: no such file, or one that cannot be read.
     """
     with _opened(path) as file, _told(path):
-        size = os.fstat(file.fileno()).st_size
-        if expect_bytes is not None and size > expect_bytes:
-            raise ValueError(f"it has {size} bytes, and at most {expect_bytes} were expected")
         return read_torch(file)
 
 
@@ -111,7 +107,7 @@ def write_file(path: Path, state_dict: dict[str, Tensor], to: str, settings: Map
     """
     wrapper, settings = _WRAPPER.get(to), settings or {}
     try:
-        remove_abandoned(path)
+        remove_abandoned(path.parent, path.name)
         with atomic_file(path) as file:
             if path.suffix == ".safetensors":
                 file.write(safetensors.torch.save(state_dict, metadata={"format": "pt", **settings}))

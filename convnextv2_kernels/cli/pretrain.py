@@ -28,7 +28,8 @@ DEMO_OUTPUT = "demo_output"
 # predicted colours and not the hidden patches' own.
 DEMO_VALUES: dict[str, Any] = {"norm_pix_loss": False, "epochs": 1, "batch_size": 8, "lr": 2e-3, "warmup_epochs": 0.05}
 DEMO_PLACES: dict[str, Any] = {"max_steps": 1400, "workers": 0}
-DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "backend", "device", "precision", "grn"}
+DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "loader_timeout", "backend", "device"}
+DEMO_OPTIONS |= {"precision", "grn"}
 # Options that a recipe does not hold and that only pre-training has.
 OWN: dict[str, Any] = {"encoding": "sparse", "init": None, "use_ema": False}
 PACKAGES = ("numpy", "PIL", "rich")
@@ -66,7 +67,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="train for a few minutes on photographs that come with scikit-image and scikit-learn, "
         "then draw reconstructions and compare with masked dense PyTorch; of the options below "
-        "it takes --output, --seed, --batch-size, --lr, --max-steps, --workers, --backend, "
+        "it takes --output, --seed, --batch-size, --lr, --max-steps, --workers, --loader-timeout, --backend, "
         f"--device, --amp and --grn (its defaults: batch size {DEMO_VALUES['batch_size']}, learning rate "
         f"{DEMO_VALUES['lr']}, {DEMO_PLACES['max_steps']} steps, output {DEMO_OUTPUT})",
     )

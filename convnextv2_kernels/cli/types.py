@@ -83,8 +83,8 @@ def add_decoding(group: Any) -> None:
         metavar=("LOW", "HIGH"),
         help="for grey images of more than 8 bits: the values that become black and white; or dtype, the range of the "
         "type they are stored in; or percentile, from 0.5 %% to 99.5 %% of a sample's values, kept for the run "
-        "(default: that of the weights that are read; else dtype for unsigned 16 bits and percentile for others, with "
-        "a warning)",
+        "(default: that of the weights that are read; else dtype for unsigned 12 and 16 bits, percentile for others, "
+        "with a warning)",
     )
     group.add_argument(
         "--max-pixels",

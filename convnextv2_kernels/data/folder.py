@@ -51,7 +51,7 @@ RECORDS = (
     "config.json",
     *(f"{name}.json" for name in "cosine selectivity activations reconstruction knn probe".split()),
 )
-# Pictures of results; which file beside them makes them this program's is a matter of _is_record.
+# Pictures of results; which file beside them makes them this program's is a matter of is_record.
 _PICTURE = re.compile(r"(reconstruction|cosine|selectivity|activations)(-.+)?\.png")
 
 

@@ -44,16 +44,16 @@ def choose_range(
 
     ``wanted``: (low, high), "dtype" (the range of the stored type; 0 to 1 for floating point), "percentile" (over a
     sample of the images), or None: ``recorded``, the range of the weights that are trained on; without it that of the
-    type for unsigned integers of up to 16 bits, else the percentiles, and a warning. ``kept``, those that a run began
-    with, stands in for percentiles.
+    type for unsigned integers of up to 16 bits, else the percentiles, and a warning. ``kept``, the range that a run
+    began with, stands in for what the images that are left would give.
 
     Raises:
         UserError: "dtype" for images of several types, or percentiles that are equal.
     """
     notes = [_oddity(key, traits) for key in ODDITIES if any(key in t.oddities for t in traits.values())]
     deep = {path: t for path, t in traits.items() if t.stored}
-    if not deep:
-        return Chosen(None, None, notes + _without_effect(wanted, recorded))
+    if not deep:  # those that a run began with may be lost by now: it keeps its range
+        return Chosen(None if isinstance(wanted, tuple) else kept, None, notes + _without_effect(wanted, recorded))
     types = sorted({t.stored for t in deep.values()})
     seen = min(t.low for t in deep.values()), max(t.high for t in deep.values())
     what = (
@@ -63,15 +63,17 @@ def choose_range(
     rule = wanted if isinstance(wanted, str) else "given" if wanted else "recorded" if recorded else "assumed"
     if rule in ("given", "recorded"):
         chosen = wanted if isinstance(wanted, tuple) else recorded
+    elif kept:
+        chosen = kept
     elif rule == "dtype" or (rule == "assumed" and types in (["uint12"], ["uint16"])):
         if len(types) > 1:
             raise UserError(f"--value-range dtype: the images store {', '.join(types)}; give --value-range LOW HIGH.")
         chosen = STORED[types[0]]
     else:
-        chosen = kept or _percentiles(list(deep), max_pixels)
+        chosen = _percentiles(list(deep), max_pixels)
     if rule == "assumed":
-        by_type = "the range of the type" if types in (["uint12"], ["uint16"]) else None
-        how = by_type or ("as when the run began" if kept else "percentiles of the values")
+        by_type = "the range of the type" if types in (["uint12"], ["uint16"]) else "percentiles of the values"
+        how = "as when the run began" if kept else by_type
         text = f"warning: {what}: assumed {range_text(chosen)}, {how}; --value-range sets it"
     else:
         text = f"note: {what}: mapped from {range_text(chosen)} ({_RULES[rule]})"

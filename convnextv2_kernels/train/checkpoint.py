@@ -203,13 +203,6 @@ def prune_checkpoints(folder: Path, newest: int, max_checkpoints: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Delete what a killed process left half-written. Only for the process that owns the folder."""
-    for path in folder.glob(".*.tmp"):
-        with suppress(OSError):  # it only takes space
-            path.unlink(missing_ok=True)
-
-
 def rng_state() -> dict[str, Any]:
     """Return the global random states of PyTorch and Python in types ``weights_only`` can load."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}

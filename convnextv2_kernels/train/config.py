@@ -196,7 +196,7 @@ def require_same_config(saved: dict[str, Any], current: RunConfig, where: str, c
     """Raise UserError naming each setting in which a checkpoint differs from this run.
 
     A field that the checkpoint lacks, because it is older than the field, has its default. ``checkpoint``: a file of
-    it, from which another run could go on.
+    it, from which another run could be started.
     """
     now = current.to_dict()
     before = {field.name: _plain(field.default) for field in fields(current) if field.default is not MISSING} | saved
@@ -244,7 +244,6 @@ _OPTIONS = {
     "model name": "--model",
     "drop_path_rate": "--drop-path",
     "decoder_embed_dim": "--decoder-width",
-    "use_ema=True": "--ema",
     "prob": "--mix-prob",
 }
 

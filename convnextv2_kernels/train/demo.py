@@ -20,7 +20,7 @@ from .distributed import resolve_device
 from .loading import require_shared_memory
 from .pretrain import PretrainTask, draw_mask
 from .reconstruction import describe_errors, reconstruct, save_picture
-from .setup import build_fcmae, hidden_share, prepare_output, pretrain_config
+from .setup import build_fcmae, hidden_share, prepare_output, pretrain_config, require_backend
 from .signals import folder_lock
 from .trainer import Spread, Storage, train
 from .weights import describe
@@ -37,6 +37,7 @@ def run_demo(options: PretrainOptions) -> int:
         raise UserError("the demo runs in one process: start it without torchrun.")
     names, photos = load_photos()
     require_shared_memory(options.workers, options.batch_size * 3 * math.prod(options.img_size))
+    require_backend(options)
     device = resolve_device(options.device)
     model = build_fcmae(options, device)
     prepare_output(options.output)
@@ -62,7 +63,7 @@ def run_demo(options: PretrainOptions) -> int:
         outcome = train(
             PretrainTask(model, crops, config),
             Storage(options.output, checkpoints=False),
-            Spread(workers=options.workers),
+            Spread(workers=options.workers, loader_timeout=options.loader_timeout),
         )
         if outcome.stop_signal is not None:
             print(f"Stopped after step {outcome.step} of {steps}. The demo keeps no checkpoints.")

@@ -33,7 +33,16 @@ from .evaluate import evaluate
 from .loading import require_shared_memory
 from .optim import layer_decay_groups
 from .pretrain import print_paused, print_stopped, print_summary
-from .setup import kept_range, make_config, parameters_of, prepare_output, split_of, storage_of, write_settings
+from .setup import (
+    kept_range,
+    make_config,
+    parameters_of,
+    prepare_output,
+    require_backend,
+    split_of,
+    storage_of,
+    write_settings,
+)
 from .signals import folder_lock
 from .trainer import Outcome, Span, Trainer, train
 from .weights import Weights, compare, describe, digest, read_weights
@@ -210,6 +219,7 @@ VALUES = (
 
 def run_finetune(options: FinetuneOptions) -> int:
     """Train or evaluate a classifier on ``options.data``; return the exit code of the process."""
+    require_backend(options)
     device = resolve_device(options.device)
     with processes(device, options.peer_timeout) as world:
         _require_shared_memory(options, world)

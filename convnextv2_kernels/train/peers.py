@@ -57,7 +57,7 @@ class Watch:
         self._silent: list[int] = []  # as the first process sees it
         self._beats: dict[int, str] = {}
         self._previous_wakeup: int | None = None
-        self._ears, self._mouth = os.pipe()
+        self._wakeup_read, self._wakeup_write = os.pipe()
         self._threads = [
             threading.Thread(target=work, name="peers", daemon=True) for work in (self._exchange, self._judge)
         ]
@@ -66,10 +66,10 @@ class Watch:
 
     def start(self) -> None:
         """Begin, once all processes have constructed theirs. From the main thread, whose signals it hears."""
-        for end in (self._ears, self._mouth):
+        for end in (self._wakeup_read, self._wakeup_write):
             os.set_blocking(end, False)
         if threading.current_thread() is threading.main_thread():
-            self._previous_wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._wakeup_write, warn_on_full_buffer=False)
         for thread in self._threads:
             thread.start()
 
@@ -80,6 +80,9 @@ class Watch:
             signal.set_wakeup_fd(self._previous_wakeup)
         for thread in self._threads:
             thread.join(2)  # a store that is gone may not be waited for
+        if not any(thread.is_alive() for thread in self._threads):
+            for end in (self._wakeup_read, self._wakeup_write):
+                os.close(end)
 
     def begin(self, request: StopRequest, rescue: Callable[[], str]) -> None:
         """Tell the others of signals in ``request`` from now on. ``rescue`` saves what this process can save alone, in
@@ -183,7 +186,7 @@ class Watch:
     def _heard(self) -> int | None:
         """A signal to stop that came: Python's handlers wait while the main thread is inside PyTorch."""
         try:
-            signums = os.read(self._ears, 64)
+            signums = os.read(self._wakeup_read, 64)
         except OSError:
             return None
         return next((signum for signum in signums if signum in STOPPING), None)

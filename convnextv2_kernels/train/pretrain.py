@@ -36,6 +36,7 @@ from .setup import (
     parameters_of,
     prepare_output,
     pretrain_config,
+    require_backend,
     split_of,
     storage_of,
     write_settings,
@@ -109,6 +110,7 @@ NUM_PICTURES = 8
 
 def run_folder(options: PretrainOptions) -> int:
     """Pre-train on ``options.data``; return the exit code of the process."""
+    require_backend(options, options.encoding)
     device = resolve_device(options.device)
     with processes(device, options.peer_timeout) as world:
         require_shared_memory(options.workers, options.batch_size // world.size * 3 * math.prod(options.img_size))

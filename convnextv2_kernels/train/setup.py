@@ -93,6 +93,19 @@ def make_config(
     )
 
 
+def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
+    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can."""
+    plain = f"--encoding {encoding}" if encoding != "sparse" else f"--grn {options.grn}"
+    try:
+        needs_plain = encoding != "sparse" or str(GRNVariant.of(options.grn)) not in ("default", "none")
+    except ValueError as error:
+        raise UserError(in_options(str(error))) from error
+    if needs_plain and options.backend not in ("auto", "reference"):
+        raise UserError(
+            f"{plain} runs in plain PyTorch only, and --backend is {options.backend}; take --backend auto or reference."
+        )
+
+
 def pretrain_config(
     options: PretrainOptions,
     device: str,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .._files import remove_abandoned
 from .._progress import Progress
 from ..backends import use_backend
 from ..data.images import StepSampler
@@ -28,7 +29,6 @@ from .checkpoint import (
     gather_state,
     newest_valid,
     prune_checkpoints,
-    remove_temporaries,
     restore_state,
     rng_state,
     set_rng_state,
@@ -247,7 +247,7 @@ class Trainer:
 
         def find() -> dict[str, Any] | None:
             nonlocal state
-            remove_temporaries(self.storage.output)
+            remove_abandoned(self.storage.output)
             state, path, warnings = newest_valid(self.storage.output, check)
             for warning in warnings:
                 self.note(f"warning: {warning}")

@@ -1,7 +1,6 @@
-"""The weights that a run starts from or evaluates: read once, held against the run, in the words of the command line.
+"""The weights that a run starts from or evaluates: read once, compared with the run, in the words of the command line.
 
-Files of weights tell what their numbers mean: :func:`describe` writes it, :func:`compare` holds it against an
-evaluation.
+Weight files record what their numbers mean: :func:`describe` writes it, :func:`compare` compares it with an evaluation.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ CHANNELS = 3
 MAX_TEXT = 16 << 20  # of one metadatum: the names of ImageNet-22K's 21841 classes are a few hundred kilobytes
 _LISTS = {"classes": str, "img_size": int, "mean": float, "std": float}
 # What the settings of a checkpoint without a description of its weights tell as well.
-_SETTINGS = ("model", "grn", "grn_scope", "img_size", "num_classes")
+_SETTINGS = ("grn", "img_size")
 
 
 def describe(run: RunConfig | TrainOptions, classes: Sequence[str] | None = None) -> dict[str, str]:
@@ -67,7 +66,7 @@ def describe(run: RunConfig | TrainOptions, classes: Sequence[str] | None = None
 
 
 def compare(about: Mapping[str, str], run: Mapping[str, str], what: str, data: Path) -> list[str]:
-    """Hold what weights tell against an evaluation on ``data``, both as of :func:`describe`; return notes for the user.
+    """Compare what weights record with an evaluation on ``data``, both as of :func:`describe`; return notes.
 
     Raises:
         UserError: the scores would mean nothing: other classes, or pixels normalised otherwise. It calls the weights
@@ -125,7 +124,8 @@ def _parsed(about: Mapping[str, str], name: str, what: str) -> list | None:
         value = parse_json(text.encode("utf-8", "surrogatepass"), where)
     except ValueError as error:
         raise UserError(f"{error}.") from error
-    if not isinstance(value, list) or not all(type(item) is _LISTS[name] for item in value):
+    kinds = (int, float) if _LISTS[name] is float else (_LISTS[name],)
+    if not isinstance(value, list) or not all(type(item) in kinds for item in value):
         raise UserError(f"{where} must be a list of {_LISTS[name].__name__} as JSON, got {text[:80]!r}.")
     return value
 
@@ -238,7 +238,9 @@ def description(file: CheckpointFile) -> dict[str, str]:
         about = task.get("about") if isinstance(task, Mapping) else None
         told |= about if isinstance(about, Mapping) else {}
         return {str(name): text for name, value in told.items() if (text := _text(value)) is not None}
-    return dict(file.metadata)
+    told = dict(file.metadata)
+    # Other programs may mean something else by these names.
+    return told if {"model", "mean", "std"} <= told.keys() else {n: told[n] for n in _SETTINGS if n in told}
 
 
 def _text(value: Any) -> str | None:

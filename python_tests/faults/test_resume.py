@@ -23,6 +23,7 @@ from helpers.pictures import class_folder, nested_folder
 from helpers.training import CONFIG, losses, run_tiny, tiny_model
 from train.two_processes import join, needs_gloo, spawn
 
+from convnextv2_kernels._files import remove_abandoned
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.data.images import CropDataset
 from convnextv2_kernels.errors import UserError
@@ -294,9 +295,9 @@ def test_nothing_but_damaged_checkpoints_names_each(folder, content):
 
 def test_what_cannot_be_deleted_ends_no_run(tmp_path):
     """A folder under the name of a checkpoint, or of a file that a killed process left."""
-    for name in ("checkpoint-1.pt", ".log.tmp"):
+    for name in ("checkpoint-1.pt", ".log.jsonl.12.0123abcd.tmp"):
         (tmp_path / name / "inside").mkdir(parents=True)
-    checkpoint.remove_temporaries(tmp_path)
+    remove_abandoned(tmp_path)
     checkpoint.prune_checkpoints(tmp_path, newest=5, max_checkpoints=0)
     assert len(list(tmp_path.iterdir())) == 2
 

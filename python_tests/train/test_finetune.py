@@ -186,6 +186,7 @@ def test_held_out_share_of_a_plain_folder(folder, tmp_path):
         (["--init", "nothing.pt"], "there is no such file"),
         (["--grn", "l3"], "l3"),
         (["--aa", "banana"], "aa must be"),
+        (["--grn", "l1", "--backend", "cpu"], "--grn l1 runs in plain PyTorch only, and --backend is cpu"),
         (["--layer-decay", "1.5"], "--layer-decay must be greater than 0 and at most 1, got 1.5"),
         (["--model", "resnet50"], "--model must be one of convnextv2_atto, "),
         (["--img-size", "16"], "--img-size 16x16 must have sides of at least 32 pixels"),
