@@ -240,7 +240,7 @@ def description(file: CheckpointFile) -> dict[str, str]:
         return {str(name): text for name, value in told.items() if (text := _text(value)) is not None}
     told = dict(file.metadata)
     # Other programs may mean something else by these names.
-    return told if {"model", "mean", "std"} <= told.keys() else {n: told[n] for n in _SETTINGS if n in told}
+    return told if {"model", "mean", "std"} <= told.keys() else {n: told[n] for n in ("grn",) if n in told}
 
 
 def _text(value: Any) -> str | None:

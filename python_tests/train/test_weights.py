@@ -159,9 +159,9 @@ def test_the_folder_of_a_run_is_told_to_be_one(tmp_path):
 def test_settings_that_another_program_stored_are_no_description(tmp_path):
     config = {"grn": "default", "img_size": [32, 32], "model": {1: 2}, "num_classes": b"2"}
     # no description of ours: classes that would be refused mean something else
-    theirs = {"classes": '{"0": "cat"}', "img_size": "[32, 32]", "mean": "[0, 0, 0]"}
+    theirs = {"classes": '{"0": "cat"}', "img_size": "224", "mean": "[0, 0, 0]"}
     safetensors.torch.save_file(classifier().state_dict(), tmp_path / "a.safetensors", theirs)
-    assert read_weights(tmp_path / "a.safetensors", False).about == {"img_size": "[32, 32]"}
+    assert read_weights(tmp_path / "a.safetensors", False).about == {}
     torch.save({"model": classifier().state_dict(), "config": config, "task": {"about": [1]}}, tmp_path / "a.pt")
     told = read_weights(tmp_path / "a.pt", False).about
     assert told == {"grn": "default", "img_size": "[32, 32]"}
