@@ -98,7 +98,7 @@ def convert_file(source: Path, target: Path, to: str, *, use_ema: bool = False, 
     name, what = visible(str(target)), visible(str(source))
     if target.suffix not in SUFFIXES:
         raise ValueError(f"{name} must end in {', '.join(SUFFIXES)}, which tells the kind of file to write")
-    if target.exists() and not overwrite:
+    if (target.exists() or target.is_symlink()) and not overwrite:
         raise FileExistsError(f"{name} exists already; --force overwrites it")
     file = read_checkpoint_file(source)
     done = convert(read_checkpoint(unwrap(file.content, use_ema, what), what), to, settings=file.settings)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._console import visible
+from ..checkpoints.pickles import StandIn
 from .config import RunConfig
 from .optim import Average
 
@@ -110,10 +111,14 @@ def check_state(state: dict[str, Any], step: int, run: Expected) -> None:
     _check_optimizer(state["optimizer"], state["step"], run)
 
 
-def check_about(about: Any) -> None:
-    """Raise ValueError where ``about`` is not what weights tell about themselves: texts by name."""
+def check_about(about: Any, own: Mapping[str, str]) -> None:
+    """Raise ValueError where ``about`` is not what the weights of a run tell about themselves, which is ``own``;
+    checkpoints may be older than some of it."""
     fits = isinstance(about, dict) and all(type(text) is str for pair in about.items() for text in pair)
     require(fits, "task.about", about, "texts by name")
+    require_names("task.about", about, (), own)
+    for name, text in about.items():
+        require(text == own[name], f"task.about.{name}", text, own[name])
 
 
 def require(fits: bool, field: str, found: Any, expected: Any) -> None:
@@ -152,7 +157,7 @@ def shown(value: Any) -> str:
     if isinstance(value, (tuple, list)) and len(value) <= 4 and all(_is_plain(item) for item in value):
         items = ", ".join(map(shown, value))
         return f"({items})" if isinstance(value, tuple) else f"[{items}]"
-    return _a(type(value).__name__)
+    return _a(value.kind if isinstance(value, StandIn) else type(value).__name__)
 
 
 def _shown_tensor(tensor: Tensor) -> str:

@@ -164,7 +164,7 @@ class FinetuneTask:
         """A best result that this run can have."""
         require(isinstance(state, dict), "task", state, "a dict")
         require_names("task", state, ("best",), ("about",))
-        check_about(state.get("about", {}))
+        check_about(state.get("about", {}), self.about)
         check_best(state["best"], step, self.config)
 
     def restore(self, state: dict[str, Any]) -> None:

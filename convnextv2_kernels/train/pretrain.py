@@ -93,7 +93,7 @@ class PretrainTask:
         """What :meth:`state` returns; checkpoints may be older than what the weights are of."""
         require(isinstance(state, dict), "task", state, "a dict")
         require_names("task", state, (), ("about",))
-        check_about(state.get("about", {}))
+        check_about(state.get("about", {}), self.state()["about"])
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing of it changes a loss."""
@@ -233,7 +233,7 @@ def print_summary(config: RunConfig, outcome: Outcome) -> None:
         last = outcome.losses[-min(100, len(outcome.losses)) :]
         rate = len(outcome.losses) * config.batch_size / max(outcome.seconds, 1e-9)
         print(
-            f"{len(outcome.losses)} steps in {format_seconds(outcome.seconds)}, "
+            f"{count(len(outcome.losses), 'step')} in {format_seconds(outcome.seconds)}, "
             f"{rate:.1f} images/s, mean loss of the last {len(last)}: {sum(last) / len(last):.4f}"
         )
     elif outcome.step == outcome.total_steps:

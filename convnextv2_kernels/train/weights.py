@@ -226,7 +226,7 @@ def read_weights(path: Path, use_ema: bool) -> Weights:
         require_consistent(state)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Weights(path, state, description(file))
+    return Weights(file.path, state, description(file))
 
 
 def description(file: CheckpointFile) -> dict[str, str]:
