@@ -6,7 +6,8 @@ import warnings
 
 import torch
 
-_is_tracing = torch._C._is_tracing  # what torch.jit.is_tracing asks, without two calls in Python a layer
+# What torch.jit.is_tracing asks, without two calls in Python a layer. Dynamo knows the function only.
+_is_tracing = torch._C._is_tracing
 
 # What the checks of arguments compare is not part of a program of torch.jit.trace.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"convnextv2_kernels\.")
@@ -23,4 +24,4 @@ def exporting() -> bool:
 def for_any_input() -> bool:
     """Whether a program is being recorded that is to take other inputs too (``torch.export``, ``torch.onnx.export``,
     ``torch.jit.trace``), so that the values of a tensor decide nothing."""
-    return torch.compiler.is_exporting() or _is_tracing()
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
