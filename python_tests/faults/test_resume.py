@@ -229,7 +229,7 @@ def test_shapes_that_overflowed_the_heap(folder, content, photos, straight):
     """Each in a process of its own, which could be killed: the optimiser wrote behind the end of such moments."""
     script = (
         "import sys; from pathlib import Path; from helpers.training import run_tiny;"
-        "run_tiny(Path(sys.argv[1]), sys.argv[2:], max_steps=8, ema_decay=0.9)"
+        "run_tiny(Path(sys.argv[1]), list(map(Path, sys.argv[2:])), max_steps=8, ema_decay=0.9)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     content = containers(content)
@@ -566,7 +566,8 @@ JUNK = (
 )  # fmt: skip
 # What a run may resume with, as it decides no loss: settings and PyTorch's defaults stand in for it.
 HARMLESS = re.compile(
-    r"environment.*|config\.\w+(\.\d)?|optimizer\.param_groups\.\d\.(lr|maximize|amsgrad|foreach|capturable|differentiable)"
+    r"environment.*|task\.about.*|config\.\w+(\.\d)?|"
+    r"optimizer\.param_groups\.\d\.(lr|maximize|amsgrad|foreach|capturable|differentiable)"
 )
 
 
