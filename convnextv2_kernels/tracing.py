@@ -15,7 +15,7 @@ def exporting() -> bool:
     """Whether calls are recorded as PyTorch's own operators only: in ``torch.onnx.export`` (both exporters) and in
     ``torch.jit.trace``, whose programs run where this package is not installed."""
     # the ONNX exporters are one or the other, and to ask torch.onnx takes microseconds
-    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
+    return torch._C._is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def for_any_input() -> bool:
