@@ -101,10 +101,11 @@ def unsupported_reason(name: str, device_type: str, dtype: torch.dtype, index: i
     return REGISTRY[name].unsupported_reason(device_type, dtype, index)
 
 
-def select(x: Tensor, op: str, gemm_dtype: torch.dtype | None = None) -> str:
-    """Name of the backend that runs ``op`` on input ``x``, with GEMMs in ``gemm_dtype``."""
+def select(x: Tensor, op: str, gemm_dtype: torch.dtype | None = None, compiling: bool = False) -> str:
+    """Name of the backend that runs ``op`` on input ``x``, with GEMMs in ``gemm_dtype``; nothing is remembered while
+    ``compiling``."""
     name = _state.forced
-    if torch.compiler.is_compiling():
+    if compiling:
         return _select(name, x, op, gemm_dtype)
     key = (name, x.device, x.dtype, gemm_dtype)
     selected = _selected.get(key)

@@ -134,9 +134,10 @@ class FusedForward:
         x = inputs[0] if len(inputs) == 1 else None
         # The block's own forward: with more arguments than a map, on the meta device, and in an export to ONNX or
         # TorchScript, which must contain PyTorch's operators only.
-        if x is None or exporting() or (isinstance(x, Tensor) and x.is_meta):
+        plain = exporting() if torch.compiler.is_compiling() else torch._C._is_tracing()
+        if x is None or plain or (isinstance(x, Tensor) and x.is_meta):
             return type(block).forward(block, *args, **kwargs)
-        reason = self.unfit()
+        reason = unfit(self._family, block)
         if reason is not None:
             self._warn(block, reason)
             return type(block).forward(block, *args, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..dtypes import FLOAT_DTYPES
 from ..layout import PatchLayout
-from ..tracing import exporting, for_any_input
+from ..tracing import for_any_input
 
 SCOPES = ("image", "batch")
 ACTIVATIONS = ("gelu", "gelu_tanh")
@@ -35,7 +35,7 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:
     """Whether arguments with these shapes, dtypes and devices have passed the checks of an op before."""
-    if torch.compiler.is_compiling() or exporting():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     try:
         return _key(tensors, layout, settings) in _passed
@@ -45,7 +45,7 @@ def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings
 
 def remember(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> None:
     """Arguments have passed their checks."""
-    if torch.compiler.is_compiling() or exporting():  # sizes are symbols or traced tensors
+    if torch.compiler.is_compiling() or torch._C._is_tracing():  # sizes are symbols or traced tensors
         return
     if len(_passed) >= _MOST_PASSED:
         _passed.clear()

@@ -39,27 +39,26 @@ def dispatch(
     Raises:
         RuntimeError: a forced backend that cannot run it.
     """
-    if exporting():
+    compiling = torch.compiler.is_compiling()
+    if (compiling or torch._C._is_tracing()) and exporting():
         require_reference(f"an export of {op} to ONNX or TorchScript")
         name = "reference"
     else:
-        name = backends.select(x, op, gemm_dtype)
+        name = backends.select(x, op, gemm_dtype, compiling)
     with no_autocast(x):
         if name == "reference":
             return reference()
-        return kernel(name) if torch.compiler.is_compiling() else _differentiated_once(op, name, kernel)
-
-
-def _differentiated_once(op: str, name: str, kernel: Callable[[str], Tensor]) -> Tensor:
-    """``kernel(name)``, for which PyTorch's own words about transforms help nobody."""
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(_only_the_reference(f"{op} cannot be transformed by torch.func (vmap, grad, jvp, ...)"))
-    try:
-        return kernel(name)
-    except NotImplementedError as error:
-        if "jvp" not in str(error):
-            raise
-        raise RuntimeError(_only_the_reference(f"{op} has no forward-mode derivative")) from error
+        if compiling:
+            return kernel(name)
+        # PyTorch's own words about transforms help nobody
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(_only_the_reference(f"{op} cannot be transformed by torch.func (vmap, grad, jvp, ...)"))
+        try:
+            return kernel(name)
+        except NotImplementedError as error:
+            if "jvp" not in str(error):
+                raise
+            raise RuntimeError(_only_the_reference(f"{op} has no forward-mode derivative")) from error
 
 
 def _only_the_reference(what: str, purpose: str = "that") -> str:

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.exported import assert_runs_as, onnx_session
 from torch import nn
 
 import convnextv2_kernels as ck
 
 from .networks import close, official_model, output_of, small_timm_model, transformers_model
-
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-from helpers.exported import assert_runs_as, onnx_session
 
 MAKERS = {"timm": small_timm_model, "transformers": transformers_model, "official": official_model}
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
-import onnxruntime
+import pytest
 import torch
 from torch import Tensor, nn
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 
 ONNX_TOLERANCE = 1e-5  # of the largest value: float32 sums in other orders, through a dozen layers
 

@@ -51,6 +51,8 @@ def test_wrong_layouts_are_refused(encoder):
     for grid in ((3, 2), (2, 2), (4, 6), (1, 3)):
         with pytest.raises(ValueError, match=f"layout has a grid of {grid[0]}x{grid[1]} patches"):
             encoder(images, layout(2, *grid))
+    with pytest.raises(ValueError, match="layout is of 3 images, but images holds 2"):
+        encoder(images, torch.zeros(3, 2, 3, dtype=torch.bool))  # a mask in its place
     with pytest.raises(TypeError, match="layout must be a PatchLayout, got list"):
         encoder(images, [[False] * 6] * 2)
     mask = torch.zeros(2, 2, 3, dtype=torch.bool)

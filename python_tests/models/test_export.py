@@ -6,14 +6,10 @@ import warnings
 import pytest
 import torch
 from fuse.networks import randomized
+from helpers.exported import assert_runs_as, flat, onnx_session, onnxruntime
 from torch import nn
 
 import convnextv2_kernels as ck
-
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
-
-from helpers.exported import assert_runs_as, flat, onnx_session
 
 SIZES = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 24)}
 EXPORTERS = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
@@ -143,6 +139,16 @@ def test_programs_of_the_reference_need_no_package():
     with ck.use_backend("reference"):
         program = torch.export.export(OneBlock().eval(), masked(2))
     assert not any("convnextv2_kernels" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_programs_of_the_reference_become_onnx():
+    model, file = randomized(OneBlock()).eval(), io.BytesIO()
+    with ck.use_backend("reference"):
+        program = torch.export.export(model, masked(2))
+    torch.onnx.export(program, (), file, verbose=False)
+    assert_runs_as(model, onnxruntime.InferenceSession(file.getvalue()), [masked(2)])
 
 
 def test_a_forced_backend_without_an_export_says_so():

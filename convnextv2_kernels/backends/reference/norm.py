@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...dtypes import statistics_dtype
 from ...layout import PatchLayout
-from ...tracing import exporting
+from ...tracing import for_any_input
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -27,12 +27,12 @@ def image_sums(x: Tensor, layout: PatchLayout | None, scope: str) -> Tensor:
     if layout is None:
         return x.flatten(1, -2).sum(1)
     per_slot = x.flatten(1, -2).sum(1)
-    if exporting():  # TorchScript's exporter to ONNX adds no rows of the same index
+    if for_any_input():  # the exporters to ONNX add no rows of the same index, or by int64 indices only
         patches = layout.grid[0] * layout.grid[1]
         rows = per_slot.new_zeros(layout.num_images * patches, c).index_copy(0, layout.patch_of_slot.long(), per_slot)
         return rows.view(layout.num_images, patches, c).sum(1)
     zero = per_slot.new_zeros(layout.num_images, c)
-    return zero.index_add(0, layout.image_of_slot.long(), per_slot)
+    return zero.index_add(0, layout.image_of_slot, per_slot)
 
 
 def spread_over_rows(stat: Tensor, x: Tensor, layout: PatchLayout | None, scope: str = "image") -> Tensor:
