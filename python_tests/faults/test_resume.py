@@ -566,7 +566,7 @@ JUNK = (
 )  # fmt: skip
 # What a run may resume with, as it decides no loss: settings and PyTorch's defaults stand in for it.
 HARMLESS = re.compile(
-    r"environment.*|evaluation_pending|task\.about.*|config\.\w+(\.\d)?|"
+    r"environment.*|evaluation_pending|task(\.about.*)?|config\.\w+(\.\d)?|"
     r"optimizer\.param_groups\.\d\.(lr|maximize|amsgrad|foreach|capturable|differentiable)"
 )
 
