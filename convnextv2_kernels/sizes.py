@@ -44,3 +44,8 @@ def size_of(depths: Sequence[int], dims: Sequence[int]) -> str | None:
     """The name of the published size with these blocks and widths, None if there is none."""
     given = (tuple(depths), tuple(dims))
     return next((name for name, config in CONFIGS.items() if config == given), None)
+
+
+def size_text(size: Sequence[int]) -> str:
+    """``HxW`` of the (height, width) of an image, for people."""
+    return "x".join(map(str, size))

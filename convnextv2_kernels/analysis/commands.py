@@ -20,6 +20,7 @@ from ..data.images import load_crop, normalize
 from ..data.labelled import EvalDataset
 from ..data.rng import ORDER, numpy_stream
 from ..layout import mask_fault
+from ..sizes import size_text
 from ..train.loading import Loading, require_shared_memory
 from ..train.reconstruction import (
     Reconstruction,
@@ -44,7 +45,6 @@ from .inputs import (
     open_networks,
     run_batches,
     settings_of,
-    size_text,
     spread_over_folders,
     survey,
 )
@@ -73,7 +73,7 @@ def run_cosine(args: Namespace) -> int:
     settings = {"tap": args.tap, "dead": args.dead, **settings_of(args, crops), "data": data}
     write_rows(args.output / "cosine.csv", rows)
     write_result(args.output / "cosine.json", "feature cosine distance", settings, networks, rows)
-    title = f"Feature cosine distance over {count(data['images'], 'image')}, {size_text(crops.size)}"
+    title = f"Feature cosine distance over {count(data['images'], 'image')}, {size_text(crops.size)} px"
     save_cosine_plot(args.output / "cosine.png", results, args.tap, title)
     for label, layers in results.items():
         mean, dead = (sum(getattr(row, key) for row in layers) / len(layers) for key in ("mean", "dead_share"))
@@ -126,7 +126,7 @@ def run_selectivity(args: Namespace) -> int:
     write_result(args.output / "selectivity.json", "class selectivity index", settings, networks, summaries)
     limits = (0.0, 1.0) if args.rectify != "none" else (-2.0, 2.0)
     title = (
-        f"Class selectivity over {count(images, 'image')} of {len(found.classes)} classes, {size_text(crops.size)}\n"
+        f"Class selectivity over {count(images, 'image')} of {len(found.classes)} classes, {size_text(crops.size)} px\n"
         f"features: {TAPS[args.tap]}; rectified: {args.rectify}"
     )
     save_selectivity_plot(args.output / "selectivity.png", results, title, limits=limits)
@@ -245,7 +245,7 @@ def run_reconstruct(args: Namespace) -> int:
 def _grid(size: tuple[int, int], patch: int, ratio: float) -> tuple[int, int]:
     """Patches per column and per row; ValueError where a mask of ``ratio`` would hide all or none of them."""
     if any(side % patch for side in size):
-        raise ValueError(f"--img-size {size_text(size)} must be a multiple of the patches' {patch} px")
+        raise ValueError(f"--img-size {size_text(size)} must have sides that are multiples of {patch} pixels, a patch")
     grid = size[0] // patch, size[1] // patch
     if (fault := mask_fault(grid, ratio, patch, "--mask-ratio", "--img-size")) is not None:
         raise ValueError(fault)

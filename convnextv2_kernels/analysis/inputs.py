@@ -227,11 +227,6 @@ def settings_of(args: Namespace, crops: Crops) -> dict[str, Any]:
     return {**about, "left_out": len(crops.failures)}
 
 
-def size_text(size: tuple[int, int]) -> str:
-    """(H, W) for people."""
-    return f"{size[0]}x{size[1]} px"
-
-
 def finish(args: Namespace, written: list[str]) -> int:
     """Say what was written; return the exit code."""
     print(f"Written to {args.output}: {', '.join(written)}")

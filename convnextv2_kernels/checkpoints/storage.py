@@ -126,7 +126,7 @@ def _locate(path: Path) -> Path:
             if (path / inside).is_file():
                 return path / inside
         if any(_shard_of(entry.name) for entry in path.iterdir()):
-            raise FileError(f"{name} is a checkpoint cut into several files, expected one file that holds all of it")
+            raise FileError(f"{name} is a sharded checkpoint, expected one file with all weights")
         raise FileNotFoundError(f"{name} is a folder without {' or '.join(_IN_FOLDER)}")
     if not path.exists():
         if found := re.match(r"([a-z][a-z0-9+._-]+):(/*)", str(path), re.IGNORECASE):
@@ -135,7 +135,7 @@ def _locate(path: Path) -> Path:
             raise FileNotFoundError(f"{address} is an address, expected a file on this machine: download it first")
         raise FileNotFoundError(f"{name}: there is no such file")
     if shard := _shard_of(path.name):
-        raise FileError(f"{name} is {shard} of a checkpoint cut into several files, expected one that holds all of it")
+        raise FileError(f"{name} is {shard} of a sharded checkpoint, expected one file with all weights")
     return path
 
 
@@ -143,7 +143,7 @@ def _shard_of(name: str) -> str | None:
     if name.endswith(f".{_INDEX}"):
         return "the index"
     found = re.fullmatch(r".*-0*(\d+)-of-0*(\d+)(\.\w+)?", name)
-    return f"part {found[1]} of {found[2]}" if found and found[2] != "1" else None
+    return f"shard {found[1]} of {found[2]}" if found and found[2] != "1" else None
 
 
 def _opened(path: Path) -> BinaryIO:

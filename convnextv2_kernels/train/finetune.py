@@ -260,9 +260,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     say = print if world.is_main else lambda text: None
     notes = []
     if options.eval_only:
-        weights.require_head(len(training.classes), training.folder)
-        about = describe(options, training.classes)
-        notes = compare(weights.about, about, weights.what, training.folder)
+        notes = _notes(options, weights, training)
     model, origin = _build(options, device, weights, len(training.classes), say)
     transform = eval_transform(options.img_size, options.crop_pct)
     pictures = EvalDataset(held_out.paths(), held_out.labels, transform, decoding)
@@ -355,6 +353,18 @@ def _build(
         say(f"{'evaluating' if options.eval_only else 'first weights:'} {loaded}")
     model = model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
     return model, "random" if weights is None else digest(model)
+
+
+def _notes(options: FinetuneOptions, weights: Weights, training: ClassFolder) -> list[str]:
+    """What an evaluation alone should say of its images. Raises UserError where its scores would mean nothing."""
+    weights.require_head(len(training.classes), training.folder)
+    notes = compare(weights.about, describe(options, training.classes), weights.what, training.folder)
+    if held_out_share(options.data, options.val, options.val_share, options.output) is not None:
+        notes.append(
+            f"evaluated on the share that --val-share {options.val_share:g} and --seed {options.seed} hold out of "
+            f"{options.data}; under other values than those of the training it has images that were trained on"
+        )
+    return notes
 
 
 def _evaluate_only(

@@ -14,6 +14,7 @@ from ..errors import FileError, UserError
 from ..layout import mask_fault, num_kept
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
+from ..sizes import size_text
 from .checkpoint import list_checkpoints
 from .checkpoint_checks import check_config, require
 from .config import (
@@ -50,7 +51,9 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
     torch.manual_seed(options.seed)
     values = options.resolved.values
     if any(side % PATCH for side in options.img_size):
-        raise UserError(f"--img-size {_size_text(options.img_size)} must be multiples of the patches' {PATCH} pixels.")
+        raise UserError(
+            f"--img-size {size_text(options.img_size)} must have sides that are multiples of {PATCH} pixels, a patch."
+        )
     grid = options.img_size[0] // PATCH, options.img_size[1] // PATCH
     if (fault := mask_fault(grid, values["mask_ratio"], PATCH, "--mask-ratio", "--img-size")) is not None:
         raise UserError(f"{fault}.")
@@ -216,10 +219,6 @@ def hidden_share(config: PretrainConfig) -> str:
     patches = config.grid[0] * config.grid[1]
     hidden = patches - num_kept(config.grid, config.mask_ratio)
     return f"{100 * hidden / patches:.0f} % hidden ({hidden} of {patches} patches)"
-
-
-def _size_text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def parameters_of(model: nn.Module) -> str:

@@ -34,7 +34,7 @@ from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..data.value_range import range_text
 from ..errors import UserError
 from ..nn import GRNVariant
-from ..sizes import size_of
+from ..sizes import size_of, size_text
 from .checkpoint import list_checkpoints
 from .config import RunConfig, TrainOptions
 
@@ -87,7 +87,9 @@ def compare(about: Mapping[str, str], run: Mapping[str, str], what: str, data: P
             raise UserError(f"{what} was trained on pixels normalised with {name} {before}, and {name} is {now} here.")
     before, now = _parsed(about, "img_size", what), _parsed(run, "img_size", what)
     if before is not None and before != now:
-        notes.append(f"{what} was trained at {_size(before)} pixels, and is evaluated at {_size(now)} (--img-size)")
+        notes.append(
+            f"{what} was trained at {size_text(before)} pixels, and is evaluated at {size_text(now)} (--img-size)"
+        )
     return notes
 
 
@@ -107,10 +109,6 @@ def _other_classes(theirs: list[str], ours: list[str], data: Path) -> str:
 
 def _quoted(names: Iterable[str]) -> str:
     return listing(f"'{visible(name)}'" for name in names)
-
-
-def _size(pair: Sequence[int]) -> str:
-    return "x".join(map(str, pair))
 
 
 def _parsed(about: Mapping[str, str], name: str, what: str) -> list | None:

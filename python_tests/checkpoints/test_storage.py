@@ -377,9 +377,9 @@ def test_addresses_are_told_to_be_some(given, told):
 def test_sharded_folders_are_told_to_be_some(tmp_path, names):
     for name in names:
         (tmp_path / name).write_bytes(b"{}")
-    refused(tmp_path, "is a checkpoint cut into several files, expected one file that holds all of it")
-    which = "the index" if "index" in names[0] else "part 1 of 2"
-    refused(tmp_path / names[0], f"is {which} of a checkpoint cut into several files")
+    refused(tmp_path, "is a sharded checkpoint, expected one file with all weights")
+    which = "the index" if "index" in names[0] else "shard 1 of 2"
+    refused(tmp_path / names[0], f"is {which} of a sharded checkpoint")
     whole = classifier().state_dict()
     safetensors.torch.save_file(whole, tmp_path / "model-00001-of-00001.safetensors")
     assert_same(dict(read_file(tmp_path / "model-00001-of-00001.safetensors")), whole)

@@ -161,7 +161,7 @@ def test_bundled_photographs(tmp_path, checkpoints):
         (["activations", "ONE", "--data", "DATA", "--layer", "stages.7.0"], "--layer must be a block from"),
         (["activations", "ONE", "--data", "DATA", "--image", "99"], "--image must be a name among 12 such as"),
         (["reconstruct", "CLASSIFIER", "--data", "DATA"], "has no decoder"),
-        (["reconstruct", "ONE", "--data", "DATA", "--img-size", "100"], "must be a multiple of the patches' 32 px"),
+        (["reconstruct", "ONE", "--data", "DATA", "--img-size", "100"], "must have sides that are multiples of 32"),
         (
             ["reconstruct", "ONE", "--data", "DATA", "--mask-ratio", "0.8"],
             "--mask-ratio 0.8 hides all 4 patches of 64x64",

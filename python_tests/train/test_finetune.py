@@ -239,6 +239,8 @@ def test_weights_tell_their_classes_and_sizes(folder, finished, tmp_path, capsys
         code, out, _ = evaluated(capsys, folder, tmp_path / "run", "--init", finished / init, "--img-size", "64")
         assert code == 0 and "was trained at 32x32 pixels, and is evaluated at 64x64" in out and "top-1" in out
         assert len(json.loads((tmp_path / "run" / "evaluation.json").read_text())["notes"]) == 1
+    code, out, _ = evaluated(capsys, folder / "train", tmp_path / "share", "--init", finished / "best.safetensors")
+    assert code == 0 and "note: evaluated on the share that --val-share" in out  # no folder of its own to evaluate on
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_running_again_reports_completion(folder, finished, capsys):
         (["--model", "convnextv2_femto"], "model: convnextv2_atto in the checkpoint"),
         (["--mask-ratio", "0.5"], "mask_ratio: 0.6"),
         (["--model", "resnet50"], "resnet50"),
-        (["--img-size", "65"], "--img-size 65x65 must be multiples of the patches' 32 pixels"),
+        (["--img-size", "65"], "--img-size 65x65 must have sides that are multiples of 32 pixels"),
         (["--min-lr", "0.1"], "--min-lr 0.1 must be at most the peak learning rate"),
         (["--grn", "l2,l1"], "--grn must hold at most one of"),
         (["--img-size", "64x96"], "img_size: [64, 64]"),
