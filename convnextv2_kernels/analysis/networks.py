@@ -89,17 +89,20 @@ def load_network(
                 patch_size=settings.get("patch_size", 32),
                 mask_ratio=ratio,
                 norm_pix_loss=settings.get("norm_pix_loss", True),
-                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\."),
+                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\.") or settings.get("decoder_depth", 1),
                 decoder_embed_dim=state.tensors["proj.weight"].shape[0],
                 grn_scope=scope,
                 grn=grn,
+                # masked dense encoding has the numbers of the sparse one
+                encoding="dense" if settings.get("encoding") == "dense" else "sparse",
+                decoder=settings.get("decoder", "convnext"),
             )
         else:
             model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
             # A backbone of maps has GRN per image only; the scope holds no parameters.
             for block in (block for stage in model.stages for block in stage):
                 block.grn.scope = scope
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, ImportError) as error:
         raise ValueError(f"{what} cannot be rebuilt from its settings: {shown(str(error))}") from error
     try:
         load_checkpoint(model, weights)

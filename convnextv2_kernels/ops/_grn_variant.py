@@ -95,6 +95,12 @@ class GRNVariant:
         """Whether kernels support it: the default and "none", which is the default with gamma = beta = 0."""
         return self.formula == _DEFAULT and self.layer == "grn"
 
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a batch norm is in it: training depends on which images are computed together, and keeps running
+        statistics."""
+        return self.layer in ("bn", "cbam")
+
     def affine(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
         """gamma and beta as the formula takes them: zeros without a graph where there is no GRN."""
         if self.enabled:

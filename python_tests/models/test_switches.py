@@ -140,7 +140,7 @@ def test_mask_ratio(ratio, kept, encoding):
         ({"mask_ratio": float("nan")}, "mask_ratio .*got nan"),
         ({"decoder_depth": 1.5}, "decoder_depth must be a positive integer, got 1.5"),
         ({"decoder_embed_dim": 0}, "decoder_embed_dim must be a positive integer, got 0"),
-        ({"encoding": "SPARSE"}, "encoding must be one of sparse, masked_dense, got 'SPARSE'"),
+        ({"encoding": "SPARSE"}, "encoding must be one of sparse, masked_dense, dense, got 'SPARSE'"),
         ({"grn": "none,l1"}, "grn must be 'default', 'none', one of .* or comma-separated words .*got 'none,l1'"),
     ],
 )
