@@ -110,7 +110,7 @@ def load_network(
         raise ValueError(f"{what}{str(error).removeprefix('path_or_state_dict')}") from error
     about = {
         "checkpoint": file.path.name,
-        "sha256": _digest(file.path),
+        "sha256": digest_of_file(file.path),
         "format": state.format.name,
         "averaged_weights": use_ema,
         "model": size_of(depths, dims),
@@ -165,7 +165,8 @@ def _settings(file: CheckpointFile) -> Mapping[str, Any]:
     return told
 
 
-def _digest(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open_regular(file) as stream:
         while part := stream.read(1 << 20):
