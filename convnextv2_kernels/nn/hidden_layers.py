@@ -178,7 +178,7 @@ def _timm_layers(variant: GRNVariant) -> ModuleType:
     try:
         import timm.layers
         import timm.layers.cbam
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision is of another build of PyTorch
         raise ImportError(
             f"grn {str(variant)!r} is a layer of timm, which cannot be imported ({error}); install it with "
             "pip install timm"
