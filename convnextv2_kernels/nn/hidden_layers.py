@@ -25,11 +25,13 @@ from ..ops import _pooling
 from ..ops._checks import check_packed, check_positive, check_scope
 from ..ops._dispatch import no_autocast, require_reference
 from ..ops._grn_variant import GRNVariant
+from ..tracing import for_any_input
 from .init import init_linear_map
 from .layers import GlobalResponseNorm
 
 LRN_SIZE = 5
 REDUCTION = 1 / 16
+_COUNT_ROWS = ("lrn", "bn", "cbam")  # PyTorch's functions of these ask whether there are any rows
 
 
 def hidden_layer(dim: int, scope: str = "image", grn: str | GRNVariant = "default") -> GlobalResponseNorm | HiddenLayer:
@@ -71,10 +73,16 @@ class HiddenLayer(nn.Module):
 
         Raises:
             RuntimeError: another backend than the reference is forced.
+            ValueError: an export for any mask of a layer that cannot be exported so.
         """
         require_reference(f"the layer {str(self.variant)!r} in the place of GRN")
         check_packed(x, layout)
-        if x.numel() == 0:
+        if layout is not None and isinstance(x.shape[0], torch.SymInt) and self.variant.layer in _COUNT_ROWS:
+            raise ValueError(
+                f"grn {str(self.variant)!r} needs the number of visible rows, which an exported program for any mask "
+                "leaves open: export it on whole maps, or with torch.jit.trace"
+            )
+        if not for_any_input() and x.numel() == 0:
             return x
         dtype = next((t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()), x.dtype)
         with no_autocast(x):

@@ -160,6 +160,24 @@ def test_parameters_at_base(kind, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", ("se", "cbam"))
+def test_exports(kind):
+    """On whole maps as on any; for any mask, where PyTorch can."""
+    config = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "grn": kind}
+    model, x = ck.models.ConvNeXtV2(num_classes=3, **config).eval(), torch.randn(2, 3, 64, 64)
+    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+    encoder, mask = ck.models.SparseEncoder(3, **config).eval(), ragged_mask()[2:, :, :2]
+    if kind == "se":
+        program = torch.export.export(encoder, (x, mask)).module()
+        torch.testing.assert_close(program(x, ~mask), encoder(x, ~mask))
+    else:
+        with pytest.raises(
+            Exception, match=f"grn '{kind}' needs the number of visible rows, which an exported program"
+        ):
+            torch.export.export(encoder, (x, mask))
+
+
 def test_refusals(monkeypatch):
     x, layout = inputs(ragged_mask())
     block = cnn.ConvNeXtV2Block(DIM, grn="ln").double()
