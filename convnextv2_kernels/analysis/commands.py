@@ -171,8 +171,9 @@ def run_activations(args: Namespace) -> int:
     with backend(args):
         for network in networks:
             image = normalize(pixels[None].to(next(network.model.parameters()).device))
-            third_stage = [name for name in block_names(network.model) if name.startswith("stages.2.")]
-            for layer in args.layer or third_stage[-1:]:
+            blocks = block_names(network.model)
+            third_stage = [name for name in blocks if name.startswith("stages.2.")]
+            for layer in args.layer or (third_stage or blocks)[-1:]:
                 result = activation_maps(
                     network.model, image, layer, args.tap, args.channels, seed, args.dead, args.saturated
                 )

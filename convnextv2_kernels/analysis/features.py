@@ -44,6 +44,18 @@ class Tapped(NamedTuple):
     features: Tensor
 
 
+class OtherNetwork(nn.Module):
+    """A network of another library, which is read in its own way."""
+
+    def block_names(self) -> list[str]:
+        """Names of its blocks, in order."""
+        raise NotImplementedError
+
+    def tapped(self, images: Tensor, taps: Sequence[str]) -> Iterator[Tapped]:
+        """As :func:`tapped`, of whole images that are normalised with ImageNet's mean and deviation."""
+        raise NotImplementedError
+
+
 def backbone_of(model: nn.Module) -> Backbone:
     """The four stages of a model: an FCMAE's encoder, or the model itself.
 
@@ -60,7 +72,9 @@ def backbone_of(model: nn.Module) -> Backbone:
 
 
 def block_names(model: nn.Module) -> list[str]:
-    """Names of all blocks in order, ``stages.<stage>.<block>``."""
+    """Names of all blocks in order, ``stages.<stage>.<block>`` or those of another library."""
+    if isinstance(model, OtherNetwork):
+        return model.block_names()
     return [f"stages.{s}.{b}" for s, stage in enumerate(backbone_of(model).stages) for b in range(len(stage))]
 
 
@@ -93,7 +107,8 @@ def tapped(
     Memory is that of one block: whoever keeps what is yielded pays for it.
 
     Args:
-        model: ConvNeXtV2, ConvNeXtV2Features, SparseEncoder or FCMAE (its encoder).
+        model: ConvNeXtV2, ConvNeXtV2Features, SparseEncoder or FCMAE (its encoder), or a network of timm
+            (:class:`.timm_networks.TimmNetwork`), all of whose layers exist at once.
         images: ``[N, in_chans, H, W]``; without a layout of any sides of at least 32.
         layout: the visible patches, or None for whole images.
         taps: of :data:`TAPS`; yielded in the order act, grn, block.
@@ -101,6 +116,12 @@ def tapped(
     Raises:
         TypeError, ValueError: a model of another kind, an unknown tap, or images and layout that do not fit.
     """
+    if isinstance(model, OtherNetwork):
+        check_taps(taps)
+        if layout is not None:
+            raise ValueError("layout must be None for a network of another library, which takes whole images")
+        yield from model.tapped(images, taps)
+        return
     backbone = backbone_of(model)
     check_taps(taps)
     check_images(images, backbone.in_chans, 32, any_size=layout is None)

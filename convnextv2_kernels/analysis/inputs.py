@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._console import visible
 from .._progress import Progress
 from ..backends import use_backend
 from ..data import MAX_PIXELS
@@ -29,7 +30,9 @@ from ..errors import UserError, describe_error
 from ..models import get_config
 from ..train.distributed import resolve_device
 from ..train.setup import prepare_output
+from .features import OtherNetwork
 from .networks import Network, load_network, untrained_network
+from .timm_networks import is_timm, label_of, load_timm_network
 
 SURVEYED = 1000  # images whose headers are read for the value range, where no limit says how many are taken
 
@@ -110,19 +113,31 @@ def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
         raise ValueError("give at least one CHECKPOINT, or --random with --model")
     if labels and len(labels) != len(paths):
         raise ValueError(f"--label must be given once for each of the {len(paths)} checkpoints, got {len(labels)}")
-    labels = labels or ["/".join(path.resolve().with_suffix("").parts[-2:]) for path in paths]
+    labels = labels or [
+        label_of(path) if is_timm(path) else "/".join(path.resolve().with_suffix("").parts[-2:]) for path in paths
+    ]
     twice = [label for label in labels if labels.count(label) > 1 or (random and label == "untrained")]
     if twice:
         raise ValueError(f"--label must tell the checkpoints apart, got {twice[0]!r} more than once")
     device = resolve_device(args.device)
+    for path in filter(is_timm, paths):
+        if decoder or not hasattr(args, "tap"):
+            raise ValueError(
+                f"{visible(str(path))} is a network of timm, which cosine, selectivity and activations take"
+            )
+        if args.ema:
+            raise ValueError(f"--ema takes averaged weights of training checkpoints, got {visible(str(path))}")
     networks = [
-        load_network(path, label, args.model, args.ema, decoder, device)
+        load_timm_network(str(path), label, args.seed, device)
+        if is_timm(path)
+        else load_network(path, label, args.model, args.ema, decoder, device)
         for path, label in zip(paths, labels, strict=True)
     ]
     if random:
-        if not networks and args.model is None:
+        own = [network.model for network in networks if not isinstance(network.model, OtherNetwork)]
+        if not own and args.model is None:
             raise ValueError("--random without a checkpoint needs --model")
-        like = networks[0].model if networks else get_config(args.model)
+        like = own[0] if own else get_config(args.model)
         networks.append(untrained_network(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device))
     return networks
 

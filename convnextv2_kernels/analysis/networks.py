@@ -89,17 +89,20 @@ def load_network(
                 patch_size=settings.get("patch_size", 32),
                 mask_ratio=ratio,
                 norm_pix_loss=settings.get("norm_pix_loss", True),
-                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\."),
+                decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\.") or settings.get("decoder_depth", 1),
                 decoder_embed_dim=state.tensors["proj.weight"].shape[0],
                 grn_scope=scope,
                 grn=grn,
+                # masked dense encoding has the numbers of the sparse one
+                encoding="dense" if settings.get("encoding") == "dense" else "sparse",
+                decoder=settings.get("decoder", "convnext"),
             )
         else:
             model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
             # A backbone of maps has GRN per image only; the scope holds no parameters.
             for block in (block for stage in model.stages for block in stage):
                 block.grn.scope = scope
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, ImportError) as error:
         raise ValueError(f"{what} cannot be rebuilt from its settings: {shown(str(error))}") from error
     try:
         load_checkpoint(model, weights)
@@ -107,7 +110,7 @@ def load_network(
         raise ValueError(f"{what}{str(error).removeprefix('path_or_state_dict')}") from error
     about = {
         "checkpoint": file.path.name,
-        "sha256": _digest(file.path),
+        "sha256": digest_of_file(file.path),
         "format": state.format.name,
         "averaged_weights": use_ema,
         "model": size_of(depths, dims),
@@ -162,7 +165,8 @@ def _settings(file: CheckpointFile) -> Mapping[str, Any]:
     return told
 
 
-def _digest(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open_regular(file) as stream:
         while part := stream.read(1 << 20):

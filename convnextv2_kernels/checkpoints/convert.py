@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .._console import visible
-from .formats import FORMATS, WRITABLE
+from .formats import FORMATS, WRITABLE, layer_names, other_decoder
 from .shapes import from_canonical
 from .state import State, listing, read_checkpoint, require_consistent, shown, unwrap
 from .storage import SUFFIXES, read_checkpoint_file, write_file
@@ -54,7 +54,8 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
         TypeError: ``sd`` is not a mapping.
         ValueError: unknown ``to``; ``conv_mlp`` for a format other than timm's; ``sd`` has keys or shapes that no
             ConvNeXt V2 has, or shapes that contradict each other, lacks parameters, or contains anything but dense
-            floating-point tensors; it records a GRN that only this library has, and ``to`` is another's format.
+            floating-point tensors; it records a GRN, or has a layer in its place or a decoder, that only this library
+            has, and ``to`` is another's format.
     """
     if not isinstance(sd, Mapping):
         raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")
@@ -73,6 +74,10 @@ def convert(
     kept = _grn_settings(settings or {})
     if kept.get("grn") and to not in _KEEPS_GRN:
         raise ValueError(f"{state.what} was trained with the GRN {shown(kept['grn'])!r}, which {to} does not have")
+    if layer_names(state.tensors) and to not in _KEEPS_GRN:
+        raise ValueError(f"{state.what} has another layer in the place of GRN, which {to} does not have")
+    if to == "official-sparse" and (name := other_decoder(state.tensors)) is not None:
+        raise ValueError(f"{state.what} has a decoder with {shown(state.keys[name])}, which {to} does not have")
     if conv_mlp is None:
         conv_mlp = _conv_mlp(state)
     elif to != "timm":

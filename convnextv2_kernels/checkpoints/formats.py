@@ -19,10 +19,25 @@ _VALUES = {
     "kind": ("weight", "bias"),
     "grn": ("gamma", "beta"),
     "output": ("stem", "stage1", "stage2", "stage3", "stage4"),
+    # of the layers in GRN's place, see nn/hidden_layers.py
+    "layer": (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+        "constants",
+        *(f"fc{j}.{kind}" for j in (1, 2) for kind in ("weight", "bias")),
+        *(f"channel.fc{j}.weight" for j in (1, 2)),
+        "spatial.conv.conv.weight",
+        *(f"spatial.conv.bn.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    ),
 }
 _DEPTHWISE = ("stages.{stage}.{block}.dwconv.weight", "stages.{stage}.{block}.dwconv.{kind}")
 _FIELD = re.compile(r"{(\w+)}")
-_BLOCK = "0|[1-9][0-9]*"  # the one field whose values are not just numbers
+_BLOCK = "0|[1-9][0-9]*"
+# Fields whose values cannot be listed; "other" are names in a decoder that is no row of blocks (models/decoders.py).
+_PATTERNS = {"block": _BLOCK, "other": r"(?:levels|layers|norm)\..+"}
 
 _ENCODER = {
     name: name
@@ -32,6 +47,7 @@ _ENCODER = {
         "stages.{stage}.{block}.norm.{kind}",
         "stages.{stage}.{block}.pwconv{j}.{kind}",
         "stages.{stage}.{block}.grn.{grn}",
+        "stages.{stage}.{block}.grn.layer.{layer}",
     )
 }
 _DECODER = {
@@ -44,6 +60,8 @@ _DECODER = {
         "decoder.{block}.norm.{kind}",
         "decoder.{block}.pwconv{j}.{kind}",
         "decoder.{block}.grn.{grn}",
+        "decoder.{block}.grn.layer.{layer}",
+        "decoder.{other}",
     )
 }
 _OFFICIAL = {**_ENCODER, "norm.{kind}": "norm.{kind}", "head.{kind}": "head.{kind}"}
@@ -172,8 +190,21 @@ def part_of(name: str) -> str:
     return owner if owner in ("norm", "head") else "decoder"
 
 
+def layer_names(names: Iterable[str]) -> set[str]:
+    """What the layer in GRN's place holds, by canonical names of a checkpoint; nothing where that is GRN."""
+    return {name.partition(".grn.layer.")[2] for name in names if ".grn.layer." in name}
+
+
+def other_decoder(names: Iterable[str]) -> str | None:
+    """Of canonical names the first of a decoder that is no row of blocks, None where there is none."""
+    return next((name for name in names if re.fullmatch(rf"decoder\.{_PATTERNS['other']}", name)), None)
+
+
 def complete(names: Iterable[str]) -> list[str]:
-    """Canonical names of a complete checkpoint with as many blocks: four stages and the parts found in ``names``."""
+    """Canonical names of a complete checkpoint with as many blocks: four stages and the parts found in ``names``.
+
+    Every block has the same layer in GRN's place. The names in a decoder that is no row of blocks are not listed."""
+    names = list(names)
     parts = {part_of(name) for name in names} | {f"stages.{stage}" for stage in _VALUES["stage"]}
     if "head" in parts:
         parts.add("norm")
@@ -181,11 +212,16 @@ def complete(names: Iterable[str]) -> list[str]:
     for name in names:
         if found := re.match(rf"(stages\.[0-3]|decoder)\.({_BLOCK})\.", name):
             blocks.setdefault(found[1], set()).add(found[2])
+    layer = layer_names(names)
+    values = {**_VALUES, "layer": tuple(layer), "grn": () if layer else _VALUES["grn"]}
+    has_rows = other_decoder(names) is None
     whole = []
     for pattern in (*_OFFICIAL, *_DECODER, *_FEATURE_NORMS):
+        if "{other}" in pattern or (pattern.startswith("decoder.") and not has_rows):
+            continue
         fields = [field for field in _FIELD.findall(pattern) if field != "block"]
-        for values in itertools.product(*(_VALUES[field] for field in fields)):
-            name = pattern.format(block="{block}", **dict(zip(fields, values, strict=True)))
+        for chosen in itertools.product(*(values[field] for field in fields)):
+            name = pattern.format(block="{block}", **dict(zip(fields, chosen, strict=True)))
             if part_of(name) in parts:
                 owner, block, _ = name.partition(".{block}")
                 depth = max(1, len(blocks.get(owner, ()))) if block else 1
@@ -196,7 +232,9 @@ def complete(names: Iterable[str]) -> list[str]:
 def _regex(pattern: str) -> re.Pattern[str]:
     pieces = _FIELD.split(pattern)  # text and fields alternate
     pieces[::2] = map(re.escape, pieces[::2])
-    pieces[1::2] = [f"(?P<{field}>{'|'.join(_VALUES.get(field, (_BLOCK,)))})" for field in pieces[1::2]]
+    pieces[1::2] = [
+        f"(?P<{field}>{_PATTERNS.get(field) or '|'.join(map(re.escape, _VALUES[field]))})" for field in pieces[1::2]
+    ]
     return re.compile("".join(pieces))
 
 

@@ -142,7 +142,7 @@ def _require_grn(model: nn.Module, settings: Mapping[str, Any], what: str) -> No
         return
     # The layers of this library have a variant that reads its text; those of other code bases are the default.
     variants: set[Any] = {
-        module.variant for module in model.modules() if hasattr(module, "variant") and hasattr(module, "gamma")
+        module.variant for module in model.modules() if hasattr(getattr(module, "variant", None), "formula")
     }
     for variant in variants:
         try:

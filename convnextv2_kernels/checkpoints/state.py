@@ -20,6 +20,7 @@ _WEIGHTS = ("model", "state_dict", "model_state_dict", "module", "net", "network
 AVERAGED_WEIGHTS = ("model_ema", "state_dict_ema")
 _WRAPPERS = {"module", "_orig_mod"}  # inserted into names by DataParallel and torch.compile, at any depth
 _COUNTERS = {"n_averaged"}  # beside the parameters of torch.optim.swa_utils.AveragedModel
+_BATCHES = ".grn.layer.num_batches_tracked", ".bn.num_batches_tracked"  # counters of batch norms
 _NESTING = 4
 
 
@@ -115,7 +116,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     keys = {name: key for key, name in names.items()}
     if twice := [key for key, name in names.items() if keys[name] != key]:
         raise ValueError(f"{what} has these keys both with and without module. or _orig_mod.: {listing(twice)}")
-    if bad := [f"{key} is {fault}" for key in inside if (fault := _fault(state_dict[key]))]:
+    if bad := [f"{key} is {fault}" for key in inside if (fault := _fault(state_dict[key], names[key]))]:
         raise ValueError(f"{what} must hold dense floating-point tensors, but {listing(bad)}")
     tensors, misshaped = {}, []
     for name, key in keys.items():
@@ -195,14 +196,14 @@ def _without_wrappers(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _fault(value: Any) -> str | None:
+def _fault(value: Any, name: str) -> str | None:
     if not isinstance(value, Tensor):
         return f"a {value.kind if isinstance(value, StandIn) else type(value).__name__}"
     if isinstance(value, (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)):
         return "not initialised yet"
     if value.is_nested:
         return "a nested tensor"
-    if not value.dtype.is_floating_point:
+    if not value.dtype.is_floating_point and not (name.endswith(_BATCHES) and value.dtype == torch.int64):
         return f"of dtype {value.dtype}"
     if value.layout != torch.strided:
         return f"of layout {value.layout}"

@@ -55,9 +55,10 @@ def add_cosine(commands: Any) -> None:
         "Mean pairwise cosine distance of the channels of each layer, averaged over images: cosine.png, .csv, .json.\n"
         "0: all channels are alike; 0.5: the greatest possible. Channels that do nothing count as different from all\n"
         "others, so their share and the distance without them are shown beside it.",
-        "RUN/checkpoint-1000.pt OTHER/checkpoint-1000.pt --label 'with GRN' --label 'without' --data val",
+        "RUN/checkpoint-1000.pt OTHER/checkpoint-1000.pt --label 'with GRN' --label 'without' --data val\n"
+        f"  {PROG} cosine RUN/checkpoint-1000.pt timm:vit_base_patch16_224.mae@mae.pth --tap act --data val",
     )
-    _add_networks(parser, random=True)
+    _add_networks(parser, random=True, timm=True)
     _add_images(parser, photos=True, images=1000)
     _add_tap(parser, "grn")
     _add_dead(parser)
@@ -74,7 +75,7 @@ def add_selectivity(commands: Any) -> None:
         "Every direct subfolder of --data is a class.",
         "encoder.safetensors --random --data val",
     )
-    _add_networks(parser, random=True)
+    _add_networks(parser, random=True, timm=True)
     _add_images(parser, photos=False, images=None)
     _add_tap(parser, "block")
     parser.add_argument(
@@ -104,7 +105,7 @@ def add_activations(commands: Any) -> None:
         "each network and layer, and activations.json.",
         "encoder.safetensors --photos --image coffee --layer stages.2.5 stages.3.1 --tap act",
     )
-    _add_networks(parser, random=True)
+    _add_networks(parser, random=True, timm=True)
     _add_images(parser, photos=True, images=None, several=False)
     parser.add_argument(
         "--image", default="0", metavar="NAME|N", help="which image: its name, or its place from 0 (default: 0)"
@@ -218,14 +219,20 @@ ANALYSES: tuple[Callable[[Any], None], ...] = (
 )
 
 
-def _add_networks(parser: argparse.ArgumentParser, random: bool) -> None:
-    """Add the checkpoints and how they are run; with ``random``, ``--random``."""
+def _add_networks(parser: argparse.ArgumentParser, random: bool, timm: bool = False) -> None:
+    """Add the checkpoints and how they are run; with ``random``, ``--random``; ``timm``: its networks are taken too."""
     parser.add_argument(
         "checkpoints",
         nargs="*" if random else "+",
         type=file_path,
         metavar="CHECKPOINT",
-        help="checkpoint of any known format; several are compared",
+        help="checkpoint of any known format; several are compared"
+        + (
+            "; or a network of timm: timm:NAME@FILE with the weights of a file, timm:NAME@random, or timm:NAME with "
+            "timm's weights from the cache of this machine (nothing is downloaded)"
+            if timm
+            else ""
+        ),
     )
     parser.add_argument(
         "--label",

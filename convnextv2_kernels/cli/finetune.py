@@ -31,6 +31,7 @@ OWN: dict[str, Any] = {
     "crop_pct": None,
     "eval_only": False,
     "eval_every": 1,
+    "init_grn": None,
 }
 PACKAGES = ("numpy", "PIL", "rich")
 
@@ -91,6 +92,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         parser,
         "weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official code, "
         "timm or transformers; its head is left out (default: random weights)",
+    )
+    parser.add_argument(
+        "--init-grn",
+        choices=("drop", "add"),
+        help="GRN in one of pre-training and fine-tuning alone (paper Table 2f): drop takes the weights of --init "
+        "without their GRN, with --grn none; add gives weights without GRN a new one, that of --grn (default: the "
+        "weights must have the GRN of --grn)",
     )
     parser.add_argument("--output", type=file_path, metavar="DIR", help=f"folder for all results (default: {OUTPUT})")
     parser.add_argument(
@@ -201,6 +209,19 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
     if args.eval_only and args.init is None:
         parser.error("--eval-only evaluates the weights of --init, which is missing")
     require_init(parser, given)
+    _require_init_grn(parser, args, where["grn"])
     where["output"] = output_of(given, OUTPUT)
     own = {key: given.get(key, value) for key, value in OWN.items()}
     return {**where, **own, "resolved": resolved}
+
+
+def _require_init_grn(parser: argparse.ArgumentParser, args: argparse.Namespace, grn: str) -> None:
+    if args.init_grn is None:
+        return
+    if args.init is None:
+        parser.error(f"--init-grn {args.init_grn} is about the weights of --init, which is missing")
+    if args.eval_only:
+        parser.error(f"--init-grn {args.init_grn} is for fine-tuning; --eval-only evaluates weights as they are")
+    if (args.init_grn == "drop") != (grn.strip() == "none"):
+        wanted = "needs --grn none" if args.init_grn == "drop" else "needs a --grn to add"
+        parser.error(f"--init-grn {args.init_grn} {wanted}, got --grn {grn}")

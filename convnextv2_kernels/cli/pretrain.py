@@ -4,6 +4,8 @@ import argparse
 from functools import partial
 from typing import Any
 
+from ..models.decoders import DECODERS
+from ..models.fcmae import ENCODINGS
 from ..train import recipes
 from .exit_codes import printing_is_optional, require_packages
 from .training import (
@@ -31,7 +33,7 @@ DEMO_PLACES: dict[str, Any] = {"max_steps": 1400, "workers": 0}
 DEMO_OPTIONS = {"output", "seed", "batch_size", "lr", "max_steps", "workers", "loader_timeout", "backend", "device"}
 DEMO_OPTIONS |= {"precision", "grn"}
 # Options that a recipe does not hold and that only pre-training has.
-OWN: dict[str, Any] = {"encoding": "sparse", "init": None, "use_ema": False}
+OWN: dict[str, Any] = {"encoding": "sparse", "decoder": "convnext", "init": None, "use_ema": False}
 PACKAGES = ("numpy", "PIL", "rich")
 DEMO_PACKAGES = ("matplotlib",)
 
@@ -120,7 +122,7 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
         "--decoder-depth",
         type=positive_int,
         metavar="N",
-        help=f"blocks of the decoder (default: {recipe['decoder_depth']})",
+        help=f"blocks of the decoder, of a UNet on each level (default: {recipe['decoder_depth']})",
     )
     group.add_argument(
         "--decoder-width",
@@ -130,10 +132,17 @@ def _add_fcmae(group: argparse._ArgumentGroup, recipe: Any) -> None:
         help=f"channels of the decoder (default: {recipe['decoder_embed_dim']})",
     )
     group.add_argument(
+        "--decoder",
+        choices=DECODERS,
+        help="for ablations (paper Table 1a): ConvNeXt blocks; a UNet over the encoder's stages, with skips from them "
+        "or without; or MAE's transformer, which the paper compares at --decoder-depth 8 (default: convnext)",
+    )
+    group.add_argument(
         "--encoding",
-        choices=("sparse", "masked_dense"),
-        help="compute the visible patches alone, or whole maps multiplied by the mask in plain PyTorch: the same "
-        "numbers, for comparison (default: sparse)",
+        choices=ENCODINGS,
+        help="compute the visible patches alone; or whole maps multiplied by the mask in plain PyTorch: the same "
+        "numbers, for comparison; or whole maps of images that are masked once, which leak into hidden patches (the "
+        "paper's 'w/o sparse conv') (default: sparse)",
     )
     group.add_argument(
         "--grn-scope",

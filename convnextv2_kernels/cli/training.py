@@ -84,9 +84,10 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--grn",
         metavar="WORDS",
-        help="the block's GRN, for ablations (paper Table 2): default; none, as in ConvNeXt V1; or words of l2, l1, "
-        "mean (aggregation), divisive, standardize, inverse (normalisation), no-skip, separated by commas; all but "
-        "the first two run as plain PyTorch (default: default)",
+        help="the block's GRN, for ablations (paper Tables 2 and 16): default; none, as in ConvNeXt V1; words of l2, "
+        "l1, mean (aggregation), divisive, standardize, inverse (normalisation), no-skip, affine (scale and shift "
+        "alone), aggregate-only, normalize-only, separated by commas; or another layer in its place: lrn, bn, ln, se, "
+        "cbam (the last two are timm's). All but the first two run as plain PyTorch (default: default)",
     )
     return group
 

@@ -4,7 +4,7 @@ Source: ``datasets.py`` of the official repository, without its special case for
 float32 [3, H, W], normalised by ImageNet's mean and standard deviation, of an RGB Pillow image. Sizes are (H, W).
 
 timm is imported when it is first needed, and by :func:`timm` alone: nothing else in this package may import timm or
-torchvision.
+torchvision, but for the layers of timm that ablations take (``nn/hidden_layers.py``).
 """
 
 from __future__ import annotations

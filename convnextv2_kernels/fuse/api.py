@@ -93,6 +93,9 @@ def _sorted_blocks(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, Family]
     already: list[str] = []
     for name, module in model.named_modules():
         forward = installed(module)
+        if isinstance(module, ConvNeXtV2Block) and not module.grn.variant.fused:
+            skipped.append(Skipped(name, f"its GRN variant '{module.grn.variant}' runs in plain PyTorch"))
+            continue
         if isinstance(module, ConvNeXtV2Block) or forward is not None:
             reason = None if forward is None else forward.unfit()
             if reason is None:

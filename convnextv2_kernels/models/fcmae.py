@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,17 @@ from ..sizes import CONFIGS
 from ..tracing import exporting
 from . import patchify
 from .backbone import SparseEncoder
+from .decoders import DECODERS, build_decoder
 from .loss import reconstruction_loss
-from .masked_dense import masked_dense_features
+from .masked_dense import dense_stages, masked_dense_stages
 
 _STRIDE = 32
-ENCODINGS = ("sparse", "masked_dense")
+ENCODINGS = ("sparse", "masked_dense", "dense")
 _TINY = CONFIGS["convnextv2_tiny"]
 
 
 class FCMAE(nn.Module):
-    """Sparse encoder on the visible patches, one-block dense decoder, loss on the hidden patches.
+    """Sparse encoder on the visible patches, dense decoder of one block, loss on the hidden patches.
 
     state_dict keys are the official ones, with the encoder's in the dense spelling. Weights are
     drawn from N(0, 0.02^2), biases and GRN are 0. The official code accidentally re-draws most
@@ -45,7 +47,10 @@ class FCMAE(nn.Module):
             the decoder, which works on dense maps, it is per image in both.
         feature_dtype: dtype of the feature maps, see :class:`.backbone.Backbone`.
         grn: GRN of every block of encoder and decoder, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
-        encoding: ``"sparse"``, or ``"masked_dense"``: the same numbers on whole maps, by :mod:`.masked_dense`.
+        encoding: ``"sparse"``; ``"masked_dense"``: the same numbers on whole maps; or ``"dense"``: convolutions over
+            images that are masked once, which leak into hidden sites; both by :mod:`.masked_dense`.
+        decoder: ``"convnext"``, blocks at stride 32; or ``"unet"``, ``"unet-no-skip"``, ``"transformer"`` (Table 1a),
+            see :mod:`.decoders`.
 
     Raises:
         ValueError: an argument out of range.
@@ -66,6 +71,7 @@ class FCMAE(nn.Module):
         feature_dtype: torch.dtype | None = None,
         grn: str | GRNVariant = "default",
         encoding: str = "sparse",
+        decoder: str = "convnext",
     ):
         super().__init__()
         if check_positive("patch_size", patch_size) % _STRIDE:
@@ -86,6 +92,9 @@ class FCMAE(nn.Module):
         if encoding not in ENCODINGS:
             raise ValueError(f"encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
         self.encoding = encoding
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
+        self.decoder_kind = decoder
         self.grn = GRNVariant.of(grn)
 
         self.encoder = SparseEncoder(
@@ -95,8 +104,14 @@ class FCMAE(nn.Module):
         self.proj = nn.Conv2d(dims[-1], dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
         depth = check_positive("decoder_depth", decoder_depth)
-        self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn) for _ in range(depth))
-        self.pred = nn.Conv2d(dim, _STRIDE * _STRIDE * in_chans, kernel_size=1)
+        self.decoder: nn.Module
+        self._pixels, width = _STRIDE, dim  # side of the square that a decoded site predicts, and its channels
+        if decoder == "convnext":
+            self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn) for _ in range(depth))
+        else:
+            self.decoder = other = build_decoder(decoder, dim, depth, dims, self.grn)
+            self._pixels, width = other.stride, other.out_dim
+        self.pred = nn.Conv2d(width, self._pixels * self._pixels * in_chans, kernel_size=1)
         init_linear_map(self.proj)
         init_linear_map(self.pred)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -125,7 +140,7 @@ class FCMAE(nn.Module):
         """
         visible = self._layout(images, mask)
         hidden = visible.complement()
-        decoded = self._decode(self._encode(images, visible), visible)
+        decoded = self._decode(*self._encode_stages(images, visible), visible)
         # Two GEMMs instead of one keep the gradient of the loss out of the visible patches.
         hidden_pred = self._predict(decoded, hidden)
         visible_pred = self._predict(decoded, visible)
@@ -137,7 +152,8 @@ class FCMAE(nn.Module):
         """Features ``[P, patch_size/32, patch_size/32, dims[3]]`` of the visible patches, and their
         layout."""
         layout = self._layout(images, mask)
-        return self._encode(images, layout), layout
+        features, _ = self._encode_stages(images, layout)
+        return features, layout
 
     def encode_dense(self, images: Tensor, mask: Tensor | PatchLayout) -> Tensor:
         """Features as a map ``[N, dims[3], H/32, W/32]``, zero where hidden."""
@@ -179,10 +195,11 @@ class FCMAE(nn.Module):
         return self.unpatchify(torch.where(hidden[..., None], predicted, patches), grid)
 
     def extra_repr(self) -> str:
+        decoder = "" if self.decoder_kind == "convnext" else f", decoder={self.decoder_kind!r}"
         return (
             f"img_size={self.img_size}, patch_size={self.patch_size}, "
             f"mask_ratio={self.mask_ratio}, norm_pix_loss={self.norm_pix_loss}, grn='{self.grn}', "
-            f"encoding={self.encoding!r}"
+            f"encoding={self.encoding!r}{decoder}"
         )
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
@@ -200,33 +217,42 @@ class FCMAE(nn.Module):
         kept = random_kept(n, grid, self.mask_ratio, device=images.device)
         return PatchLayout.from_kept(kept, grid)
 
-    def _encode(self, images: Tensor, visible: PatchLayout) -> Tensor:
-        """Packed features of the visible patches, in the encoding of the model."""
+    def _encode_stages(self, images: Tensor, visible: PatchLayout) -> tuple[Tensor, Sequence[Tensor]]:
+        """Packed features of the visible patches, in the encoding of the model; and those of the three stages before,
+        where the decoder joins them."""
+        if self.encoding == "sparse" and self.decoder_kind != "unet":
+            return self.encoder(images, visible), ()
         if self.encoding == "sparse":
-            return self.encoder(images, visible)
-        return ops.gather_patches(masked_dense_features(self.encoder, images, visible), visible)
+            *before, last = self.encoder.stage_outputs(images, visible)
+            return last, before
+        stages = masked_dense_stages if self.encoding == "masked_dense" else dense_stages
+        *before, last = stages(self.encoder, images, visible)
+        skips = [ops.gather_patches(x, visible) for x in before] if self.decoder_kind == "unet" else []
+        return ops.gather_patches(last, visible), skips
 
-    def _decode(self, features: Tensor, visible: PatchLayout) -> Tensor:
-        """Packed features -> decoded map ``[N, H/32, W/32, D]``.
+    def _decode(self, features: Tensor, skips: Sequence[Tensor], visible: PatchLayout) -> Tensor:
+        """Packed features -> decoded map ``[N, H/stride, W/stride, width]``, of stride 32 but for a UNet.
 
         Hidden sites hold the mask token, so projecting the visible rows alone is exact.
         """
         rows = ops.linear(features, self.proj.weight.flatten(1), self.proj.bias)
         x = ops.scatter_patches(rows, visible, fill=self.mask_token)
-        for block in self.decoder:
+        if self.decoder_kind != "convnext":
+            return self.decoder(x, skips, visible)
+        for block in cast("nn.ModuleList", self.decoder):
             x = block(x)
         return x
 
     def _predict(self, decoded: Tensor, layout: PatchLayout) -> Tensor:
         """Predicted pixels ``[P, patch_size^2 * in_chans]`` of the patches of a layout.
 
-        Every site of stride 32 predicts its own 32x32 pixels, which larger patches put in row-major
-        order.
+        Every site of stride 32 predicts its own 32x32 pixels (with a UNet, of stride 4 its own 4x4), which larger
+        patches put in row-major order.
         """
         rows = ops.gather_patches(decoded, layout)
         p, m = rows.shape[:2]
         out = ops.linear(rows, self.pred.weight.flatten(1), self.pred.bias)
-        out = out.view(p, m, m, _STRIDE, _STRIDE, self.in_chans).transpose(2, 3)
+        out = out.view(p, m, m, self._pixels, self._pixels, self.in_chans).transpose(2, 3)
         return out.reshape(p, self.patch_size**2 * self.in_chans)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ one.
 
 from ..ops._grn_variant import GRNVariant
 from .block import ConvNeXtV2Block
+from .hidden_layers import HiddenLayer, hidden_layer
 from .layers import GlobalResponseNorm, LayerNorm, PointwiseMLP, SubmanifoldDepthwiseConv2d
 from .resample import Downsample, PatchEmbed
 
@@ -14,8 +15,10 @@ __all__ = [
     "Downsample",
     "GRNVariant",
     "GlobalResponseNorm",
+    "HiddenLayer",
     "LayerNorm",
     "PatchEmbed",
     "PointwiseMLP",
     "SubmanifoldDepthwiseConv2d",
+    "hidden_layer",
 ]

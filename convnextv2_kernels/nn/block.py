@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,8 @@ from .. import ops
 from ..layout import PatchLayout
 from ..ops._checks import check_drop_path_rate, check_positive
 from ..ops._grn_variant import GRNVariant
-from ..ops.block import BlockParameters
+from ..ops.block import BlockParameters, block_around
+from .hidden_layers import HiddenLayer, hidden_layer
 from .init import init_linear_map
 from .layers import GlobalResponseNorm, LayerNorm, SubmanifoldDepthwiseConv2d
 
@@ -26,8 +29,8 @@ class ConvNeXtV2Block(nn.Module):
         drop_path: probability with which, in training, an image skips the block's branch; the
             branch of the other images is divided by ``1 - drop_path``.
         scope: see :class:`GlobalResponseNorm`.
-        grn: an ablation of GRN, see :class:`.GRNVariant`, or its text. With one that is neither "default" nor "none"
-            the block is computed in plain PyTorch, and differentiated by it.
+        grn: an ablation of GRN, see :class:`.GRNVariant`, or its text, or another layer in its place. With one that is
+            neither "default" nor "none" the block is computed in plain PyTorch, and differentiated by it.
 
     Attributes:
         given_drop_path: ``[N]`` factors of 0 or ``1 / (1 - drop_path)``, one per image, used instead of random ones
@@ -45,7 +48,7 @@ class ConvNeXtV2Block(nn.Module):
         self.dwconv = SubmanifoldDepthwiseConv2d(dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = GlobalResponseNorm(4 * dim, scope=scope, variant=grn)
+        self.grn = hidden_layer(4 * dim, scope, grn)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         init_linear_map(self.pwconv1)
         init_linear_map(self.pwconv2)
@@ -61,6 +64,8 @@ class ConvNeXtV2Block(nn.Module):
             ValueError: ``given_drop_path`` of another length than the number of images.
         """
         grn = self.grn
+        if isinstance(grn, HiddenLayer):
+            return self._around(grn, x, layout, visible)
         return ops.convnextv2_block(
             x,
             *self._parameters_in_order(),
@@ -73,10 +78,24 @@ class ConvNeXtV2Block(nn.Module):
             visible=visible,
         )
 
+    def _around(self, layer: HiddenLayer, x: Tensor, layout: PatchLayout | None, visible: Tensor | None) -> Tensor:
+        conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
+        linear = (first.weight, first.bias, second.weight, second.bias)
+        return block_around(
+            lambda hidden: layer(hidden, layout, visible),
+            x,
+            (conv.weight, conv.bias, norm.weight, norm.bias, *linear),
+            layout,
+            self._drop_path_scale(x, layout),
+            norm.eps,
+            visible,
+        )
+
     def _parameters_in_order(self) -> BlockParameters:
         """As the block op takes them."""
         conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
-        linear = (first.weight, first.bias, self.grn.gamma, self.grn.beta, second.weight, second.bias)
+        grn = cast("GlobalResponseNorm", self.grn)
+        linear = (first.weight, first.bias, grn.gamma, grn.beta, second.weight, second.bias)
         return conv.weight, conv.bias, norm.weight, norm.bias, *linear
 
     def _drop_path_scale(self, x: Tensor, layout: PatchLayout | None) -> Tensor | None:

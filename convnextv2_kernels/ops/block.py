@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -113,7 +114,8 @@ def convnextv2_block(
             None for the setting ``CONVNEXTV2_KERNELS_SAVE``, or the default of the device. The reference leaves it to
             autograd.
         grn: an ablation of GRN, :class:`~convnextv2_kernels.nn.GRNVariant` or its text. One without kernels runs in
-            plain PyTorch; "none" ignores gamma and beta.
+            plain PyTorch; "none" ignores gamma and beta. Another layer in GRN's place has its own parameters: a module,
+            :class:`~convnextv2_kernels.nn.ConvNeXtV2Block`, runs it.
         visible: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites of a dense map that is zero at hidden sites: the
             masked dense block, in plain PyTorch. The result is zero at hidden sites too.
 
@@ -121,6 +123,7 @@ def convnextv2_block(
         The shape and dtype of x. Unless they are saved, hidden activations exist only for a chunk of images at a time.
 
     Raises:
+        ValueError: ``grn`` is another layer than GRN.
         RuntimeError: a variant of GRN or a mask that only the reference has, and another backend is forced.
     """
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
@@ -132,6 +135,8 @@ def convnextv2_block(
     grn_eps = eps if grn_eps is None else grn_eps
     dtype = gemm_dtype(x)
     variant = GRNVariant.of(grn)
+    if variant.layer != "grn":
+        raise ValueError(f"grn must be a formula of GRN here, got {str(variant)!r}, a layer with parameters of its own")
     if not variant.enabled:
         params = (*params[:6], *variant.affine(gamma, beta), w2, b2)
     if visible is not None:
@@ -172,3 +177,26 @@ def convnextv2_block(
         kernel=kernel,
         gemm_dtype=dtype,
     )
+
+
+def block_around(
+    hidden_layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    params: reference.grn_variants.ParametersAround,
+    layout: PatchLayout | None,
+    drop_path_scale: Tensor | None,
+    eps: float,
+    visible: Tensor | None = None,
+) -> Tensor:
+    """:func:`convnextv2_block` around any layer in GRN's place, in plain PyTorch.
+
+    ``hidden_layer``: rows after GELU to rows of the same shape and dtype. ``params``: as there, without gamma and beta.
+    """
+    check.check_packed(x, layout)
+    check.check_drop_path_scale(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
+    if visible is not None:
+        check.check_visible(visible, x, layout)
+    dtype = gemm_dtype(x)
+    with no_autocast(x):
+        settings = ("gelu", eps, dtype)
+        return reference.grn_variants.block_around(hidden_layer, x, params, layout, drop_path_scale, settings, visible)

@@ -151,9 +151,12 @@ def global_response_norm(
         The shape and dtype of x. Sums of squares are float32 or float64; a channel of zero norm passes unscaled.
 
     Raises:
+        ValueError: ``variant`` is another layer than GRN.
         RuntimeError: a variant that only the reference has, and another backend is forced.
     """
     variant = GRNVariant.of(variant)
+    if variant.layer != "grn":
+        raise ValueError(f"variant must be a formula of GRN, got {str(variant)!r}, a layer with parameters of its own")
     _check_grn(x, gamma, beta, layout, scope, eps)
     if not variant.enabled:  # not the formula with zeros, in which an infinity makes the whole image NaN
         return x.clone(memory_format=torch.contiguous_format)

@@ -67,11 +67,13 @@ class PretrainOptions(TrainOptions):
     encoding: str
     init: Path | None
     use_ema: bool
+    decoder: str = "convnext"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(TrainOptions):
-    """Of ``finetune``. ``val`` None: the folder's own validation part, or a share ``val_share`` of its images."""
+    """Of ``finetune``. ``val`` None: the folder's own validation part, or a share ``val_share`` of its images.
+    ``init_grn``: "drop" or "add" GRN between pre-training and fine-tuning (Table 2f)."""
 
     data: Path
     val: Path | None
@@ -81,6 +83,7 @@ class FinetuneOptions(TrainOptions):
     crop_pct: float | None
     eval_only: bool
     eval_every: int
+    init_grn: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +147,9 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
-    """Of FCMAE pre-training. ``micro_batch`` is the number of images that share one GRN norm, None where each image has
-    its own (``grn_scope`` "image"). ``hflip`` is the share of crops that is mirrored; ``decay`` names the parameters
-    that decay (:data:`.optim.DECAYS`); ``encoding`` and ``grn_scope`` as in
+    """Of FCMAE pre-training. ``micro_batch`` is the number of images that share one GRN norm or batch norm, None where
+    each image has its own (``grn_scope`` "image"). ``hflip`` is the share of crops that is mirrored; ``decay`` names
+    the parameters that decay (:data:`.optim.DECAYS`); ``encoding``, ``decoder`` and ``grn_scope`` as in
     :class:`convnextv2_kernels.models.FCMAE`; ``init`` says which weights a run starts from, by their digest."""
 
     patch_size: int
@@ -160,6 +163,7 @@ class PretrainConfig(RunConfig):
     hflip: float = 0.5
     decay: str = "standard"
     init: str = "random"
+    decoder: str = "convnext"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,7 +174,8 @@ class PretrainConfig(RunConfig):
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
     """Of fine-tuning, names as in :mod:`.recipes`. ``init`` says which weights a run starts from, by their digest;
-    ``micro_batch`` is the number of images that are mixed among each other, None where nothing is mixed."""
+    ``micro_batch`` is the number of images that are mixed among each other or share a batch norm, None where there is
+    neither; ``init_grn`` as in :class:`FinetuneOptions`."""
 
     num_classes: int
     init: str
@@ -190,6 +195,7 @@ class FinetuneConfig(RunConfig):
     reprob: float
     head_init_scale: float
     crop_pct: float | None
+    init_grn: str | None = None
 
 
 def require_same_config(saved: dict[str, Any], current: RunConfig, where: str, checkpoint: Path | None = None) -> None:

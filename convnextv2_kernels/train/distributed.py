@@ -250,6 +250,14 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Give all processes the buffers of the first, a batch norm's running statistics: DDP does so before a step, and an
+    evaluation must see what a checkpoint holds."""
+    if world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 @contextmanager
 def gradient_sync(network: nn.Module, on: bool) -> Iterator[None]:
     """Let the backward passes of a block exchange gradients, or keep them for a later one that does."""

@@ -24,7 +24,7 @@ from ..data.rng import DROP_PATH, torch_stream
 from ..data.value_range import choose_range, differing_range, range_of
 from ..errors import UserError
 from ..models import ConvNeXtV2, create_model
-from ..nn import ConvNeXtV2Block
+from ..nn import ConvNeXtV2Block, GRNVariant
 from .checkpoint import export_weights, list_checkpoints, load_checkpoint, whole_model
 from .checkpoint_checks import check_about, require, require_names
 from .config import FinetuneConfig, FinetuneOptions, in_options
@@ -252,7 +252,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         raise UserError(f"--img-size {height}x{width} must have sides of at least {LEAST_SIDE} pixels.")
     weights = None if options.init is None else read_weights(options.init, options.use_ema)
     if weights is not None:
-        weights.require(options.model, options.grn)
+        weights.require(options.model, options.grn, options.init_grn, may_change=not options.eval_only)
         if options.eval_only:
             weights.require_head()
     training, held_out, decoding = world.from_main(lambda: _open(options, weights))
@@ -268,6 +268,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         return _evaluate_only(options, model, pictures, world, notes)
     parts = world.size * options.accumulate
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
+    together = mixing or GRNVariant.of(options.grn).batch_statistics
     config = make_config(
         FinetuneConfig,
         options,
@@ -276,12 +277,13 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
         training.images,
         num_classes=len(training.classes),
         init=origin,
-        micro_batch=options.batch_size // parts if mixing else None,
+        micro_batch=options.batch_size // parts if together else None,
         crop_pct=options.crop_pct,
         value_range=decoding.value_range,
+        init_grn=options.init_grn,
         **{name: values[name] for name in VALUES},
     )
-    if config.micro_batch is not None and config.micro_batch % 2:
+    if mixing and config.micro_batch is not None and config.micro_batch % 2:
         raise UserError(
             f"--batch-size {options.batch_size} over {parts} part(s) leaves {config.micro_batch} images to be mixed in "
             "pairs; take an even number, or --mixup 0 --cutmix 0."
@@ -341,15 +343,18 @@ def _build(
     """The model of a run, and which weights it starts from."""
     torch.manual_seed(options.seed)
     values = options.resolved.values
-    model = create_model(
-        options.model,
-        num_classes=num_classes,
-        drop_path_rate=values["drop_path"],
-        head_init_scale=values["head_init_scale"],
-        grn=options.grn,
-    )
+    try:
+        model = create_model(
+            options.model,
+            num_classes=num_classes,
+            drop_path_rate=values["drop_path"],
+            head_init_scale=values["head_init_scale"],
+            grn=options.grn,
+        )
+    except ImportError as error:
+        raise UserError(f"--{error}.") from error
     if weights is not None:
-        loaded = weights.load_into(model, skip_head=not options.eval_only)
+        loaded = weights.load_into(model, not options.eval_only, options.init_grn)
         say(f"{'evaluating' if options.eval_only else 'first weights:'} {loaded}")
     model = model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
     return model, "random" if weights is None else digest(model)

@@ -145,7 +145,7 @@ def _first_weights(options: PretrainOptions, model: FCMAE, world: World) -> Firs
     values = options.resolved.values
     weights = read_weights(options.init, options.use_ema)
     weights.require(options.model, options.grn)
-    weights.require_decoder(values["decoder_depth"], values["decoder_embed_dim"])
+    weights.require_decoder(values["decoder_depth"], values["decoder_embed_dim"], options.decoder)
     loaded = weights.load_into(model)
     if world.is_main:
         print(f"first weights: {loaded}")

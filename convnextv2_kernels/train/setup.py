@@ -63,8 +63,11 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
             img_size=options.img_size,
             grn=options.grn,
             encoding=options.encoding,
+            decoder=options.decoder,
             **{name: values[name] for name in MODEL_VALUES},
         )
+    except ImportError as error:
+        raise UserError(f"--{error}.") from error
     except (ValueError, TypeError) as error:
         raise UserError(in_options(str(error))) from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)
@@ -97,12 +100,19 @@ def make_config(
 
 
 def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
-    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can."""
-    plain = f"--encoding {encoding}" if encoding != "sparse" else f"--grn {options.grn}"
+    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can, or ``--parallel`` not what a
+    batch norm keeps."""
+    plain = f"--encoding {encoding}" if encoding == "masked_dense" else f"--grn {options.grn}"
     try:
-        needs_plain = encoding != "sparse" or str(GRNVariant.of(options.grn)) not in ("default", "none")
+        variant = GRNVariant.of(options.grn)
     except ValueError as error:
         raise UserError(in_options(str(error))) from error
+    if variant.batch_statistics and options.parallel == "fsdp":
+        raise UserError(
+            f"--grn {options.grn} keeps running statistics, which --parallel fsdp does not share between processes; "
+            "take --parallel ddp."
+        )
+    needs_plain = encoding == "masked_dense" or not variant.fused
     if needs_plain and options.backend not in ("auto", "reference"):
         raise UserError(
             f"{plain} runs in plain PyTorch only, and --backend is {options.backend}; take --backend auto or reference."
@@ -121,7 +131,8 @@ def pretrain_config(
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
     parts = processes * options.accumulate
-    micro_batch = options.batch_size // parts if values["grn_scope"] == "batch" else None
+    together = values["grn_scope"] == "batch" or GRNVariant.of(options.grn).batch_statistics
+    micro_batch = options.batch_size // parts if together else None
     own = (*MODEL_VALUES, "hflip", "decay")
     return make_config(
         PretrainConfig,
@@ -132,6 +143,7 @@ def pretrain_config(
         patch_size=PATCH,
         init=init,
         encoding=options.encoding,
+        decoder=options.decoder,
         micro_batch=micro_batch,
         value_range=value_range,
         **{name: values[name] for name in own},

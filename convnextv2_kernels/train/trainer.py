@@ -36,7 +36,7 @@ from .checkpoint import (
 )
 from .checkpoint_checks import Expected, check_settings, check_state
 from .config import RunConfig, environment, environment_notes, require_same_config
-from .distributed import World, gradient_sync, spread
+from .distributed import World, gradient_sync, share_buffers, spread
 from .loading import TIMEOUT, Loader, LoaderError, Loading
 from .loggers import Board, StepLog
 from .nonfinite import first_gradient, first_in_forward
@@ -341,6 +341,7 @@ class Trainer:
         """Do what the task does after an epoch; return False where a signal came first."""
         try:
             with self.unsettled, self.world.exchanges():
+                share_buffers(self.task.model, self.world)
                 self.task.epoch_done(self, self.outcome.step // self.task.config.steps_per_epoch - 1)
         except Stopped as stopped:
             self.outcome.stop_signal = stopped.signum

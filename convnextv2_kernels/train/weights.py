@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._console import visible
 from .._files import parse_json
 from ..checkpoints import load_checkpoint
-from ..checkpoints.formats import part_of
+from ..checkpoints.formats import other_decoder, part_of
 from ..checkpoints.state import (
     AVERAGED_WEIGHTS,
     State,
@@ -42,7 +42,7 @@ CHANNELS = 3
 MAX_TEXT = 16 << 20  # of one metadatum: the names of ImageNet-22K's 21841 classes are a few hundred kilobytes
 _LISTS = {"classes": str, "img_size": int, "mean": float, "std": float}
 # What the settings of a checkpoint without a description of its weights tell as well.
-_SETTINGS = ("grn", "img_size")
+_SETTINGS = ("grn", "img_size", "decoder")
 
 
 def describe(run: RunConfig | TrainOptions, classes: Sequence[str] | None = None) -> dict[str, str]:
@@ -62,6 +62,9 @@ def describe(run: RunConfig | TrainOptions, classes: Sequence[str] | None = None
         about |= {"num_classes": str(len(classes)), "classes": json.dumps(list(classes))}
     if isinstance(run, RunConfig) and run.value_range is not None:
         about["value_range"] = range_text(run.value_range)
+    for name, usual in (("encoding", "sparse"), ("decoder", "convnext")):
+        if (value := getattr(run, name, usual)) != usual:
+            about[name] = value
     return about
 
 
@@ -146,8 +149,11 @@ class Weights:
         """Of "encoder", "norm", "head" and "decoder" those that it holds."""
         return _parts(self.state.tensors)
 
-    def require(self, model: str, grn: str) -> None:
-        """Raise UserError unless these are weights of ``model`` with this GRN, for images of three channels."""
+    def require(self, model: str, grn: str, init_grn: str | None = None, may_change: bool = False) -> None:
+        """Raise UserError unless these are weights of ``model`` with this GRN, for images of three channels.
+
+        ``init_grn`` "drop": with a GRN, which is left out; "add": without one. ``may_change``: whether the command has
+        the option for that."""
         found = architecture(self.state.tensors)
         if (name := size_of(*found)) != model:
             this = name or "a network of depths {} and widths {}".format(*(", ".join(map(str, n)) for n in found))
@@ -161,11 +167,28 @@ class Weights:
             )
         wanted = str(GRNVariant.of(grn))
         try:
-            stored = str(GRNVariant.of(self.about.get("grn", wanted)))
+            stored = str(GRNVariant.of(self.about.get("grn", self._likely_grn(wanted, init_grn))))
         except ValueError as error:
             raise UserError(f"'grn' in the metadata of {self.what}: {error}.") from error
-        if stored != wanted:
-            raise UserError(f"{self.what} was trained with --grn {stored}, and --grn is {wanted}.")
+        if init_grn == "drop" and stored == "none":
+            raise UserError(f"{self.what} was trained with --grn none, so --init-grn drop has no GRN to drop.")
+        if init_grn == "add" and stored != "none":
+            raise UserError(f"{self.what} was trained with --grn {stored}, so --init-grn add has none to add.")
+        if init_grn is None and stored != wanted:
+            advice = ""
+            if may_change and wanted == "none":
+                advice = "; --init-grn drop takes the rest of the weights"
+            elif may_change and stored == "none":
+                advice = "; --init-grn add takes the weights, with a new GRN"
+            raise UserError(f"{self.what} was trained with --grn {stored}, and --grn is {wanted}{advice}.")
+
+    def _likely_grn(self, wanted: str, init_grn: str | None) -> str:
+        """The GRN of weights that do not tell: other programs' have the default. A run without GRN must not drop one
+        unasked."""
+        if wanted != "none" and init_grn is None:
+            return wanted
+        grn = [tensor for name, tensor in self.state.tensors.items() if ".grn." in name]
+        return "default" if any(bool(tensor.any()) for tensor in grn) else "none"
 
     def require_head(self, num_classes: int | None = None, data: Path | None = None) -> None:
         """Raise UserError without a head, or where it has another number of outputs than ``data`` has classes."""
@@ -178,9 +201,18 @@ class Weights:
         if num_classes is not None and outputs != num_classes:
             raise UserError(f"{self.what} has a head of {outputs} classes, and {data} has {num_classes}.")
 
-    def require_decoder(self, depth: int, width: int) -> None:
-        """Raise UserError where the file has a decoder, but one of other sizes."""
+    def require_decoder(self, depth: int, width: int, kind: str = "convnext") -> None:
+        """Raise UserError where the file has a decoder, but one of other sizes or another kind."""
         if "decoder" not in self.parts:
+            return
+        other = other_decoder(self.state.tensors)
+        stored = "convnext" if other is None else self.about.get("decoder", "another kind")
+        if stored != kind:
+            raise UserError(
+                f"{self.what} has a decoder of --decoder {stored}, and --decoder is {kind}; give that, or weights "
+                "without a decoder."
+            )
+        if other is not None:
             return
         theirs = count_blocks(self.state.tensors, r"decoder\.(\d+)\."), self.state.tensors["proj.weight"].shape[0]
         if theirs != (depth, width):
@@ -189,10 +221,12 @@ class Weights:
                 f"are {depth} and {width}; give these, or weights without a decoder."
             )
 
-    def load_into(self, model: nn.Module, skip_head: bool = False) -> str:
-        """Copy what ``model`` has a place for into it; return what was done, for the user."""
+    def load_into(self, model: nn.Module, skip_head: bool = False, init_grn: str | None = None) -> str:
+        """Copy what ``model`` has a place for into it; return what was done, for the user. With ``init_grn`` the
+        model, a classifier, keeps its own GRN, or has none."""
         try:
-            load_checkpoint(model, self.state.original, skip_head=skip_head)
+            weights = self.state.original if init_grn is None else self._around_grn_of(model)
+            load_checkpoint(model, weights, skip_head=skip_head)
         except ValueError as error:
             sentence = getattr(error, "sentence", str(error))  # without advice for callers in Python
             raise UserError(f"{self.what}{sentence.removeprefix('path_or_state_dict')}") from error
@@ -202,7 +236,14 @@ class Weights:
         for words, parts in (("initial", here), ("left out", there)):
             rest = [part for part in parts if part not in taken]
             text += f"; {words}: {_and(rest)}" if rest else ""
-        return text
+        return text + {None: "", "drop": "; GRN dropped", "add": "; GRN initial"}[init_grn]
+
+    def _around_grn_of(self, model: nn.Module) -> dict[str, Tensor]:
+        """A classifier's weights by canonical names: these, but what stands in GRN's place is the model's."""
+        parts = ("stages", "downsample_layers", "norm", "head")
+        taken = {n: t for n, t in self.state.tensors.items() if n.partition(".")[0] in parts and ".grn." not in n}
+        own = read_state(model.state_dict(), "model").tensors
+        return taken | {name: tensor for name, tensor in own.items() if ".grn." in name}
 
 
 def read_weights(path: Path, use_ema: bool) -> Weights:

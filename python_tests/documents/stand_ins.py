@@ -96,12 +96,32 @@ RUN = {
     "--parallel fsdp --accumulate 8 --amp --output runs/huge": Run(
         f"--model convnextv2_atto --accumulate 2 {PROCESSES}"
     ),
+    "python -m convnextv2_kernels pretrain --data FOLDER --encoding dense --output runs/dense": Run(PRETRAIN),
+    "python -m convnextv2_kernels pretrain --data FOLDER --decoder unet --output runs/unet": Run(PRETRAIN),
+    "python -m convnextv2_kernels pretrain --data FOLDER --decoder transformer --decoder-depth 8 "
+    "--output runs/transformer": Run(PRETRAIN),
+    "python -m convnextv2_kernels pretrain --data FOLDER --grn se --output runs/se": Run(PRETRAIN),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/se/encoder.safetensors --grn se --recipe default "
+    "--output runs/se-classes": Run(FINETUNE),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/pre/encoder.safetensors --grn none "
+    "--init-grn drop --recipe default --output runs/dropped": Run(FINETUNE),
+    "python -m convnextv2_kernels pretrain --data FOLDER --grn none --output runs/none": Run(PRETRAIN),
+    "python -m convnextv2_kernels finetune --data CLASSES --init runs/none/encoder.safetensors --init-grn add "
+    "--recipe default --output runs/added": Run(FINETUNE),
     "python -m convnextv2_kernels pretrain --demo --output v2": Run(DEMO),
     "python -m convnextv2_kernels pretrain --demo --grn none --output v1": Run(DEMO),
     # analyses
     "python -m convnextv2_kernels analyze probe runs/atto/encoder.safetensors --random --data CLASSES": Run(ANALYZE),
     '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val': Run(
         ANALYZE
+    ),
+    "$A cosine runs/v2/checkpoint-1000.pt timm:convnext_base.fb_in1k@v1.pth timm:vit_base_patch16_224.mae@mae.pth "
+    "--tap act --data val": Run(
+        "--img-size 160 --device cpu",
+        put={
+            "timm:convnext_base.fb_in1k@v1.pth": "timm:test_convnext@random",
+            "timm:vit_base_patch16_224.mae@mae.pth": "timm:test_vit@random",
+        },
     ),
     "$A selectivity finetuned.safetensors --random --data val --shuffled": Run(ANALYZE),
     "$A activations encoder.safetensors --photos --image coffee --layer stages.2.5 --tap act": Run(ANALYZE),

@@ -196,8 +196,8 @@ def test_errors():
         dense.encode(images, mask)
     with ck.use_backend("reference"):
         assert dense.encode(images, mask)[0].shape == (8, 1, 1, DIMS[-1])
-    with pytest.raises(ValueError, match="encoding must be one of sparse, masked_dense, got 'dense'"):
-        FCMAE(DEPTHS, DIMS, encoding="dense")
+    with pytest.raises(ValueError, match="encoding must be one of sparse, masked_dense, dense, got 'leaky'"):
+        FCMAE(DEPTHS, DIMS, encoding="leaky")
     other = ck.PatchLayout.from_mask(torch.zeros(3, 2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="layout is of 3 images, but images holds 2"):
         masked_dense_features(dense.encoder, images, other)

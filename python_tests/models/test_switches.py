@@ -140,8 +140,8 @@ def test_mask_ratio(ratio, kept, encoding):
         ({"mask_ratio": float("nan")}, "mask_ratio .*got nan"),
         ({"decoder_depth": 1.5}, "decoder_depth must be a positive integer, got 1.5"),
         ({"decoder_embed_dim": 0}, "decoder_embed_dim must be a positive integer, got 0"),
-        ({"encoding": "SPARSE"}, "encoding must be one of sparse, masked_dense, got 'SPARSE'"),
-        ({"grn": "none,l1"}, "grn must be 'default', 'none' or comma-separated words .*got 'none,l1'"),
+        ({"encoding": "SPARSE"}, "encoding must be one of sparse, masked_dense, dense, got 'SPARSE'"),
+        ({"grn": "none,l1"}, "grn must be 'default', 'none', one of .* or comma-separated words .*got 'none,l1'"),
     ],
 )
 def test_bad_switches_are_named(kwargs, words):

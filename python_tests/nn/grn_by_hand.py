@@ -7,12 +7,19 @@ import numpy as np
 import torch
 
 FORMULAS = list(itertools.product(("l2", "l1", "mean"), ("divisive", "standardize", "inverse"), (True, False)))
+# Table 16 a to c, and one of the parts without skip
+FORMULAS += [("none", "none", True), ("l2", "none", True), ("none", "divisive", True), ("l1", "none", False)]
 EPS = 1e-6
 
 
 def variant_text(formula):
     aggregation, normalizer, skip = formula
-    return ",".join((aggregation, normalizer, "skip" if skip else "no-skip"))
+    words = (
+        {"none": "normalize-only"}.get(aggregation, aggregation),
+        {"none": "aggregate-only"}.get(normalizer, normalizer),
+    )
+    words = ("affine",) if (aggregation, normalizer) == ("none", "none") else words
+    return ",".join((*words, "skip" if skip else "no-skip"))
 
 
 def owners(x, mask, scope):
@@ -25,7 +32,9 @@ def owners(x, mask, scope):
 
 
 def response(rows, aggregation, normalizer):
-    """``N(G)`` of one image's visible rows ``[M, C]``."""
+    """``N(G)`` of one image's visible rows ``[M, C]``; without an aggregation ``[M, C]``, of each row."""
+    if aggregation == "none":
+        return np.array([np.ones_like(row) if normalizer == "none" else row / (row.mean() + EPS) for row in rows])
     g = []
     for values in rows.T:
         if aggregation == "l2":
@@ -34,6 +43,8 @@ def response(rows, aggregation, normalizer):
             g.append(math.fsum(abs(v) for v in values))
         else:
             g.append(math.fsum(values) / len(values))
+    if normalizer == "none":
+        return np.array(g)
     mean = math.fsum(g) / len(g)
     if normalizer == "divisive":
         return np.array([v / (mean + EPS) for v in g])
@@ -48,7 +59,8 @@ def grn(x, gamma, beta, mask, scope, formula):
     out, owner = np.zeros_like(x), owners(x, mask, scope)
     for image in set(owner.tolist()):
         here = x[owner == image]
-        scaled = here * response(here.reshape(-1, x.shape[-1]), aggregation, normalizer)
+        scale = response(here.reshape(-1, x.shape[-1]), aggregation, normalizer)
+        scaled = here * (scale.reshape(here.shape) if scale.ndim == 2 else scale)
         out[owner == image] = gamma * scaled + beta + (here if skip else 0)
     return out
 

@@ -15,7 +15,10 @@ def test_text_is_canonical_and_parses_back():
     for variant in (*(GRNVariant(*formula) for formula in FORMULAS), GRNVariant(enabled=False)):
         assert GRNVariant.parse(str(variant)) == variant
         texts.add(str(variant))
-    assert len(texts) == 19 and {"default", "none", "l1", "l1,standardize,no-skip", "no-skip"} <= texts
+    assert len(texts) == 23 and {"default", "none", "l1", "l1,standardize,no-skip", "no-skip"} <= texts
+    assert {"affine", "aggregate-only", "normalize-only", "l1,aggregate-only,no-skip"} <= texts
+    for layer in ("lrn", "bn", "ln", "se", "cbam"):
+        assert str(GRNVariant.parse(layer)) == layer and GRNVariant.parse(layer) == GRNVariant(layer=layer)
     assert GRNVariant.parse("no-skip , inverse,mean") == GRNVariant("mean", "inverse", False)
     assert str(GRNVariant.parse("l2,divisive,skip")) == "default"
     assert GRNVariant.of(GRNVariant("l1")) == GRNVariant.of("l1") and hash(GRNVariant()) == hash(GRNVariant())
@@ -24,14 +27,16 @@ def test_text_is_canonical_and_parses_back():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "grn must be 'default', 'none' or comma-separated words of l2, .*no-skip, got ''"),
+        ("", "grn must be 'default', 'none', one of lrn, .*, or comma-separated words of l2, .*no-skip, .*got ''"),
         ("l3", "got 'l3'"),
         ("l1,", "got 'l1,'"),
         ("l1,none", "got 'l1,none'"),
         ("default,l1", "got 'default,l1'"),
-        ("l1,l2", "at most one of l2, l1, mean, got 'l1,l2'"),
+        ("l1,l2", "at most one of l2, l1, mean, .*got 'l1,l2'"),
         ("inverse,inverse", "at most one of divisive, standardize, inverse"),
         ("skip,no-skip", "at most one of skip, no-skip"),
+        ("affine,l1", "at most one of l2, l1, mean, normalize-only, affine, got 'affine,l1'"),
+        ("se,no-skip", "got 'se,no-skip'"),
     ],
 )
 def test_bad_texts_are_named(text, words):
@@ -40,7 +45,7 @@ def test_bad_texts_are_named(text, words):
 
 
 def test_bad_fields_are_named():
-    with pytest.raises(ValueError, match="aggregation must be one of l2, l1, mean, got 'max'"):
+    with pytest.raises(ValueError, match="aggregation must be one of l2, l1, mean, none, got 'max'"):
         GRNVariant("max")
     with pytest.raises(ValueError, match="normalizer .*got 'softmax'"):
         GRNVariant(normalizer="softmax")

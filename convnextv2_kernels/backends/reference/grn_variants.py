@@ -1,10 +1,14 @@
-"""GRN with another aggregation, normaliser or no skip (ablations of ConvNeXt V2, Table 2a-c), and the block around it.
+"""GRN with another formula (ablations of ConvNeXt V2, Tables 2a-c and 16a-c), and the block around it or another layer.
 
 Plain PyTorch. A map is packed ``[P, s, s, C]`` with a layout, or dense ``[N, H, W, C]`` without one; of a dense map
 ``visible [N, H, W, 1]`` (1 = visible, 0 = hidden) can hide sites, and the features at these are then zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,8 @@ from .norm import image_sums, layer_norm, safe_sqrt, spread_over_rows
 from .resample import linear
 
 AGGREGATIONS = ("l2", "l1", "mean")
+# dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2
+ParametersAround: TypeAlias = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 NORMALIZERS = ("divisive", "standardize", "inverse")
 
 
@@ -65,12 +71,21 @@ def global_response_norm(
 ) -> Tensor:
     """``x + gamma * (x * N(G(x))) + beta``, or ``gamma * (x * N(G(x))) + beta`` without ``skip`` (Table 2c).
 
+    Without an aggregation ("none"), ``N(x)`` over the channels of each site in the place of ``N(G(x))``; without a
+    normaliser ("none"), ``G(x)``; without both, 1 (Table 16a-c).
+
     Statistics and arithmetic are float32, float64 for float64 features; the result has the dtype of x. With
     ``visible``, x is zero at hidden sites, and what the result holds there means nothing.
     """
     stat = statistics_dtype(x.dtype)
-    scale = gamma.reshape(-1).to(stat) * normalize(aggregate(x, layout, scope, aggregation, visible), normalizer, eps)
-    scale = spread_over_rows(1.0 + scale if skip else scale, x, layout, scope)
+    gamma = gamma.reshape(-1).to(stat)
+    if aggregation == "none":
+        scale = gamma if normalizer == "none" else gamma * normalize(x.to(stat), normalizer, eps)
+        scale = 1.0 + scale if skip else scale
+    else:
+        g = aggregate(x, layout, scope, aggregation, visible)
+        scale = gamma * (g if normalizer == "none" else normalize(g, normalizer, eps))
+        scale = spread_over_rows(1.0 + scale if skip else scale, x, layout, scope)
     return (x * scale + beta.reshape(-1).to(stat)).to(x.dtype)
 
 
@@ -99,15 +114,43 @@ def convnextv2_block(
     visible: Tensor | None = None,
 ) -> Tensor:
     """The block of :func:`.mlp.convnextv2_block` around any GRN; on a dense map with ``visible``, the masked dense
-    block.
+    block."""
+    grn = partial(
+        global_response_norm,
+        gamma=gamma,
+        beta=beta,
+        layout=layout,
+        scope=scope,
+        eps=grn_eps,
+        aggregation=aggregation,
+        normalizer=normalizer,
+        skip=skip,
+        visible=visible,
+    )
+    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2)
+    return block_around(grn, x, params, layout, drop_path_scale, (act, eps, dtype), visible)
 
-    The mask comes after the convolution (paper A.2) and the block, and after GELU, where hidden sites would be in GRN's
-    statistics: GELU(b1) is not 0. GEMMs run in ``dtype``.
+
+def block_around(
+    hidden_layer: Callable[[Tensor], Tensor],
+    x: Tensor,
+    params: ParametersAround,
+    layout: PatchLayout | None,
+    drop_path_scale: Tensor | None,
+    settings: tuple[str, float, torch.dtype],
+    visible: Tensor | None = None,
+) -> Tensor:
+    """The block around ``hidden_layer``, from the rows after GELU to rows of the same shape.
+
+    ``settings``: act, eps of LayerNorm, and the
+    dtype in which the GEMMs run. The mask comes after the convolution (paper A.2) and the block, and after GELU, where
+    hidden sites would be in the layer's statistics: GELU(b1) is not 0.
     """
+    dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2 = params
+    act, eps, dtype = settings
     y = layer_norm(_masked(depthwise_conv2d(x, dw_weight, dw_bias, layout), visible), ln_weight, ln_bias, eps)
     a = F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))
-    h = _masked(F.gelu(a, approximate=gelu_form(act)), visible)
-    h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, visible)
+    h = hidden_layer(_masked(F.gelu(a, approximate=gelu_form(act)), visible))
     y = linear(h, w2, b2, dtype).to(x.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
