@@ -75,6 +75,8 @@ RUN = {
     "python -m convnextv2_kernels convert SOURCE TARGET --to FORMAT": Run(
         put={"TARGET": "target.safetensors", "FORMAT": "transformers"}
     ),
+    "python -m convnextv2_kernels info --recipes": Run(),
+    "python -m convnextv2_kernels info --recipes paper-800 convnextv2_huge-22k-1k-512 coco ade20k": Run(),
     # training
     "python -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_atto --epochs 100 --batch-size 64 "
     "--output runs/atto": Run(PRETRAIN),
