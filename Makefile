@@ -90,6 +90,7 @@ gpu-check:
 
 $(EMULATED): $(VENV)/.installed setup.py $(CUDA)
 	CUDA_HOME=$(CUDA_HOME) $(BIN)/python setup.py -q build_emulation --output $@
+	touch $@
 
 bench: venv
 	$(BIN)/python -m convnextv2_kernels bench
@@ -100,7 +101,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q $(TORCH)
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel pybind11
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja pybind11
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py $(NATIVE)

@@ -4,20 +4,20 @@ The CUDA kernels are compiled where nvcc is there and PyTorch is a CUDA build; n
 compiles them whatever PyTorch is and makes a missing nvcc an error, ``FORCE_CUDA=0`` leaves them out;
 ``TORCH_CUDA_ARCH_LIST`` names the architectures. Without a C++ compiler the package installs as pure Python and runs on
 its reference path; a compiler that is there and fails is an error. ``CONVNEXTV2_KERNELS_NO_EXTENSION=1`` skips the
-extension, ``MAX_JOBS`` limits parallel compilation, ``CXX``, ``CXXFLAGS``, ``NVCC_FLAGS`` and ``CUDA_HOME`` are
-respected, ``CONVNEXTV2_KERNELS_SANITIZE=address,undefined`` instruments the build. ``python setup.py build_emulation``
-compiles the CUDA sources for the CPU, for tests.
+extension. Ninja compiles ``MAX_JOBS`` sources at a time, and again only what is out of date. ``CXX``, ``CXXFLAGS``,
+``NVCC_FLAGS`` and ``CUDA_HOME`` are respected, ``CONVNEXTV2_KERNELS_SANITIZE=address,undefined`` instruments the build.
+``python setup.py build_emulation`` compiles the CUDA sources for the CPU, for tests.
 """
 
-import hashlib
+import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
@@ -131,43 +131,60 @@ def jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(gib / 2)))
 
 
-class Build:
-    """Compiles sources in parallel and links a shared library. An object is reused while its command and everything
-    under csrc/ that it could include are unchanged."""
+class NinjaBuild:
+    """Writes a build file for ninja: compilations, then one shared library. Ninja runs them in parallel and repeats
+    what is out of date: an object depends on its command, its compiler, and every file that the compiler read."""
 
-    def __init__(self, spawn, folder: Path):
-        self.spawn, self.folder = spawn, folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path):
+        try:
+            import ninja
+        except ImportError:
+            raise SystemExit(missing("ninja")) from None
+        self.program, self.folder = Path(ninja.BIN_DIR) / "ninja", folder.resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.compiler = os.environ["CXX"].split() if os.environ.get("CXX") else [find_compiler()]
         self.extra = os.environ.get("CXXFLAGS", "").split()
         sanitize = os.environ.get("CONVNEXTV2_KERNELS_SANITIZE")
         if sanitize:
             self.extra += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g"]
+        self.objects: list[str] = []
+        self.text = io.StringIO()
+        self.file = ninja.ninja_syntax.Writer(self.text, width=120)
+        self.file.variable("builddir", dollars(self.folder))  # of ninja's own records
+        compile_one = "$compile -MD -MF $out.d -c $in -o $out"
+        self.file.rule("compile", compile_one, description="compile $in", depfile="$out.d", deps="gcc")
+        self.file.rule("link", "$link $in $libraries -o $out", description="link $out")
 
-    def compile(self, commands: list[tuple[list[str], Path]]) -> list[str]:
-        """Objects of ``(command without input and output, source)``, the longest compilations first."""
-        with ThreadPoolExecutor(jobs()) as pool:
-            return list(pool.map(lambda item: self._compile_one(*item), commands))
+    def compile(self, command: list[str], source: Path) -> None:
+        """Adds an object to the library; ``command`` is without input and output."""
+        target = dollars(self.folder / "_".join(source.with_suffix(".o").parts[1:]))
+        variables = {"compile": dollars(shlex.join(command))}
+        self.file.build(target, "compile", str(source), implicit=shutil.which(command[0]), variables=variables)
+        self.objects.append(target)
 
-    def _compile_one(self, command: list[str], source: Path) -> str:
-        target = self.folder / ("_".join(source.with_suffix(".o").parts[1:]))
-        key_file, key = target.with_suffix(".key"), self._key(command, source)
-        if not (target.exists() and key_file.exists() and key_file.read_text() == key):
-            key_file.unlink(missing_ok=True)
-            self.spawn([*command, "-c", str(source), "-o", str(target)])
-            key_file.write_text(key)
-        return str(target)
-
-    def _key(self, command: list[str], source: Path) -> str:
-        digest = hashlib.sha256(json.dumps([*command, str(source)]).encode())
-        for path in (source, *sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".inl", ".cuh"))):
-            digest.update(path.read_bytes())
-        return digest.hexdigest()
-
-    def link(self, objects: list[str], libraries: list[str], target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def link(self, libraries: list[str], target: Path) -> None:
+        """Builds the library."""
         shared = ["-dynamiclib", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        self.spawn([*self.compiler, *shared, *self.extra, *objects, *libraries, "-o", str(target)])
+        command = [*self.compiler, *shared, *self.extra]
+        variables = {"link": dollars(shlex.join(command)), "libraries": dollars(shlex.join(libraries))}
+        self.file.build(dollars(target.resolve()), "link", self.objects, variables=variables)
+        path = self.folder / "build.ninja"
+        path.write_text(self.text.getvalue())
+        done = subprocess.run([self.program, "--quiet", "-f", path, "-j", str(jobs())], cwd=ROOT, check=False)
+        if done.returncode:
+            raise SystemExit(f"convnextv2_kernels: building {target.name} failed; the compiler's message is above")
+
+
+def dollars(text: str | Path) -> str:
+    """Text as a build file has it, where a dollar begins a variable."""
+    return str(text).replace("$", "$$")
+
+
+def missing(package: str) -> str:
+    return (
+        f"convnextv2_kernels: building the extension needs {package}, which is not installed here. Install torch, "
+        "pybind11 and ninja first and build with `pip install --no-build-isolation -e .`"
+    )
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
@@ -195,21 +212,19 @@ class BuildKernels(build_ext):
             import pybind11
             import torch
         except ImportError as error:
-            raise SystemExit(
-                f"convnextv2_kernels: building the extension needs {error.name}, which is not installed here. Install "
-                "torch and pybind11 first and build with `pip install --no-build-isolation -e .`"
-            ) from error
+            raise SystemExit(missing(error.name)) from error
         # An editable build is given a temporary folder, in which no object would be found again.
-        build = Build(self.spawn, ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp))
+        build = NinjaBuild(ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp))
         torch_options, libraries = torch_flags()
         cpp = [*build.compiler, *BASE_FLAGS]
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        commands, cuda = [], wants_cuda()
+        cuda = wants_cuda()
         if cuda:
             home = cuda_home()
             nvcc = [str(home / "bin" / "nvcc"), *NVCC_FLAGS, *architectures()]
             nvcc += os.environ.get("NVCC_FLAGS", "").split()
-            commands += [([*nvcc, *flags], path) for _, path, flags in read_sources("cuda")]
+            for _, path, flags in read_sources("cuda"):
+                build.compile([*nvcc, *flags], path)
             folders = [home / name for name in ("lib64", "lib") if (home / name / "libcudart_static.a").exists()]
             libraries += [*(f"-L{f}" for f in folders[:1]), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             python.append(f"-DCNX_CUDA_VERSION={nvcc_version(home)}")
@@ -217,9 +232,15 @@ class BuildKernels(build_ext):
         bindings = [*torch_options, *(["-DCNX_WITH_CUDA"] if cuda else [])]
         options = {"kernel": [], "torch": bindings, "python": [*torch_options, *python]}
         for kind, path, flags in read_sources(*options):
-            commands.append(([*cpp, *flags, *options[kind], *build.extra], path))
+            build.compile([*cpp, *flags, *options[kind], *build.extra], path)
         target = Path(self.get_ext_fullpath(ext.name))
-        build.link(build.compile(commands), libraries, target)
+        library = build.folder / target.name
+        build.link(libraries, library)
+        # renamed into place: a process that has the old module open keeps it whole
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.new")
+        shutil.copy2(library, temporary)
+        temporary.replace(target)
         # read when the module itself cannot be loaded, to say what it was built for
         built = {"torch": torch.__version__, "cuda": nvcc_version(cuda_home()) if cuda else None}
         target.with_name(BUILT_FOR).write_text(json.dumps(built))
@@ -247,12 +268,12 @@ class BuildEmulation(Command):
     def run(self):
         if cuda_home() is None:
             raise SystemExit("the emulation needs the CUDA toolkit's headers (CUDA_HOME, or nvcc on PATH)")
-        build = Build(self.spawn, Path(self.output).parent)
+        build = NinjaBuild(Path(self.output).parent)
         torch_options, libraries = torch_flags()
         cpp = [*build.compiler, *EMULATION_FLAGS, "-isystem", str(cuda_home() / "include"), *build.extra]
-        commands = [(cpp, path) for _, path, _ in read_sources("cuda", "emulation")]
-        commands += [([*cpp, *torch_options], path) for _, path, _ in read_sources("torch")]
-        build.link(build.compile(commands), libraries, Path(self.output))
+        for kind, path, _ in read_sources("cuda", "emulation", "torch"):
+            build.compile([*cpp, *(torch_options if kind == "torch" else [])], path)
+        build.link(libraries, Path(self.output))
 
 
 def extensions() -> list[Extension]:

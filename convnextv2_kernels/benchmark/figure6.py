@@ -3,7 +3,7 @@
 The comparison of ConvNeXt V2's Figure 6 (Appendix C): 224 px, mask ratio 0.6, forward and backward. There the
 baseline of the sparse engine is dense convolution that multiplies by the mask; so it is here, in both memory formats,
 eager and compiled, with whichever pointwise layers are faster on this machine; and once as it is commonly written. On a
-GPU both sides are also captured in CUDA graphs.
+GPU both sides are also captured in CUDA graphs. The paper's engine is one more variant where it is installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..models import CONFIGS
-from . import memory
+from . import memory, minkowski
 from .baseline import MEMORY_FORMATS, POINTWISE, Baseline
 from .correctness import check_variants
 from .machine import (
@@ -37,6 +37,7 @@ from .step import (
     fastest_of,
     flops_of,
     is_compiled,
+    is_ours,
     peak_of_process,
     ratios,
     with_graphs,
@@ -138,19 +139,23 @@ def _measure_in_process(
     name = our_variant(device, dtype)
     # The first sets the loss, and must not run out of memory: the one that users get.
     first = sorted(ours, key=lambda variant: variant.name != name)
-    comparison = compare([*first, *chosen.variants], batch, effort, say)
+    engines, engine_skipped = _other_engines(base, batch, candidates[0], say)
+    comparison = compare([*first, *chosen.variants, *engines], batch, effort, say)
     if device == "cuda":
         groups = [*(_eager_in(layout) for layout in MEMORY_FORMATS), is_compiled]
         comparison = with_graphs(comparison, first[0], groups, batch, effort)
     advance(part * max(0, settings.repeats - done[0]))
     rows = comparison.rows()
     # dense ones first, as in the paper's figure
-    places = [variant.name for variant in (*chosen.variants, *ours)]
-    order = sorted(rows, key=lambda key: (rows[key]["baseline"] is None, places.index(key) if key in places else 99))
+    places = [variant.name for variant in (*chosen.variants, *engines, *ours)]
+    order = sorted(
+        rows,
+        key=lambda key: (rows[key]["baseline"] is None, is_ours(rows[key]), places.index(key) if key in places else 99),
+    )
     backend = rows[name]["backend"]
     return {
         "model": model,
-        "ours": fastest_of(rows, lambda row: row["baseline"] is None and row["backend"] == backend),
+        "ours": fastest_of(rows, lambda row: is_ours(row) and row["backend"] == backend),
         "parameters_bytes": sum(p.nbytes for p in base.model.parameters()),
         "visible_patches": int((~batch.mask).sum()),
         "patches": batch.mask.numel(),
@@ -159,7 +164,7 @@ def _measure_in_process(
         "probe_ms": {name: 1e3 * seconds for name, seconds in chosen.probe.items()},
         **comparison.to_json(),
         "variants": {key: rows[key] for key in order},
-        "skipped": {**chosen.skipped, **comparison.skipped},
+        "skipped": {**chosen.skipped, **engine_skipped, **comparison.skipped},
     }, {key: times.variant for key, times in comparison.times.items()}
 
 
@@ -197,8 +202,18 @@ def _choose_dense(
     return _Chosen([*common, *dense, *compiled], probe, skipped | not_compiled)
 
 
+def _other_engines(base: Variant, batch: Batch, dense: Variant, log) -> tuple[list[Variant], dict[str, str]]:
+    """The paper's own engine where it is installed; else nothing, and nothing is skipped (:func:`minkowski.described`
+    says so once)."""
+    if not minkowski.installed():
+        return [], {}
+    log(f"comparing {minkowski.PACKAGE} with float64")
+    variant, reason = minkowski.make_variant(base, batch, dense)
+    return ([], {minkowski.PACKAGE: reason}) if variant is None else ([variant], {})
+
+
 def _eager_in(layout: str) -> Callable[[Variant], bool]:
-    return lambda v: not v.ours and v.execution == "eager" and v.baseline.layout == layout
+    return lambda v: v.dense and v.execution == "eager" and v.baseline.layout == layout
 
 
 def _fits(variant: Variant, batch: Batch, skipped: dict[str, str]) -> bool:
@@ -230,5 +245,7 @@ def complete(size: dict, settings: Figure6Settings) -> bool:
     reasons = set(size["skipped"].values()) if settings.compile else set()
     if settings.peak:
         reasons |= {(row["peak"] or {}).get("reason") for row in size["variants"].values()}
+    if minkowski.installed() and minkowski.PACKAGE not in {**size["variants"], **size["skipped"]}:
+        return False
     rounds = min(len(row["samples_ms"]) for row in size["variants"].values())
     return rounds >= settings.repeats and not reasons & {NOT_REQUESTED, OUT_OF_TIME}

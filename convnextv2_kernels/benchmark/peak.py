@@ -8,6 +8,7 @@ import json
 import torch
 
 from .. import backends
+from . import minkowski
 from .baseline import MEMORY_FORMATS, POINTWISE, Baseline
 from .machine import DEVICES, dense_at_its_best, out_of_memory
 from .memory import PeakUnavailable, cuda_peak_bytes, step_peak_bytes
@@ -19,6 +20,8 @@ def arguments_for(variant: Variant, model_name: str, settings: Settings, threads
     arguments = ["--model", model_name, "--batch-size", str(settings.batch_size), "--img-size", str(settings.img_size)]
     arguments += ["--dtype", settings.dtype, "--threads", str(threads), "--device", settings.device]
     arguments += ["--mask-ratio", str(settings.mask_ratio)]
+    if variant.engine is not None:
+        return [*arguments, "--engine", variant.engine]
     if variant.baseline is None:
         return [*arguments, "--backend", variant.backend or backends.forced()]
     arguments += ["--layout", variant.baseline.layout, "--pointwise", variant.baseline.pointwise]
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=list(MEMORY_FORMATS), help=f"absent: {SPARSE}")
     parser.add_argument("--pointwise", choices=POINTWISE)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--engine", choices=(minkowski.PACKAGE,))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     batch = make_batch(args.batch_size, args.img_size, 0, DTYPES[args.dtype], args.device, args.mask_ratio)
@@ -45,6 +49,8 @@ def main() -> None:
     if args.layout is not None:
         execution = "compile" if args.compiled else "eager"
         (variant,) = make_dense(variant, [Baseline(args.layout, args.pointwise)], execution)
+    elif args.engine is not None:
+        variant = minkowski.unchecked(variant)
     else:
         variant = run_by(variant, args.backend)
     try:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from .. import backends
 from .._files import PNG_METADATA, atomic_file
 from .report import machine_line, short, title
-from .step import peak_of
+from .step import is_ours, peak_of
 from .timing import control_sentence
 
 _COLORS = {"eager": "#64748b", "compile": "#94a3b8", "graph": "#334155"}
@@ -37,7 +37,7 @@ def save_steps(path: Path, result: dict) -> None:
 
 
 def _color(row: dict) -> str:
-    return _OUR_COLOR if row["baseline"] is None else _COLORS[row["execution"]]
+    return _OUR_COLOR if is_ours(row) else _COLORS[row["execution"]]
 
 
 def _flag(step: dict) -> str:
@@ -91,12 +91,15 @@ _DENSE = {
 _SHADES = itertools.cycle(("#fdba74", "#c2410c", "#dc2626", "#ea580c", "#9a3412"))  # in the order of the registry
 _OURS = {"auto": "#9a3412", **dict(zip(backends.REGISTRY, _SHADES, strict=False))}
 _OUR_GRAPH = "#15803d"
+_ENGINE = "#a16207"
 SIDE_BY_SIDE = 4  # more sizes than these: one panel above the other, so that a page can hold them
 
 
 def kind_of(name: str, row: dict) -> tuple[str, str]:
     """Label and color of a variant, the same for every size."""
     written, execution = row["baseline"], row["execution"]
+    if row.get("engine"):
+        return row["engine"], _ENGINE
     if written is None:
         backend = row.get("backend") or name.split()[1]
         if execution == "graph":

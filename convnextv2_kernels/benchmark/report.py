@@ -123,6 +123,13 @@ def print_steps(console: Screen, result: dict, steps: list[dict]) -> None:
     console.print()
 
 
+def print_engine(console: Screen, result: dict) -> None:
+    """Whether the paper's engine was measured here."""
+    engine = result["engine"]
+    if engine["note"]:
+        console.print(f"{engine['name']}: {engine['note']}.", soft_wrap=True)
+
+
 def require_steps(result: dict, steps: list[dict]) -> None:
     """Show steps to nobody: raises what is wrong with a result that a file held, before anything else is measured."""
     silent = Screen()
@@ -133,7 +140,7 @@ def require_steps(result: dict, steps: list[dict]) -> None:
 
 def lines_of(step: dict) -> list[str]:
     """Ratios, control and what was left out of one step, in words."""
-    found = [sentence(step), _control_line(step)]
+    found = [sentence(step), *_engine_lines(step), _control_line(step)]
     unknown = {f"peak of {name}": (row["peak"] or {}).get("reason") for name, row in step["variants"].items()}
     for name, reason in {**step["skipped"], **unknown}.items():
         if reason and reason != NOT_REQUESTED:
@@ -158,6 +165,19 @@ def sentence(step: dict) -> str:
     if "peak" in found:
         text += f"; its peak is {found['peak']:.1f} times lower"
     return text
+
+
+def _engine_lines(step: dict) -> list[str]:
+    """Other engines of the step beside ours and beside the fastest dense variant."""
+    rows, found = step["variants"], []
+    for name, row in rows.items():
+        if row.get("engine") and step["ratios"]:
+            dense = rows[step["ratios"]["fastest_dense"]]["median_ms"] / row["median_ms"]
+            ours = row["median_ms"] / rows[step["ours"]]["median_ms"]
+            found.append(
+                f"{name} has {dense:.2f} times the throughput of the fastest dense variant; ours {ours:.1f} times its"
+            )
+    return found
 
 
 def _control_line(step: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -191,8 +192,8 @@ class _Session:
     def add_control(self) -> str | None:
         """Make the copy ready; its name, None where that failed."""
         ready = [self.variants[name] for name in self.steps]
-        eager = [v for v in ready if not v.ours and v.execution == "eager"]
-        graphs = [v for v in ready if not v.ours and v.execution == "graph"]
+        eager = [v for v in ready if v.dense and v.execution == "eager"]
+        graphs = [v for v in ready if v.dense and v.execution == "graph"]
         chosen = min(eager or graphs or ready[:1], key=lambda variant: self.seconds[variant.name])
         self.original, name = chosen.name, f"{chosen.name} copy"
         if chosen.execution == "graph":  # it allocates nothing
@@ -324,7 +325,7 @@ def measure_step(model_name: str, settings: StepSettings, budget: Budget, log: C
         if fastest is not None and not budget.spent:
             log(f"{model_name}: peak memory of {fastest.name}")
             rows[fastest.name]["peak"] = peak_of_process(fastest, model_name, settings)
-    ours = fastest_of(rows, lambda row: row["baseline"] is None)
+    ours = fastest_of(rows, is_ours)
     return {
         "model": model_name,
         "correctness": correctness,
@@ -342,11 +343,11 @@ def sparse_only(variant: Variant) -> bool:
 
 
 def is_eager(variant: Variant) -> bool:
-    return not variant.ours and variant.execution == "eager"
+    return variant.dense and variant.execution == "eager"
 
 
 def is_compiled(variant: Variant) -> bool:
-    return not variant.ours and variant.execution == "compile"
+    return variant.dense and variant.execution == "compile"
 
 
 def with_graphs(
@@ -378,6 +379,11 @@ def flops_of(sparse: Variant, batch: Batch) -> dict[str, float]:
     }
 
 
+def is_ours(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the results is of this library, and not masked dense or another engine's."""
+    return row["baseline"] is None and row.get("engine") is None
+
+
 def peak_of(row: dict) -> int | None:
     """Peak bytes of a step, None where they were not measured."""
     return (row["peak"] or {}).get("bytes")
@@ -399,7 +405,7 @@ def ratios(rows: Mapping[str, dict], ours: str) -> dict:
     if not dense:
         return {}
     backend = rows[ours].get("backend")
-    mine = {n: row for n, row in rows.items() if row["baseline"] is None and row.get("backend") == backend}
+    mine = {n: row for n, row in rows.items() if is_ours(row) and row.get("backend") == backend}
     mine = {n: row for n, row in mine.items() if row.get("maps") == rows[ours].get("maps")}
     fastest = fastest_of(dense, lambda row: True)
     found = {"fastest_dense": fastest, "throughput": dense[fastest]["median_ms"] / rows[ours]["median_ms"]}

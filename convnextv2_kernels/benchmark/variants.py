@@ -89,7 +89,8 @@ class Variant:
     Attributes:
         run: (images, mask or layout) -> (loss, prediction, ...): the model, or what it was compiled to.
         execution: "eager"; "graph", the whole step captured in a CUDA graph; or "compile", ``torch.compile``.
-        baseline: how the masked dense network is written, None for ours.
+        baseline: how the masked dense network is written, None where it is not masked dense.
+        engine: the sparse engine of another project that computes the encoder, None without one.
         backend: of ours, None for the one in force.
         maps: dtype of our feature maps, None for that of the images.
         cudnn: whether convolutions may be cuDNN's, or must be PyTorch's own.
@@ -105,6 +106,7 @@ class Variant:
     maps: torch.dtype | None = None
     cudnn: bool = True
     compile_mode: str | None = None
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         if self.execution not in EXECUTIONS:
@@ -112,7 +114,11 @@ class Variant:
 
     @property
     def ours(self) -> bool:
-        return self.baseline is None
+        return self.baseline is None and self.engine is None
+
+    @property
+    def dense(self) -> bool:
+        return self.baseline is not None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss and prediction, under autocast of the batch's device where the batch asks for it."""
@@ -176,7 +182,9 @@ class Variant:
 
     def described(self) -> dict:
         """JSON-ready: what there is to know besides the numbers."""
-        found: dict = {"execution": self.execution, "baseline": None if self.ours else dict(vars(self.baseline))}
+        found: dict = {"execution": self.execution, "baseline": dict(vars(self.baseline)) if self.dense else None}
+        if self.engine is not None:
+            found["engine"] = self.engine
         if self.backend is not None:
             found["backend"] = self.backend
         if self.maps is not None:

@@ -229,7 +229,8 @@ def build_figure6_parser() -> argparse.ArgumentParser:
         description="Throughput, peak memory and bytes saved for backward of masked pre-training by model size: masked "
         "dense PyTorch, eager and compiled, against every backend of this library, on a GPU also in CUDA graphs on "
         "both sides; the comparison of the paper's Figure 6 (Appendix C). Results are checked against float64 before "
-        "anything is timed, and a baseline is timed against its own copy.",
+        "anything is timed, and a baseline is timed against its own copy. The paper's sparse engine, "
+        "MinkowskiEngine, is measured too where it is installed.",
         epilog="Writes figure6.json, figure6.csv and figure6.png to --output, after every size. Re-running the command "
         "resumes where it was stopped, and measures a size again that was measured with less effort. Exit code 1: "
         "results disagree; that size and those after it were not timed.",
@@ -275,7 +276,7 @@ def _figure6(argv: Sequence[str]) -> int:
 
 def _run_figure6(args: argparse.Namespace, mode: str) -> int:
     from .._progress import Progress
-    from ..benchmark import figure6, machine, memory, report, results
+    from ..benchmark import figure6, machine, memory, minkowski, report, results
     from ..benchmark.timing import Budget
 
     fields = {field.name for field in dataclasses.fields(figure6.Figure6Settings)}
@@ -296,6 +297,7 @@ def _run_figure6(args: argparse.Namespace, mode: str) -> int:
         before = {model: str(reason) for model, reason in result.get("left_out", {}).items() if model not in models}
     reasons = {model: figure6.left_out(model, settings) for model in models if model not in done}
     waiting = [model for model, reason in reasons.items() if reason is None]
+    result["engine"] = minkowski.described()
     result["left_out"] = before | {model: reason for model, reason in reasons.items() if reason}
     budget = Budget(args.time_budget)
     costs = {model: memory.parameter_count(model) + FIXED_COST for model in waiting}
@@ -324,6 +326,7 @@ def _run_figure6(args: argparse.Namespace, mode: str) -> int:
     report.print_steps(console, result, result["sizes"])
     for name, reason in result["left_out"].items():
         console.print(f"{short_name(name)} left out: {reason}")
+    report.print_engine(console, result)
     console.print(f"Results: {path}", soft_wrap=True)
     return 0
 

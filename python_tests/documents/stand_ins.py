@@ -143,7 +143,7 @@ BY_GPU = "needs a GPU and minutes"
 MENTION = "a name of the program, which needs more arguments; documented with them elsewhere"
 
 CHECKED = {
-    'pip install torch pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
+    'pip install torch ninja pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
     "pip install --no-build-isolation -e .": Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation -e ".[timm]"': Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation "torch==2.13.0" -e ".[timm]"': Checked(BY_PIP, pip_requirements),

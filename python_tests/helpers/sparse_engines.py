@@ -54,11 +54,11 @@ def fake_minkowski(fault):
 
     class Manager:
         def __init__(self, sites):
-            self.sites = sites
+            self.maps = {"stride 1": sites}
             fault.built += 1
 
         def get_coordinates(self, key):
-            return fault.sites(self.sites)
+            return fault.sites(self.maps[key])
 
     class SparseTensor:
         def __init__(self, features, coordinates=None, coordinate_map_key=None, coordinate_manager=None):
@@ -66,8 +66,12 @@ def fake_minkowski(fault):
             if coordinates is not None:
                 assert coordinates.dtype == torch.int32
                 order = shuffled(len(coordinates))
-                self.F, self.coordinate_map_key = features[order], "key"
+                self.F, self.coordinate_map_key = features[order], "stride 1"
                 self.coordinate_manager = Manager(coordinates[order])
+
+        @property
+        def C(self):
+            return self.coordinate_manager.get_coordinates(self.coordinate_map_key)
 
     class MinkowskiChannelwiseConvolution(nn.Module):
         def __init__(self, in_channels, kernel_size=-1, bias=False, dimension=-1):
@@ -80,10 +84,38 @@ def fake_minkowski(fault):
                 return rows * self.kernel[fault.tap((d1 + R) * K + d0 + R)]
 
             assert self.kernel.is_contiguous()
-            out = convolve(x.coordinate_manager.sites, x.F, product) + self.bias
             key, manager = x.coordinate_map_key, x.coordinate_manager
+            stride = int(key.split()[1])
+            sites = manager.maps[key] // torch.tensor([1, stride, stride], dtype=torch.int32)
+            out = convolve(sites, x.F, product) + self.bias
             return SparseTensor(fault.output(out), coordinate_map_key=key, coordinate_manager=manager)
 
+    class MinkowskiConvolution(nn.Module):
+        """Kernel 2 and stride 2; coordinates keep counting the sites of the first map."""
+
+        def __init__(self, in_channels, out_channels, kernel_size=-1, stride=1, bias=False, dimension=None):
+            super().__init__()
+            assert (kernel_size, stride, bias, dimension) == (2, 2, True, 2)
+            self.kernel = nn.Parameter(torch.full((4, in_channels, out_channels), torch.nan))
+            self.bias = nn.Parameter(torch.full((1, out_channels), torch.nan))
+
+        def forward(self, x):
+            assert self.kernel.is_contiguous()
+            manager, stride = x.coordinate_manager, int(x.coordinate_map_key.split()[1])
+            fine = manager.maps[x.coordinate_map_key] // torch.tensor([1, stride, stride], dtype=torch.int32)
+            coarse, place = torch.unique(fine // torch.tensor([1, 2, 2]), dim=0, return_inverse=True)
+            order = shuffled(len(coarse))
+            key = f"stride {2 * stride}"
+            manager.maps[key] = (coarse[order] * torch.tensor([1, 2 * stride, 2 * stride])).int()
+            tap = fine[:, 1] % 2 + 2 * (fine[:, 2] % 2)  # the first axis runs fastest
+            out = torch.zeros(len(coarse), self.kernel.shape[2], dtype=x.F.dtype)
+            for index in range(4):
+                rows = (tap == index).nonzero()[:, 0]
+                out = out.index_add(0, place[rows], x.F[rows] @ self.kernel[index])
+            out = fault.output(out[order] + self.bias)
+            return SparseTensor(out, coordinate_map_key=key, coordinate_manager=manager)
+
+    me.MinkowskiConvolution = MinkowskiConvolution
     me.SparseTensor, me.MinkowskiChannelwiseConvolution = SparseTensor, MinkowskiChannelwiseConvolution
     return {"MinkowskiEngine": me}
 
