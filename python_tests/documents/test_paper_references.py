@@ -17,7 +17,7 @@ PARTS = {1: "abc", 2: "abcdef", 16: "abcd"}
 EQUATIONS = {1, 2, 3}
 # words that are of one section alone, where a line names a section beside them
 TOPICS = {
-    r"\bGRN\b|[Rr]esponse [Nn]ormali[sz]ation|[Cc]osine distance": "4",
+    r"\bGRN\b|[Rr]esponse [Nn]ormali[sz]ation|[Cc]osine distance|cos\(": "4",
     r"Algorithm 1|Equations?\b": "4",
     r"\bFCMAE\b|masked autoencoder|hidden pixels": "3",
     r"MinkowskiEngine|[Ss]electivity": "C",
@@ -102,6 +102,26 @@ def test_references_to_the_paper_are_right():
     assert not found, "\n".join(sorted(found))
 
 
+def test_the_page_of_the_paper_has_all_of_it():
+    """A row, or a heading, for every section, table with its parts, figure, equation and algorithm."""
+    page = (ROOT / "docs" / "paper.md").read_text()
+    named = {
+        (match["kind"].lower(), number)
+        for match in PLACE.finditer(page)
+        for number in re.findall(NUMBER, match["rest"])
+    }
+    sections = {number for kind, number in named if kind in ("section", "appendix")} | set(LONE.findall(page))
+    assert sections | {"A"} == SECTIONS
+    tables = {number for numbers in TABLES.values() for number in numbers}
+    parts = [f"{number}{part}" for number, letters in PARTS.items() for part in letters]
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for part in parts:  # Table 16a, or 2a in the rows of Table 2
+        assert any(re.search(rf"\b{part}\b", row.split(" | ")[0]) for row in rows), f"no row for Table {part}"
+    assert {int(re.match("[0-9]+", n)[0]) for kind, n in named if kind == "table"} == tables
+    assert {int(n) for kind, n in named if kind == "figure"} == {n for numbers in FIGURES.values() for n in numbers}
+    assert {1, 2, 3} <= {int(n) for kind, n in named if kind == "equation"} and ("algorithm", "1") in named
+
+
 def test_they_are_found_at_all():
     count = sum(len(PLACE.findall(text)) for _, text in _texts())
     assert count > 100
@@ -121,6 +141,7 @@ def test_they_are_found_at_all():
         ("Equations 1-4", "there is no equation 4"),
         ("paper, A.5", "there is no section A.5"),
         ("the paper's feature cosine distance (section 3)", "is of section 4, not of 3"),
+        ("the mean of 1 - cos(X_i, X_j) (paper section 3)", "is of section 4, not of 3"),
         ("FCMAE (ConvNeXt V2 paper, section 2)", "is of section 3, not of 2"),
         ("in the paper's A.2, Table 16", "table 16 is not of section A.2"),
     ],
