@@ -271,7 +271,7 @@ RUN |= {
     "$ck analyze reconstruct runs/v2/checkpoint-1000.pt --data FOLDER": Run(
         ANALYZE, put={"runs/v2/checkpoint-1000.pt": "runs/v2/checkpoint-1.pt"}, thorough=True
     ),
-    "$ck analyze cosine timm:convnext_base.fb_in1k@convnext.pth timm:vit_base_patch16_224.mae@mae.pth --data CLASSES": Run(
+    "$ck analyze cosine timm:convnext_base.fb_in1k@convnext.pth timm:vit_base_patch16_224.mae@mae.pth --tap act --data CLASSES": Run(
         "--device cpu",
         put={
             "timm:convnext_base.fb_in1k@convnext.pth": "timm:convnext_atto@random",
@@ -282,8 +282,8 @@ RUN |= {
     **dict.fromkeys(
         (
             "$ck analyze activations runs/v2/encoder.safetensors --photos --image coffee --layer stages.2.5 --tap act",
-            "$ck analyze cosine runs/v2/encoder.safetensors runs/none/encoder.safetensors --label V2 --label V1 "
-            "--data CLASSES",
+            "$ck analyze cosine runs/v2/encoder.safetensors runs/v1/encoder.safetensors --label V2 --label V1 "
+            "--tap act --data CLASSES",
             "$ck analyze selectivity finetuned.safetensors --data val",
             "$ck analyze selectivity runs/v2/encoder.safetensors runs/v1/encoder.safetensors --label V2 --label V1 "
             "--data CLASSES --shuffled",
