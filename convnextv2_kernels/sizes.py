@@ -13,7 +13,7 @@ class ModelConfig(NamedTuple):
     dims: tuple[int, int, int, int]
 
 
-# All sizes of the paper (Table 8 and section 5), and timm's "small", which the paper leaves out.
+# All sizes of the paper (A.1), and timm's "small", which the paper leaves out.
 CONFIGS: dict[str, ModelConfig] = {
     "convnextv2_atto": ModelConfig((2, 2, 6, 2), (40, 80, 160, 320)),
     "convnextv2_femto": ModelConfig((2, 2, 6, 2), (48, 96, 192, 384)),

@@ -1,4 +1,4 @@
-"""Feature cosine distance (ConvNeXt V2 paper, section 3, Figure 4): how much the channels of a layer differ."""
+"""Feature cosine distance (ConvNeXt V2 paper, section 4, Figure 4): how much the channels of a layer differ."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CosineDistance(NamedTuple):
 def feature_cosine_distance(features: Tensor, layout: PatchLayout | None = None, dead: float = DEAD) -> CosineDistance:
     """Mean pairwise cosine distance of the channels of each image.
 
-    With ``X_i`` channel i over the sites of an image, ``(1 / C^2) sum_ij (1 - cos(X_i, X_j)) / 2`` (paper section 3),
+    With ``X_i`` channel i over the sites of an image, ``(1 / C^2) sum_ij (1 - cos(X_i, X_j)) / 2`` (paper section 4),
     the diagonal i = j included. With unit vectors ``u_i = X_i / |X_i|`` the sum of all cosines is ``|sum_i u_i|^2``, so
     the distance is ``(1 - |sum_i u_i|^2 / C^2) / 2`` in O(sites * C). Its range is [0, 0.5]: 0 where all channels
     are the same up to a positive factor, 0.5 where the unit vectors cancel.

@@ -1,6 +1,6 @@
 """Throughput and memory of masked pre-training by model size: masked dense PyTorch against every backend of ours.
 
-The comparison of ConvNeXt V2's Figure 6 (Appendix C.1): 224 px, mask ratio 0.6, forward and backward. There the
+The comparison of ConvNeXt V2's Figure 6 (Appendix C): 224 px, mask ratio 0.6, forward and backward. There the
 baseline of the sparse engine is dense convolution that multiplies by the mask; so it is here, in both memory formats,
 eager and compiled, with whichever pointwise layers are faster on this machine; and once as it is commonly written. On a
 GPU both sides are also captured in CUDA graphs. The paper's engine is one more variant where it is installed.

@@ -46,7 +46,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         help="train a classifier on a folder of classes, from pre-trained weights",
         description=(
             "Train a ConvNeXt V2 classifier. FOLDER holds one subfolder of images for each class, or train/ and val/\n"
-            'with such subfolders. Needs timm for augmentation: pip install "convnextv2_kernels[train]".'
+            "with such subfolders. Needs timm for augmentation; the extra [train] of this package brings it."
         ),
         epilog=(
             "examples:\n"
@@ -61,8 +61,8 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="where values that are not given come from; the one called like --model by default. All: "
-        + ", ".join(recipes.FINETUNE),
+        help="where values that are not given come from; the one called like --model by default. 'info --recipes' "
+        "lists all of them",
     )
     _add_regularization(add_model(parser), recipe)
     add_schedule(parser.add_argument_group("training (defaults of the recipe 'convnextv2_atto')"), recipe)
@@ -210,7 +210,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         parser.error("--eval-only evaluates the weights of --init, which is missing")
     require_init(parser, given)
     _require_init_grn(parser, args, where["grn"])
-    where["output"] = output_of(given, OUTPUT)
+    where["output"], where["img_size"] = output_of(given, OUTPUT), values["img_size"]
     own = {key: given.get(key, value) for key, value in OWN.items()}
     return {**where, **own, "resolved": resolved}
 

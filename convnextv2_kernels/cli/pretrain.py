@@ -198,5 +198,6 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         parser.error(str(error))
     require_warmup(parser, resolved)
     where["output"] = output_of(given, DEMO_OUTPUT if args.demo else OUTPUT)
+    where["img_size"] = resolved.values["img_size"]
     own = {name: given.get(name, value) for name, value in OWN.items()}
     return {**where, **own, "resolved": resolved}

@@ -31,7 +31,6 @@ BACKEND_VARIABLE = "CONVNEXTV2_KERNELS_BACKEND"
 PLACES: dict[str, Any] = {
     "data": None,
     "model": "convnextv2_atto",
-    "img_size": (224, 224),
     "grn": "default",
     "seed": 0,
     "workers": min(4, os.cpu_count() or 1),
@@ -79,7 +78,7 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--img-size",
         type=image_size,
         metavar="S|HxW",
-        help="side, or height x width, of the crops in pixels; multiples of 32 (default: 224)",
+        help="side, or height x width, of the crops in pixels; multiples of 32 (default: the recipe's, mostly 224)",
     )
     group.add_argument(
         "--grn",
@@ -136,7 +135,8 @@ def add_schedule(group: argparse._ArgumentGroup, recipe: Mapping[str, Any]) -> N
         "--warmup-epochs",
         type=nonnegative_float,
         metavar="N",
-        help="epochs of linear warm-up, fractions allowed (default: the recipe's share of --epochs)",
+        help="epochs of linear warm-up, fractions allowed (default: the recipe's, and its share of --epochs where it "
+        "states none for these)",
     )
     group.add_argument(
         "--clip-grad", type=positive_float, metavar="X", help="largest norm of the gradient (default: off)"

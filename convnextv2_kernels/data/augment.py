@@ -239,7 +239,6 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a probability from 0 to 1, got {value}")
 
 
-INSTALL = 'pip install "convnextv2_kernels[train]"'
 # What importing torchvision raises where its extension did not load: its wheel on PyPI is built for CUDA.
 _BROKEN = "operator torchvision::nms does not exist"
 _declared: torch.library.Library | None = None  # a Library takes its declarations back when it is deleted
@@ -260,8 +259,8 @@ def timm() -> ModuleType:
         import timm.data
     except ImportError as error:
         raise UserError(
-            f"fine-tuning takes augmentation from timm, which cannot be imported ({describe_error(error)}); "
-            f"install it with {INSTALL}, naming your PyTorch in the same command."
+            f"fine-tuning takes augmentation from timm, which cannot be imported ({describe_error(error)}); install it "
+            f'with pip install "torch=={torch.__version__.partition("+")[0]}" timm, which leaves your PyTorch as it is.'
         ) from error
     return timm
 

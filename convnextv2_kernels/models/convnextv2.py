@@ -17,8 +17,7 @@ _TINY = CONFIGS["convnextv2_tiny"]
 
 
 class ConvNeXtV2(Backbone):
-    """ConvNeXt V2 for classification (ConvNeXt V2 paper, section 3.2), with the official state_dict
-    names.
+    """ConvNeXt V2 for classification (ConvNeXt V2 paper, section 4, A.1), with the official state_dict names.
 
     Args:
         in_chans: channels of the images.

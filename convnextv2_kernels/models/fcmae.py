@@ -1,4 +1,4 @@
-"""The fully convolutional masked autoencoder (ConvNeXt V2 paper, section 2)."""
+"""The fully convolutional masked autoencoder (ConvNeXt V2 paper, section 3)."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class LayerNorm(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Global Response Normalization (ConvNeXt V2 paper, section 3, Algorithm 1).
+    """Global Response Normalization (ConvNeXt V2 paper, section 4, Algorithm 1).
 
     ``gamma``, ``beta [1, 1, 1, C]`` start at zero, which makes the layer the identity; gamma starts at one in a variant
     without skip.

@@ -39,6 +39,7 @@ from .setup import (
     require_backend,
     split_of,
     storage_of,
+    with_recorded,
     write_settings,
 )
 from .signals import folder_lock
@@ -119,6 +120,7 @@ def run_folder(options: PretrainOptions) -> int:
         world.from_main(lambda: prepare_output(options.output))
         lock = folder_lock(options.output) if world.is_main else nullcontext()
         with world.guarded(lock), use_backend(options.backend):
+            options = with_recorded(options)
             found, config = world.from_main(lambda: _open(options, device, first, world))
             if world.is_main:
                 _describe(options, config, model, found, world)

@@ -1,5 +1,6 @@
 """The steps that every run begins with: device, model, output folder, settings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,7 @@ SHARED_VALUES = (
 )
 
 Config = TypeVar("Config", bound=RunConfig)
+Options = TypeVar("Options", bound=TrainOptions)
 
 
 def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
@@ -208,6 +210,17 @@ def _saved_settings(path: Path, config: RunConfig) -> dict[str, Any]:
             "--output to start afresh."
         ) from error
     return content["config"]
+
+
+def with_recorded(options: Options) -> Options:
+    """The options of a run with the values that it began with, where earlier versions resolved them to others."""
+    if not options.resolved.former or not list_checkpoints(options.output):
+        return options
+    try:
+        recorded = read_json(options.output / "config.json")["config"]
+        return replace(options, resolved=options.resolved.keeping(recorded))
+    except (OSError, FileError, KeyError, TypeError, AttributeError):
+        return options  # write_settings says what is wrong with the file
 
 
 def kept_range(output: Path) -> Range | None:

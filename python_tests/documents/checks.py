@@ -75,6 +75,13 @@ def options(command: Command) -> None:
             assert word.partition("=")[0] in done.out.replace(",", " ").split(), f"{command.place}: no option {word}"
 
 
+def collected(command: Command) -> None:
+    """The files that pytest is given hold tests."""
+    for word in command.words[1:]:
+        path = ROOT / word
+        assert path.is_file() and "\ndef test_" in path.read_text(), f"{command.place}: {word} holds no tests"
+
+
 def _mode(command: Command) -> ModuleType:
     """The module of `python -m bench MODE`."""
     from bench.__main__ import MODES

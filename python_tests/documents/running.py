@@ -45,6 +45,7 @@ class Run:
     more: str = ""
     put: Mapping[str, str] = field(default_factory=dict)
     process: bool = False  # of its own, although it could run in this one
+    thorough: bool = False  # left out of the short selection
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from .checks import (
     Check,
     build_requirements,
+    collected,
     make_target,
     options,
     options_and_those_of,
@@ -48,6 +49,7 @@ SMALLER = {
     "--batch-size": "fewer images",
     "--accumulate": "fewer parts, as there are fewer images",
     "--img-size": "smaller images",
+    "--min-lr": "the learning rate of so few images is below the last of the recipe",
     "--model": "a smaller model",
     "--models": "a smaller model",
     "--no-compile": "no compilation, which takes a minute",
@@ -75,6 +77,8 @@ RUN = {
     "python -m convnextv2_kernels convert SOURCE TARGET --to FORMAT": Run(
         put={"TARGET": "target.safetensors", "FORMAT": "transformers"}
     ),
+    "python -m convnextv2_kernels info --recipes": Run(),
+    "python -m convnextv2_kernels info --recipes paper-800 convnextv2_huge-22k-1k-512 coco ade20k": Run(),
     # training
     "python -m convnextv2_kernels pretrain --data FOLDER --model convnextv2_atto --epochs 100 --batch-size 64 "
     "--output runs/atto": Run(PRETRAIN),
@@ -156,11 +160,169 @@ RUN = {
     ),
 }
 
+# Of docs/paper.md: the paper's own settings, on a few small images; deep, as other tests have each option.
+_V2 = Run(f"--model convnextv2_atto {PRETRAIN}", thorough=True)
+_V2_FINE = Run(f"--model convnextv2_atto {FINETUNE} --batch-size 4", thorough=True)
+_V1 = Run(f"--model convnext_atto {PRETRAIN}", thorough=True)
+_V1_FINE = Run(f"--model convnext_atto {FINETUNE} --batch-size 4", thorough=True)
+_V2_LAST, _V1_LAST = (Run(f"{run.more} --min-lr 0", thorough=True) for run in (_V2_FINE, _V1_FINE))
+_PRE = "$ck pretrain --data FOLDER --model"
+_FINE = "$ck finetune --data CLASSES --model"
+RUN |= {
+    "$pre --output runs/v2": Run(_V2.more),
+    "$fine --init runs/v2/encoder.safetensors --output runs/v2-fine": Run(_V2_FINE.more),
+    "$fine --init runs/v2-fine/best.safetensors --eval-only": _V2_FINE,
+    "$fine --recipe convnextv2_base-supervised --output runs/supervised": _V2_FINE,
+    "$fine --init runs/v2/encoder.safetensors --grn none --init-grn drop --output runs/dropped": _V2_FINE,
+    "$fine --init runs/none/encoder.safetensors --init-grn add --output runs/added": _V2_FINE,
+    **{
+        f"$pre {options} --output runs/{output}": _V2
+        for options, output in (
+            ("--mask-ratio 0.6", "v2"),
+            ("--encoding masked_dense", "masked-dense"),
+            ("--encoding dense", "dense"),
+            ("--decoder-depth 1 --decoder-width 512", "v2"),
+            ("--norm-pix-loss", "v2"),
+            ("--decoder unet", "unet"),
+            ("--decoder unet-no-skip", "unet-no-skip"),
+            ("--decoder transformer --decoder-depth 8", "transformer"),
+            ("--decoder-depth 12", "depth12"),
+            ("--decoder-width 128", "width128"),
+            *((f"--grn {grn}", grn) for grn in ("none", "mean", "l1", "standardize", "inverse", "no-skip")),
+            *((f"--grn {grn}", grn) for grn in ("lrn", "bn", "ln", "se", "cbam")),
+            *((f"--grn {grn}", grn) for grn in ("affine", "aggregate-only", "normalize-only")),
+            ("--mask-ratio 0.5", "ratio0.5"),
+        )
+    },
+    **{
+        f"{_PRE} {model} --recipe {recipe} --output runs/{output}": small
+        for model, recipe, output, small in (
+            ("convnext_base", "paper-800", "v1", _V1),
+            ("convnext_large", "paper-800", "v1-large", _V1),
+            ("convnextv2_base", "paper-800", "v2", _V2),
+            ("convnextv2_base", "paper", "base", _V2),
+            ("convnextv2_base", "paper", "v2-1600", _V2),
+            ("convnextv2_large", "paper-800", "large", _V2),
+            ("convnextv2_huge", "paper --amp", "huge", _V2),
+            ("convnextv2_huge", "paper-800", "huge-800", _V2),
+            ("convnextv2_atto", "paper", "atto", _V2),
+        )
+    },
+    "$ck pretrain --data FOLDER --recipe paper --output runs/atto": _V2,
+    **{
+        f"{_FINE} {words} --output runs/{output}": small
+        for words, output, small in (
+            ("convnext_base --recipe convnext_base-fcmae", "v1-100", _V1_FINE),
+            ("convnext_base", "v1-300", _V1_FINE),
+            ("convnext_base --recipe convnext_base-fcmae --init runs/v1/encoder.safetensors", "v1-fine", _V1_FINE),
+            ("convnext_large", "v1-large-300", _V1_FINE),
+            (
+                "convnext_large --recipe convnext_large-fcmae --init runs/v1-large/encoder.safetensors",
+                "v1-large-fine",
+                _V1_FINE,
+            ),
+            ("convnextv2_large --recipe convnextv2_large-supervised", "large-supervised", _V2_FINE),
+            ("convnextv2_large --init runs/large/encoder.safetensors", "large-fine", _V2_FINE),
+            ("convnextv2_huge --init runs/huge/encoder.safetensors", "huge-fine", _V2_FINE),
+            (
+                "convnextv2_huge --recipe convnextv2_huge-22k-384 --init runs/huge/encoder.safetensors",
+                "huge-22k",
+                _V2_FINE,
+            ),
+            (
+                "convnextv2_huge --recipe convnextv2_huge-22k-1k-384 --init runs/huge-22k/model.safetensors",
+                "huge-384",
+                _V2_LAST,
+            ),
+            (
+                "convnextv2_huge --recipe convnextv2_huge-22k-1k-512 --init runs/huge-22k/model.safetensors",
+                "huge-512",
+                _V2_LAST,
+            ),
+            ("convnextv2_atto --init runs/atto/encoder.safetensors", "atto-fine", _V2_FINE),
+            ("convnextv2_atto --recipe convnextv2_atto-supervised", "atto-supervised", _V2_FINE),
+            ("convnext_atto", "v1-atto", _V1_FINE),
+            ("convnextv2_tiny", "tiny-fine", _V2_FINE),
+            ("convnextv2_base --recipe convnextv2_base-paper", "base-fine", _V2_FINE),
+            ("convnextv2_base --layer-decay 0.6 --layer-decay-kind group", "grouped", _V2_FINE),
+            ("convnextv2_base --recipe convnextv2_base-supervised", "supervised", _V2_FINE),
+            ("convnextv2_nano --recipe convnextv2_nano-22k", "nano-22k", _V2_FINE),
+            (
+                "convnextv2_nano --recipe convnextv2_nano-22k-1k --init runs/nano-22k/model.safetensors",
+                "nano-1k",
+                _V2_LAST,
+            ),
+            (
+                "convnextv2_base --recipe convnextv2_base-22k-384 --init runs/base/encoder.safetensors",
+                "base-22k",
+                _V2_FINE,
+            ),
+            (
+                "convnextv2_base --recipe convnextv2_base-22k-1k-384 --init runs/base-22k/model.safetensors",
+                "base-1k",
+                _V2_LAST,
+            ),
+            ("convnext_xlarge --recipe convnext_xlarge-22k", "xlarge-22k", _V1_FINE),
+            (
+                "convnext_xlarge --recipe convnext_xlarge-22k-1k-384 --init runs/xlarge-22k/model.safetensors",
+                "xlarge-1k",
+                _V1_LAST,
+            ),
+        )
+    },
+    **dict.fromkeys(
+        (
+            "$ck info --recipes",
+            "$ck info --recipes coco",
+            "$ck info --recipes ade20k",
+            "$ck info --recipes coco ade20k",
+            "$ck info --recipes paper convnextv2_atto convnextv2_tiny convnextv2_base-paper convnextv2_huge-22k "
+            "convnextv2_huge-22k-1k",
+            "$ck info --model convnextv2_atto",
+            "$ck info --model convnextv2_base",
+            "$ck info --model convnextv2_large",
+            "$ck info --model convnextv2_huge",
+            "$ck info --model convnext_base",
+        ),
+        Run(),
+    ),
+    "$ck convert SOURCE TARGET --to FORMAT": Run(put={"TARGET": "target.safetensors", "FORMAT": "timm"}),
+    "$ck convert finetuned.safetensors backbone.pth --to mmpretrain": Run(),
+    "$ck analyze reconstruct runs/v2/checkpoint-1000.pt --data FOLDER": Run(
+        ANALYZE, put={"runs/v2/checkpoint-1000.pt": "runs/v2/checkpoint-1.pt"}, thorough=True
+    ),
+    "$ck analyze cosine timm:convnext_base.fb_in1k@convnext.pth timm:vit_base_patch16_224.mae@mae.pth --tap act --data CLASSES": Run(
+        "--device cpu",
+        put={
+            "timm:convnext_base.fb_in1k@convnext.pth": "timm:convnext_atto@random",
+            "timm:vit_base_patch16_224.mae@mae.pth": "timm:vit_tiny_patch16_224@random",
+        },
+        thorough=True,
+    ),
+    **dict.fromkeys(
+        (
+            "$ck analyze activations runs/v2/encoder.safetensors --photos --image coffee --layer stages.2.5 --tap act",
+            "$ck analyze cosine runs/v2/encoder.safetensors runs/v1/encoder.safetensors --label V2 --label V1 "
+            "--tap act --data CLASSES",
+            "$ck analyze selectivity finetuned.safetensors --data val",
+            "$ck analyze selectivity runs/v2/encoder.safetensors runs/v1/encoder.safetensors --label V2 --label V1 "
+            "--data CLASSES --shuffled",
+        ),
+        Run(ANALYZE, thorough=True),
+    ),
+}
+
 BY_PIP = "changes the environment and needs a network"
 BY_GPU = "needs a GPU and minutes"
 MENTION = "a name of the program, which needs more arguments; documented with them elsewhere"
 
+BY_TESTS = "is part of make test"
+
 CHECKED = {
+    **{
+        f"pytest python_tests/conformance/test_{name}.py": Checked(BY_TESTS, collected)
+        for name in ("reference", "values", "gradcheck", "no_leak")
+    },
     'pip install torch ninja pybind11 "setuptools>=77" wheel': Checked(BY_PIP, build_requirements),
     "pip install --no-build-isolation -e .": Checked(BY_PIP, pip_requirements),
     'pip install --no-build-isolation -e ".[timm]"': Checked(BY_PIP, pip_requirements),

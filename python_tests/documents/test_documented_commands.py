@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from .checks import build_requirements, make_target, options, parsed_by, pip_requirements, refused
+from .checks import build_requirements, collected, make_target, options, parsed_by, pip_requirements, refused
 from .commands import Command, commands_of, read_documents
 from .running import ROOT, Clone, Run
 from .stand_ins import CHECKED, RUN, SMALLER
@@ -114,6 +114,7 @@ def test_tables_hold_the_commands_of_the_documents_and_nothing_else():
         (options, "python -m convnextv2_kernels finetune --layer-decay-kind pairs"),
         (options, "python -m convnextv2_kernels tun"),
         (parsed_by("parse"), "python -m bench gpu --out DIR --only stepp"),
+        (collected, "pytest python_tests/conformance/test_nothing.py"),
         (refused("a CUDA graph needs"), "python examples/graphed_pretraining.py --step 100"),
     ],
 )
@@ -150,10 +151,12 @@ def _options(command: Command) -> tuple:
 
 
 def _run():
-    """The commands to run; one that does what an earlier one does, with these options, is thorough."""
+    """The commands to run; one that does what an earlier one does, with these options, is thorough, as are those that
+    their line says so of."""
     seen = set()
     for command in (c for c in COMMANDS if c.text not in CHECKED):
-        marks = [pytest.mark.thorough] if _options(command) in seen else []
+        deep = _options(command) in seen or (command.text in RUN and RUN[command.text].thorough)
+        marks = [pytest.mark.thorough] if deep else []
         seen.add(_options(command))
         yield pytest.param(command, marks=marks, id=command.place)
 

@@ -1,5 +1,6 @@
 """Whole runs through the command line, in this process."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.models import create_model
-from convnextv2_kernels.train import checkpoint
+from convnextv2_kernels.train import checkpoint, recipes
 from convnextv2_kernels.train.signals import folder_lock
 
 
@@ -261,3 +262,17 @@ def test_ablations_reach_the_model(photos, tmp_path, words):
     ours, theirs = ([loss for _, loss, _ in losses(tmp_path / name)] for name in ("sparse", "dense"))
     # float64 through sixteen blocks; the second step follows an AdamW step, whose quotient of roundings is coarser
     assert ours == pytest.approx(theirs, rel=1e-7) and ours[0] == pytest.approx(theirs[0], rel=1e-12)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_warm_up(folder, tmp_path, monkeypatch, capsys):
+    """Of 800 epochs with the recipe of 1600, whose warm-up was half of that recipe's."""
+    words = command(folder, tmp_path / "run", "--recipe", "paper", "--max-steps")
+    words[words.index("--epochs") + 1] = "800"
+    with monkeypatch.context() as earlier:
+        earlier.setitem(recipes.PRETRAIN, "paper", dataclasses.replace(recipes.PRETRAIN["paper"], lengths={}))
+        assert main([*words, "1"]) == 0
+    assert main([*words, "2"]) == 0
+    assert "this run's own, from an earlier version" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["warmup_epochs"] == 20
+    assert main(command(folder, tmp_path / "new", "--recipe", "paper", "--epochs", "800", "--max-steps", "1")) == 0
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["config"]["warmup_epochs"] == 40

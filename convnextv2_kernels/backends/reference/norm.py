@@ -49,7 +49,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
 
 
 def grn_scale(x: Tensor, gamma: Tensor, layout: PatchLayout | None, scope: str, eps: float) -> Tensor:
-    """``1 + gamma * N(G(x))`` per image and channel (paper section 3, Algorithm 1), in the statistics dtype."""
+    """``1 + gamma * N(G(x))`` per image and channel (paper section 4, Algorithm 1), in the statistics dtype."""
     stat = statistics_dtype(x.dtype)
     norm = safe_sqrt(image_sums(x.to(stat).square(), layout, scope))
     response = norm / (norm.mean(dim=-1, keepdim=True) + eps)
