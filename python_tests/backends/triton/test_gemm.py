@@ -90,9 +90,9 @@ def test_forward(name, widths, dtype, keep):
     hidden = case.empty(case.rows, case.h)
     tiles = gemm_tiles.partition(case.rows, case.images, case.tile)
     weights = MLPParams(w1, b1, scale, scale, w2, b2)  # gamma and beta have no part in these kernels
-    squares = gemm_forward.first_product(y, weights, "gelu", hidden, keep, tiles, tile)
-    act = "gelu" if keep else "none"
     rows = MLPRows(y, residual, factors, case.images, dtype)
+    squares = gemm_forward.first_product(rows, weights, "gelu", hidden, keep, tiles, tile)
+    act = "gelu" if keep else "none"
     out = gemm_forward.second_product(hidden, act, weights, scale, rows, tiles, tile)
 
     a = F.linear(y.double(), w1.double(), b1.double()).cpu()
