@@ -124,8 +124,8 @@ class MLPRows(NamedTuple):
     """Rows of whole images, of a batch or of a chunk, that an MLP is applied to.
 
     ``x [M, C]`` of dtype T; ``residual [M, O]``, ``drop_path_scale [N]`` or None; ``out_dtype`` of the result;
-    ``hidden [M, H]``: where the first GEMM's output is to be saved, None for a tensor of its own. With ``places`` x is a
-    dense map, of any floating-point dtype, and the rows are those that lie there."""
+    ``hidden [M, H]``: where the first GEMM's output is to be saved, None for a tensor of its own. With ``places`` x is
+    a dense map, of any floating-point dtype, and the rows are those that lie there."""
 
     x: Tensor
     residual: Tensor | None
@@ -172,9 +172,9 @@ class MLPGradRows(NamedTuple):
 
 
 class MLPGradResult(NamedTuple):
-    """Gradients of a chunk: ``da [M, H]``; ``dx [M, C]`` of the MLP's input, or with z of what was normalised, None where
-    it was written to its places;
-    statistics ``db1``, ``dgamma [H]``, ``dw2 [O, H]``, and ``dln_weight``, ``dln_bias [C]`` or None."""
+    """Gradients of a chunk: ``da [M, H]``; ``dx [M, C]`` of the MLP's input, or with z of what was normalised, None
+    where it was written to its places; statistics ``db1``, ``dgamma [H]``, ``dw2 [O, H]``, and ``dln_weight``,
+    ``dln_bias [C]`` or None."""
 
     da: Tensor
     dx: Tensor | None
@@ -186,8 +186,8 @@ class MLPGradResult(NamedTuple):
 
 
 # The arguments of the composite operators ``torch.ops.convnextv2_kernels.{mlp,gathered_mlp,block}_{forward,backward}``.
-# The order of the fields is the order of the schema, which is made from them. ``factors`` is drop path's, ``neighbours``
-# and ``eps`` are of the convolution and of LayerNorm. Backward ignores ``save``: the saved tensors tell.
+# The order of the fields is the order of the schema, which is made from them. ``factors`` is drop path's,
+# ``neighbours`` and ``eps`` are of the convolution and of LayerNorm. Backward ignores ``save``: the saved tensors tell.
 
 
 class MLPForwardArgs(NamedTuple):

@@ -281,7 +281,7 @@ def mlp_backward(
 def _backward_rows(
     backend: KernelBackend, chunk: Chunk, batch: MLPRows, saved: Saved, options: MLPOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Places | None]:
-    """The rows ``[M, C]`` of a chunk as operands of its GEMMs; with LayerNorm z and rstd; and the places of the rows."""
+    """The rows ``[M, C]`` of a chunk as operands of its GEMMs, with LayerNorm z and rstd, and the rows' places."""
     if batch.places is None:
         rows = chunk.rows(batch.x)
         return (rows, None, None, None) if saved.rstd is None else (rows, rows, chunk.rows(saved.rstd), None)
@@ -337,8 +337,8 @@ def run_gathered_mlp_forward(backend: KernelBackend, a: GatheredMLPForwardArgs) 
     batch = MLPRows(a.x, residual, a.factors, a.segments, a.x.dtype, places=a.places)
     layer_norm, norm = a.layer_norm, None
     if layer_norm is not None:
-        affine = (None, None) if backend.folds_layer_norm else as_statistics(*layer_norm, like=a.x)
-        norm = RowNorm(*affine, a.eps)
+        weight, bias = (None, None) if backend.folds_layer_norm else as_statistics(*layer_norm, like=a.x)
+        norm = RowNorm(weight, bias, a.eps)
     folded = layer_norm if backend.folds_layer_norm else None
     out, norms, _ = mlp_forward(backend, batch, a.mlp, folded, a.options, norm)
     side = a.places.side

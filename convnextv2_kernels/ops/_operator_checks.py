@@ -20,7 +20,8 @@ from ..params import (
 from ._checks import check_act, check_float
 
 GatheredArgs = GatheredMLPForwardArgs | GatheredMLPBackwardArgs
-AnyArgs = MLPForwardArgs | MLPBackwardArgs | GatheredArgs | BlockForwardArgs | BlockBackwardArgs
+RowsArgs = MLPForwardArgs | MLPBackwardArgs | BlockForwardArgs | BlockBackwardArgs
+AnyArgs = GatheredArgs | RowsArgs
 
 
 def _tensor(t: Tensor | None, name: str, x: Tensor, numel: int | None = None) -> None:
@@ -62,7 +63,7 @@ def _settings(a: AnyArgs) -> None:
     expect(a.dtype in FLOAT_DTYPES, f"dtype must be float32, float64, bfloat16 or float16, got {a.dtype}")
 
 
-def _mlp(a: AnyArgs, width: int) -> int:
+def _mlp(a: RowsArgs, width: int) -> int:
     """Settings, rows and what forward and backward share; returns the number of rows."""
     _settings(a)
     rows = _rows(a.x, "x", width)

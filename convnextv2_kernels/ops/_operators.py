@@ -1,4 +1,5 @@
-"""The composite operators ``torch.ops.convnextv2_kernels.{mlp,gathered_mlp,block}_{forward,backward}``, and the GEMMs of one layer.
+"""The composite operators ``torch.ops.convnextv2_kernels.{mlp,gathered_mlp,block}_{forward,backward}``, and the GEMMs
+of one layer.
 
 Each is one opaque operator to ``torch.compile`` and ``torch.export``; inside runs the schedule over the kernels of the
 named backend. Arguments are the fields of a NamedTuple of :mod:`..params`, from which the schema is made. (The kernels'

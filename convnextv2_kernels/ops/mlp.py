@@ -238,7 +238,7 @@ def gathered_pointwise_mlp(
     """
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout must be a PatchLayout, got {type(layout).__name__}")
-    side = check.check_dense(x, layout)
+    check.check_dense(x, layout)
     out_channels = _out_channels(w2)
     params = (w1, b1, gamma, beta, w2, b2)
     check_mlp(x, params, out_channels, layout, drop_path_scale, scope, act)
@@ -251,9 +251,7 @@ def gathered_pointwise_mlp(
         packed = reference.patches.gather_patches(x, layout)
         if ln_weight is not None:
             packed = reference.norm.layer_norm(packed, ln_weight, ln_bias, ln_eps)
-        return reference.mlp.pointwise_mlp(
-            packed, *params, layout, residual, drop_path_scale, scope, act, eps, dtype
-        )
+        return reference.mlp.pointwise_mlp(packed, *params, layout, residual, drop_path_scale, scope, act, eps, dtype)
 
     def kernel(backend: str) -> Tensor:
         return _GatheredMLP.apply(

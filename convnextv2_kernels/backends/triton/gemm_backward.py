@@ -91,7 +91,8 @@ def image_products_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def hidden_backward_kernel(
     a, d, w1, w2, scale, kappa, z, rstd, da, dx, partials, M, images, each, owner, first, begin,
-    patch_of_slot, grid_w, SIDE: tl.constexpr, H: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr,
+    patch_of_slot, grid_w, SIDE: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr,
     ONE_SCALE: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, Q0: tl.constexpr, Q1: tl.constexpr,

@@ -1,5 +1,5 @@
-"""LayerNorm of rows ``[..., C]``, optionally written as the downsampling's 2x2 pixels, or read from the visible patches of
-a dense map.
+"""LayerNorm of rows ``[..., C]``, optionally written as the downsampling's 2x2 pixels, or of the visible rows of a
+dense map.
 
 Bandwidth-bound: every element is read once and written once. A program holds a few whole rows in registers, 16 elements
 per thread, and computes mean and centred squares in two passes without reading twice. Wider rows, of more than 8192

@@ -82,8 +82,8 @@ def norm_backward_kernel(
     SIDE: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """dx, and ``partials [2, splits, C]`` of dweight and dbias unless None. Rows of grad and x are in the order of
-    forward's y, those of dx lie as forward's x does, those of mean and rstd as forward left them. mean None: x is z; weight None: 1; means None: tiles
-    hold whole rows."""
+    forward's y, those of dx lie as forward's x does, those of mean and rstd as forward left them. mean None: x is z;
+    weight None: 1; means None: tiles hold whole rows."""
     split = tl.program_id(0)
     columns = tl.program_id(1) * BC + tl.arange(0, BC)
     held = columns < C

@@ -1,4 +1,4 @@
-"""Where the rows of a map lie that a kernel reads or writes in another order, for kernels whose other side is packed."""
+"""Where the rows of a map lie that a kernel reads or writes in the order of its packed side."""
 
 from __future__ import annotations
 
