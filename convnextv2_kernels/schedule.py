@@ -165,7 +165,7 @@ def mlp_forward(
     segments = 1 if options.batch_scope else images.count
     parts = _chunks(batch, hidden, options)
     if len(parts) == 1:
-        rows = _rows_of(backend, parts[0], batch, norm_of_rows, options)
+        rows = batch if batch.places is None else _rows_of(backend, parts[0], batch, norm_of_rows, options)
         out, norm, saved = backend.mlp_forward(rows, weights, options)
         return out, norm, x.new_empty(0, hidden) if saved is None else saved
     saved = x.new_empty(total if options.save == "hidden" else 0, hidden)
@@ -188,7 +188,7 @@ def _rows_of(
     backend: KernelBackend, chunk: Chunk, batch: MLPRows, norm: RowNorm | None, options: MLPOptions
 ) -> MLPRows:
     residual, hidden = (None if t is None else chunk.rows(t) for t in (batch.residual, batch.hidden))
-    factors = None if batch.drop_path_scale is None else chunk.of_images(batch.drop_path_scale)
+    factors = None if batch.drop_path_scale is None else batch.drop_path_scale[chunk.n0 : chunk.n1]
     x, places = batch.x, batch.places
     if places is None:
         x = chunk.rows(x)

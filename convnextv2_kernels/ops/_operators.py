@@ -106,7 +106,7 @@ def _gathered_mlp_forward_fake(a: GatheredMLPForwardArgs):
 
 
 def _gathered_mlp_backward_fake(a: GatheredMLPBackwardArgs):
-    norm = (a.x.new_empty(0),) * 2 if a.layer_norm is None else tuple(_like(t) for t in a.layer_norm)
+    norm = tuple(_like(t) for t in a.layer_norm or (a.x.new_empty(0), a.x.new_empty(0)))
     db2 = a.w2.new_empty(a.w2.shape[0], dtype=statistics_dtype(a.dtype))
     return _like(a.x), *norm, *(_like(t) for t in (a.w1, a.b1, a.gamma, a.beta, a.w2)), db2
 
