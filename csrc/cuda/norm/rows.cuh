@@ -23,16 +23,16 @@ template <class T, int N, bool kSums = false>
 constexpr int kHeldChannels = 32 * N * kHeldVectors<T, N, kSums>;
 
 // Where row `row` lies on both sides: `input` in what is normalised (x, dx), `output` in what is written from it (y,
-// grad, z). The statistics lie as the rows are counted.
+// grad, z). The statistics lie as the rows are counted. Lanes past the last row ask too, with `exists` false.
 struct SameRow {
-  __device__ __forceinline__ int64_t input(int64_t row) const { return row; }
+  __device__ __forceinline__ int64_t input(int64_t row, bool) const { return row; }
   __device__ __forceinline__ int64_t output(int64_t row) const { return row; }
 };
 
 // Pixels of maps [h, w] by 2x2 blocks: [h/2, w/2, 2, 2]. h is even, so lines pair up across maps too.
 struct BlockedRow {
   int64_t width;
-  __device__ __forceinline__ int64_t input(int64_t row) const { return row; }
+  __device__ __forceinline__ int64_t input(int64_t row, bool) const { return row; }
   __device__ __forceinline__ int64_t output(int64_t row) const {
     int64_t line;
     if (row >> 32 == 0 && width >> 32 == 0)
@@ -48,7 +48,8 @@ struct BlockedRow {
 struct GatheredRow {
   const int32_t* patch_of_slot;
   uint32_t grid_w, side;
-  __device__ __forceinline__ int64_t input(int64_t row) const {
+  __device__ __forceinline__ int64_t input(int64_t row, bool exists) const {
+    if (!exists) return 0;
     const uint32_t area = side * side;
     int64_t slot;
     if (row >> 32 == 0)
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 4 : 1)
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int64_t row = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / lanes;
   const int64_t held = row < p.rows ? p.channels : 0;  // lanes past the rows hold nothing, but take part in sums
-  const T* x = p.x + (held ? map.input(row) : 0) * p.channels;
+  const T* x = p.x + map.input(row, held) * p.channels;
   Packed<T, N> loaded[kVectors];
 #pragma unroll
   for (int m = 0; m < kVectors; ++m) {
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_forward_wide_kernel(NormF
   using A = Acc<T>;
   __shared__ A shared[32];
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = kRowThreads * N;
-  const T* x = p.x + map.input(row) * p.channels;
+  const T* x = p.x + map.input(row, true) * p.channels;
   T* y = p.y + map.output(row) * p.channels;
   A sum = 0, square = 0, v[N];
 #pragma unroll 4

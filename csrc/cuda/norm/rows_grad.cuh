@@ -45,7 +45,6 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     const int64_t row = (blockIdx.x * steps + step) * groups + group;
     const int64_t held = row < p.rows ? p.channels : 0;
     const int64_t source = held ? map.output(row) * p.channels : 0;
-    T* dx = p.dx + (held ? map.input(row) * p.channels : 0);
     Packed<T, N> loaded_grad[kVectors], loaded_x[kVectors];
 #pragma unroll
     for (int m = 0; m < kVectors; ++m) {
@@ -83,6 +82,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     }
     sum = group_sum(sum, lanes) / static_cast<A>(p.channels);
     dot = group_sum(dot, lanes) / static_cast<A>(p.channels);
+    T* dx = p.dx + map.input(row, held) * p.channels;
 #pragma unroll
     for (int m = 0; m < kVectors; ++m) {
       const int c = (lane + m * lanes) * N;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward_wide_kernel(Norm
   __shared__ A shared[32];
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = kRowThreads * N;
   const T *grad = p.grad + map.output(row) * p.channels, *x = p.x + map.output(row) * p.channels;
-  T* dx = p.dx + map.input(row) * p.channels;
+  T* dx = p.dx + map.input(row, true) * p.channels;
   const A rstd = p.rstd[row], mean = p.mean ? p.mean[row] : A(0), spread = p.mean ? rstd : A(1);
   A sum = 0, dot = 0, g[N], z[N];
 #pragma unroll 2
