@@ -29,7 +29,18 @@ from triton.compiler import ASTSource
 from convnextv2_kernels import schedule
 from convnextv2_kernels.backends.triton import TritonBackend, gemm_backward, gemm_tiles, plans, tune
 from convnextv2_kernels.backends.triton.launch import FUNCTIONS, Launch, recorded_launches
-from convnextv2_kernels.params import MLPGradRows, MLPOptions, MLPParams, MLPRows, NormParams, Segments
+from convnextv2_kernels.params import (
+    GatheredMLPBackwardArgs,
+    GatheredMLPForwardArgs,
+    MLPGradRows,
+    MLPOptions,
+    MLPParams,
+    MLPRows,
+    NormParams,
+    Places,
+    RowNorm,
+    Segments,
+)
 
 from . import RESULTS, ROOT
 
@@ -94,6 +105,19 @@ def mlp(
     schedule.mlp_backward(k, out, MLPRows(z, None, None, segments, dtype), params, saved, options)
 
 
+def gathered(kept: int, side: int, width: int, dtype: torch.dtype, norm: bool) -> None:
+    """Forward and backward of a stage's MLP on the visible patches of 64 maps, of a grid of 7x7."""
+    hidden, stat = 4 * width, F64 if dtype == F64 else F32
+    x, slots = meta(64, 7 * side, 7 * side, width, dtype=dtype), meta(64 * kept, dtype=torch.int32)
+    layer_norm = (meta(width, dtype=stat), meta(width, dtype=stat)) if norm else (None, None)
+    mlp = meta(hidden, width), meta(hidden), meta(hidden), meta(hidden), meta(width, hidden)
+    settings = 7, 7, False, "gelu", 1e-6, 1e-6, dtype, "triton"
+    forward = GatheredMLPForwardArgs(x, *mlp, meta(width), *layer_norm, None, meta(64), slots, None, *settings)
+    out, norms = schedule.run_gathered_mlp_forward(k, forward)
+    backward = GatheredMLPBackwardArgs(out, x, *mlp, *layer_norm, meta(64), slots, None, norms, *settings)
+    schedule.run_gathered_mlp_backward(k, backward)
+
+
 def tuned(images: int, rows: int, width: int, dtype: torch.dtype) -> None:
     """Products that few plans take, in the smallest tiles that ``tune`` tries, and what reduces them."""
     total, hidden = images * rows, 4 * width
@@ -141,6 +165,10 @@ def rows(width: int, dtype: torch.dtype) -> None:
     packed = k.gather_patches(meta(64, 56, 56, width, dtype=dtype), slots, (7, 7))
     k.scatter_patches(packed, meta(64, 49, dtype=torch.int32), (7, 7), meta(width, dtype=dtype))
     k.patch_pixels(meta(64, 3, 224, 224, dtype=dtype), slots, (7, 7))
+    places, dense = Places(slots, (7, 7), 8), meta(64, 56, 56, width, dtype=dtype)
+    z, rstd = k.gather_normalize(dense, places, RowNorm(gain, gain, 1e-6))
+    k.normalized_backward_put(z, z, rstd, None, places, dense)
+    k.put_patches(z, places, dense)
 
 
 def everything() -> None:
@@ -157,6 +185,9 @@ def everything() -> None:
     tuned(64, 1216, 96, BF16)
     for side, width in ((8, 96), (4, 192), (2, 384), (1, 768)):
         spatial(side, width, BF16)
+    for side, width in ((8, 96), (1, 768)):
+        gathered(19, side, width, BF16, norm=True)
+        gathered(19, side, width, BF16, norm=False)
     spatial(56, 96, BF16, packed=False)
     rows(96, BF16)
     wide, gain = meta(64, 9000, dtype=BF16), meta(9000)
@@ -169,6 +200,7 @@ def other_dtypes() -> None:
         mlp(64, 304, 96, dtype)
         spatial(8, 96, dtype)
         rows(96, dtype)
+        gathered(19, 8, 96, dtype, norm=dtype != F32)
     spatial(8, 96, BF16, kernel=11)
     mlp(1, 1, 1, BF16)
     spatial(1, 1, F32, packed=False)

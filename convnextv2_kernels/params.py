@@ -49,6 +49,33 @@ class Segments(NamedTuple):
 WHOLE_BATCH = Segments(None, 1, 1)
 
 
+class Places(NamedTuple):
+    """Where packed rows lie in a dense map ``[N, Gh * side, Gw * side, C]``: the patch of each of their slots,
+    ``patch_of_slot [P]`` int32, each patch at most once, in the grid ``(Gh, Gw)``."""
+
+    patch_of_slot: Tensor
+    grid: tuple[int, int]
+    side: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.patch_of_slot.shape[0] * self.side**2
+
+    def of_rows(self, first: int, last: int) -> Places:
+        """The places of the rows ``first:last``, whole patches: a view of the table."""
+        area = self.side**2
+        return self._replace(patch_of_slot=self.patch_of_slot[first // area : last // area])
+
+
+class RowNorm(NamedTuple):
+    """LayerNorm of rows as they are read: its affine part ``[C]``, statistics, or None, and its eps."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
 class ConvParams(NamedTuple):
     """``weight [C, 1, K, K]``, ``bias [C]``."""
 
@@ -97,7 +124,8 @@ class MLPRows(NamedTuple):
     """Rows of whole images, of a batch or of a chunk, that an MLP is applied to.
 
     ``x [M, C]`` of dtype T; ``residual [M, O]``, ``drop_path_scale [N]`` or None; ``out_dtype`` of the result;
-    ``hidden [M, H]``: where the first GEMM's output is to be saved, None for a tensor of its own."""
+    ``hidden [M, H]``: where the first GEMM's output is to be saved, None for a tensor of its own. With ``places`` x is
+    a dense map, of any floating-point dtype, and the rows are those that lie there."""
 
     x: Tensor
     residual: Tensor | None
@@ -105,6 +133,12 @@ class MLPRows(NamedTuple):
     images: Segments
     out_dtype: torch.dtype
     hidden: Tensor | None = None
+    places: Places | None = None
+
+    @property
+    def total(self) -> int:
+        """M."""
+        return self.x.shape[0] if self.places is None else self.places.rows
 
 
 class MLPResult(NamedTuple):
@@ -121,7 +155,8 @@ class MLPGradRows(NamedTuple):
 
     ``a [M, H]``: the first GEMM's output, to be preserved if ``preserve_a``. ``d [M, O]``: the gradient of the MLP's
     result, ``d_sum [O]`` its column sums. ``norm [segments, H]``: of GRN. With LayerNorm in front: its normalised rows
-    ``z [M, C]``, ``rstd [M]``, and ``ln_weight [C]``, None where it is folded into w1."""
+    ``z [M, C]``, ``rstd [M]``, and ``ln_weight [C]``, None where it is folded into w1. With ``places`` the gradient is
+    written there in ``dx``, a dense map of any floating-point dtype, in which z is too."""
 
     a: Tensor
     d: Tensor
@@ -132,14 +167,17 @@ class MLPGradRows(NamedTuple):
     ln_weight: Tensor | None
     images: Segments
     preserve_a: bool
+    places: Places | None = None
+    dx: Tensor | None = None
 
 
 class MLPGradResult(NamedTuple):
-    """Gradients of a chunk: ``da [M, H]``; ``dx [M, C]`` of the MLP's input, or with z of what was normalised;
-    statistics ``db1``, ``dgamma [H]``, ``dw2 [O, H]``, and ``dln_weight``, ``dln_bias [C]`` or None."""
+    """Gradients of a chunk: ``da [M, H]``; ``dx [M, C]`` of the MLP's input, or with z of what was normalised, None
+    where it was written to its places; statistics ``db1``, ``dgamma [H]``, ``dw2 [O, H]``, and ``dln_weight``,
+    ``dln_bias [C]`` or None."""
 
     da: Tensor
-    dx: Tensor
+    dx: Tensor | None
     db1: Tensor
     dgamma: Tensor
     dw2: Tensor
@@ -147,9 +185,9 @@ class MLPGradResult(NamedTuple):
     dln_bias: Tensor | None = None
 
 
-# The arguments of the composite operators ``torch.ops.convnextv2_kernels.{mlp,block}_{forward,backward}``. The order of
-# the fields is the order of the schema, which is made from them. ``factors`` is drop path's, ``neighbours`` and ``eps``
-# are of the convolution and of LayerNorm. Backward ignores ``save``: the saved tensors tell.
+# The arguments of the composite operators ``torch.ops.convnextv2_kernels.{mlp,gathered_mlp,block}_{forward,backward}``.
+# The order of the fields is the order of the schema, which is made from them. ``factors`` is drop path's,
+# ``neighbours`` and ``eps`` are of the convolution and of LayerNorm. Backward ignores ``save``: the saved tensors tell.
 
 
 class MLPForwardArgs(NamedTuple):
@@ -213,6 +251,94 @@ class MLPBackwardArgs(NamedTuple):
     @property
     def options(self) -> MLPOptions:
         return MLPOptions(self.act, self.grn_eps, self.batch_scope, self.save, self.dtype)
+
+    @property
+    def mlp(self) -> MLPParams:
+        return MLPParams(self.w1, self.b1, self.gamma, self.beta, self.w2, None)
+
+
+class GatheredMLPForwardArgs(NamedTuple):
+    x: Tensor
+    w1: Tensor
+    b1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    w2: Tensor
+    b2: Tensor
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+    residual: Tensor | None
+    factors: Tensor | None
+    patch_of_slot: Tensor
+    offsets: Tensor | None
+    grid_h: int
+    grid_w: int
+    batch_scope: bool
+    act: str
+    grn_eps: float
+    eps: float
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.places.side**2, self.x.shape[0])
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, "inputs", self.dtype)
+
+    @property
+    def places(self) -> Places:
+        return Places(self.patch_of_slot, (self.grid_h, self.grid_w), self.x.shape[1] // self.grid_h)
+
+    @property
+    def layer_norm(self) -> NormParams | None:
+        return None if self.ln_weight is None or self.ln_bias is None else NormParams(self.ln_weight, self.ln_bias)
+
+    @property
+    def mlp(self) -> MLPParams:
+        return MLPParams(self.w1, self.b1, self.gamma, self.beta, self.w2, self.b2)
+
+
+class GatheredMLPBackwardArgs(NamedTuple):
+    dout: Tensor
+    x: Tensor
+    w1: Tensor
+    b1: Tensor
+    gamma: Tensor
+    beta: Tensor
+    w2: Tensor
+    ln_weight: Tensor | None
+    ln_bias: Tensor | None
+    factors: Tensor | None
+    patch_of_slot: Tensor
+    offsets: Tensor | None
+    norms: Tensor
+    grid_h: int
+    grid_w: int
+    batch_scope: bool
+    act: str
+    grn_eps: float
+    eps: float
+    dtype: torch.dtype
+    backend: str
+
+    @property
+    def segments(self) -> Segments:
+        return Segments(self.offsets, self.places.side**2, self.x.shape[0])
+
+    @property
+    def options(self) -> MLPOptions:
+        return MLPOptions(self.act, self.grn_eps, self.batch_scope, "inputs", self.dtype)
+
+    @property
+    def places(self) -> Places:
+        return Places(self.patch_of_slot, (self.grid_h, self.grid_w), self.x.shape[1] // self.grid_h)
+
+    @property
+    def layer_norm(self) -> NormParams | None:
+        return None if self.ln_weight is None or self.ln_bias is None else NormParams(self.ln_weight, self.ln_bias)
 
     @property
     def mlp(self) -> MLPParams:

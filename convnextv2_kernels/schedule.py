@@ -23,6 +23,8 @@ from .params import (
     BlockBackwardArgs,
     BlockForwardArgs,
     ConvParams,
+    GatheredMLPBackwardArgs,
+    GatheredMLPForwardArgs,
     MLPBackwardArgs,
     MLPForwardArgs,
     MLPGradRows,
@@ -30,6 +32,8 @@ from .params import (
     MLPParams,
     MLPRows,
     NormParams,
+    Places,
+    RowNorm,
     Segments,
 )
 from .settings import SAVE_POLICIES, current
@@ -109,11 +113,12 @@ def chunks(images: Segments, rows: int, hidden: int, itemsize: int, budget: int)
     return found
 
 
-def _chunks(rows: Tensor, hidden: int, images: Segments, options: MLPOptions) -> list[Chunk]:
+def _chunks(batch: MLPRows, hidden: int, options: MLPOptions) -> list[Chunk]:
     """The chunks of a call: one where GRN sees the whole batch."""
+    images, rows = batch.images, batch.total
     if options.batch_scope:
-        return [Chunk(0, images.count, 0, rows.shape[0], images)]
-    return chunks(images, rows.shape[0], hidden, rows.element_size(), chunk_bytes(rows.device.type))
+        return [Chunk(0, images.count, 0, rows, images)]
+    return chunks(images, rows, hidden, options.dtype.itemsize, chunk_bytes(batch.x.device.type))
 
 
 class _Rows:
@@ -132,14 +137,25 @@ class _Rows:
         self.value[first:last] = part
 
 
+def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor beside ``x`` of the dtype of GEMM operands, for that alone."""
+    return x if x.dtype is dtype else x.new_empty(1, dtype=dtype)
+
+
 def mlp_forward(
-    backend: KernelBackend, batch: MLPRows, params: MLPParams, layer_norm: NormParams | None, options: MLPOptions
+    backend: KernelBackend,
+    batch: MLPRows,
+    params: MLPParams,
+    layer_norm: NormParams | None,
+    options: MLPOptions,
+    norm_of_rows: RowNorm | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out [M, O]``, GRN's ``norm [segments, H]``, and ``a [M, H]``, empty unless the policy saves it.
 
-    With ``layer_norm``, for a backend that folds it, the rows are LN's normalised rows z."""
-    x, images = batch.x, batch.images
-    total, hidden = x.shape[0], params.w1.shape[0]
+    With ``layer_norm``, for a backend that folds it, the rows are LN's normalised rows z. Rows at places of a map are
+    normalised as they are read, a chunk at a time, with ``norm_of_rows``."""
+    x, images = _operand(batch.x, options.dtype), batch.images
+    total, hidden = batch.total, params.w1.shape[0]
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, params.b2)
     weights = backend.prepare_mlp(params, layer_norm, x)
@@ -147,15 +163,18 @@ def mlp_forward(
     if factors is not None:
         batch = batch._replace(drop_path_scale=factors.reshape(-1).contiguous())  # perhaps a column of a table
     segments = 1 if options.batch_scope else images.count
-    parts = _chunks(x, hidden, images, options)
+    parts = _chunks(batch, hidden, options)
     if len(parts) == 1:
-        out, norm, saved = backend.mlp_forward(batch, weights, options)
+        rows = batch if batch.places is None else _rows_of(backend, parts[0], batch, norm_of_rows, options)
+        out, norm, saved = backend.mlp_forward(rows, weights, options)
         return out, norm, x.new_empty(0, hidden) if saved is None else saved
     saved = x.new_empty(total if options.save == "hidden" else 0, hidden)
     batch = batch._replace(hidden=saved if options.save == "hidden" else None)
     outs, norms = _Rows(total), _Rows(segments)
     for part in parts:
-        result = backend.mlp_forward(_rows_of(part, batch), weights, options)
+        rows = _rows_of(backend, part, batch, norm_of_rows, options)
+        result = backend.mlp_forward(rows, weights, options)
+        del rows  # before the next chunk's are made
         outs.put(part.r0, part.r1, result.out)
         norms.put(part.n0, part.n1, result.norm)
     if outs.value is None or norms.value is None:  # no image at all
@@ -165,11 +184,19 @@ def mlp_forward(
     return outs.value, norms.value, saved
 
 
-def _rows_of(chunk: Chunk, batch: MLPRows) -> MLPRows:
-    x, residual, hidden = (None if t is None else chunk.rows(t) for t in (batch.x, batch.residual, batch.hidden))
+def _rows_of(
+    backend: KernelBackend, chunk: Chunk, batch: MLPRows, norm: RowNorm | None, options: MLPOptions
+) -> MLPRows:
+    residual, hidden = (None if t is None else chunk.rows(t) for t in (batch.residual, batch.hidden))
     factors = None if batch.drop_path_scale is None else batch.drop_path_scale[chunk.n0 : chunk.n1]
-    assert x is not None
-    return MLPRows(x, residual, factors, chunk.images, batch.out_dtype, hidden)
+    x, places = batch.x, batch.places
+    if places is None:
+        x = chunk.rows(x)
+    else:
+        places = places.of_rows(chunk.r0, chunk.r1)
+        if norm is not None:
+            x, places = cast(_flat(backend.gather_normalize(x, places, norm)[0]), options.dtype), None
+    return MLPRows(x, residual, factors, chunk.images, batch.out_dtype, hidden, places)
 
 
 class MLPGradients(NamedTuple):
@@ -188,12 +215,13 @@ class MLPGradients(NamedTuple):
 
 class Saved(NamedTuple):
     """What backward finds: GRN's ``norms [segments, H]``, ``hidden [M, H]`` or an empty tensor; with LayerNorm in front
-    its parameters and ``rstd [M]``."""
+    its parameters, and ``rstd [M]``, or ``eps`` where rows are gathered, and normalised, again."""
 
     norms: Tensor
     hidden: Tensor
     layer_norm: NormParams | None = None
     rstd: Tensor | None = None
+    eps: float = 0.0
 
 
 def mlp_backward(
@@ -202,18 +230,20 @@ def mlp_backward(
     """Gradients for ``dout [M, O]``.
 
     Without LayerNorm the rows of ``batch`` are the MLP's input. With it they are normalised rows z, and the gradient is
-    that of what was normalised (the convolution's output).
+    that of what was normalised (the convolution's output). Rows at places of a map are gathered again, with LayerNorm
+    normalised; the gradient is then that of the map, zero elsewhere.
     """
-    x, layer_norm = batch.x, saved.layer_norm
+    x, layer_norm, width = _operand(batch.x, options.dtype), saved.layer_norm, params.w1.shape[1]
     stat = statistics_dtype(x.dtype)
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     fold = layer_norm is not None and backend.folds_layer_norm
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, None)
     weights = backend.prepare_mlp(params, layer_norm if fold else None, x)
     ln_weight = None if layer_norm is None or fold else as_statistics(layer_norm.weight, like=x)[0]
-    dxs, sums = _Rows(x.shape[0]), None
-    for part in _chunks(x, params.w1.shape[0], batch.images, options):
-        rows = part.rows(x)
+    dxs, sums = _Rows(batch.total), None
+    dx_map = None if batch.places is None else torch.zeros_like(batch.x, memory_format=torch.contiguous_format)
+    for part in _chunks(batch, params.w1.shape[0], options):
+        rows, z, rstd, places = _backward_rows(backend, part, batch, saved, options)
         y = rows if layer_norm is None or fold else layer_norm.apply(rows)
         preserve_a = saved.hidden.shape[0] > 0
         a = part.rows(saved.hidden) if preserve_a else backend.linear(y, weights.w1, weights.b1)
@@ -222,27 +252,45 @@ def mlp_backward(
             factors = batch.drop_path_scale.reshape(-1)[part.n0 : part.n1]
             d = scale_images_(d.clone(), factors, part.images)
         d_sum = backend.column_sum(d)
-        z, rstd = (None, None) if saved.rstd is None else (rows, part.rows(saved.rstd))
         norm = part.of_images(saved.norms)
         grads = backend.mlp_backward(
-            MLPGradRows(a, d, d_sum, norm, z, rstd, ln_weight, part.images, preserve_a), weights, options
+            MLPGradRows(a, d, d_sum, norm, z, rstd, ln_weight, part.images, preserve_a, places, dx_map),
+            weights,
+            options,
         )
-        dxs.put(part.r0, part.r1, grads.dx)
+        if grads.dx is not None:
+            dxs.put(part.r0, part.r1, grads.dx)
         weight_grad = backend.linear_weight_grad(grads.da, y)
         found = [weight_grad, grads.db1, grads.dgamma, grads.dw2, d_sum, grads.dln_weight, grads.dln_bias]
         sums = found if sums is None else [_added(total, term) for total, term in zip(sums, found, strict=True)]
-    if sums is None or dxs.value is None:  # no image at all
-        sums = _zeros(params, x.shape[1], stat)
-        dxs.put(0, 0, torch.empty_like(x))
+    if sums is None:  # no image at all
+        sums = _zeros(params, width, stat)
+        dxs.put(0, 0, x.new_empty(0, width))
     dw1, db1, dgamma, dw2, db2, dln_weight, dln_bias = sums
     assert dw1 is not None and db1 is not None and dgamma is not None and dw2 is not None and db2 is not None
     if fold:
         assert layer_norm is not None
         dw1, dln_weight, dln_bias = backend.unfold_layer_norm(params.w1, layer_norm, dw1, db1)
-    assert dxs.value is not None
+    dx = dxs.value if dx_map is None else dx_map
+    assert dx is not None
     # beta is added to every row before W2, so its gradient follows from db2 alone
     dbeta = db2 @ cast(params.w2, stat)
-    return MLPGradients(dxs.value, dw1, db1, dgamma, dbeta, dw2, db2, dln_weight, dln_bias)
+    return MLPGradients(dx, dw1, db1, dgamma, dbeta, dw2, db2, dln_weight, dln_bias)
+
+
+def _backward_rows(
+    backend: KernelBackend, chunk: Chunk, batch: MLPRows, saved: Saved, options: MLPOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None, Places | None]:
+    """The rows ``[M, C]`` of a chunk as operands of its GEMMs, with LayerNorm z and rstd, and the rows' places."""
+    if batch.places is None:
+        rows = chunk.rows(batch.x)
+        return (rows, None, None, None) if saved.rstd is None else (rows, rows, chunk.rows(saved.rstd), None)
+    places = batch.places.of_rows(chunk.r0, chunk.r1)
+    if saved.layer_norm is None:
+        return backend.gathered_rows(batch.x, places, options.dtype), None, None, places
+    z, rstd = backend.gather_normalize(batch.x, places, RowNorm(None, None, saved.eps))
+    z = _flat(z)
+    return cast(z, options.dtype), z, rstd.view(-1), places
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
@@ -281,6 +329,33 @@ def run_mlp_backward(backend: KernelBackend, a: MLPBackwardArgs) -> tuple[Tensor
     batch = MLPRows(cast(_flat(a.x), a.dtype), None, a.factors, a.segments, a.x.dtype)
     grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, Saved(a.norms, a.hidden), a.options)
     return cast(grads.x, a.x.dtype).view(a.x.shape), *_mlp_grads(grads, a.mlp)
+
+
+def run_gathered_mlp_forward(backend: KernelBackend, a: GatheredMLPForwardArgs) -> tuple[Tensor, Tensor]:
+    """``(out, norms)`` of the operator ``gathered_mlp_forward``."""
+    residual = None if a.residual is None else _flat(a.residual)
+    batch = MLPRows(a.x, residual, a.factors, a.segments, a.x.dtype, places=a.places)
+    layer_norm, norm = a.layer_norm, None
+    if layer_norm is not None:
+        weight, bias = (None, None) if backend.folds_layer_norm else as_statistics(*layer_norm, like=a.x)
+        norm = RowNorm(weight, bias, a.eps)
+    folded = layer_norm if backend.folds_layer_norm else None
+    out, norms, _ = mlp_forward(backend, batch, a.mlp, folded, a.options, norm)
+    side = a.places.side
+    return _reshaped(out, (a.patch_of_slot.shape[0], side, side, a.w2.shape[0])), norms
+
+
+def run_gathered_mlp_backward(backend: KernelBackend, a: GatheredMLPBackwardArgs) -> tuple[Tensor, ...]:
+    """``(dx, dln_weight, dln_bias, dw1, db1, dgamma, dbeta, dw2, db2)``, db2 a statistic, the others of their
+    parameters' dtypes; without LayerNorm its gradients are empty."""
+    batch = MLPRows(a.x, None, a.factors, a.segments, a.x.dtype, places=a.places)
+    saved = Saved(a.norms, a.x.new_empty(0, a.w1.shape[0], dtype=a.dtype), a.layer_norm, eps=a.eps)
+    grads = mlp_backward(backend, _flat(a.dout), batch, a.mlp, saved, a.options)
+    norm_grads = a.x.new_empty(0), a.x.new_empty(0)
+    if a.layer_norm is not None:
+        assert grads.ln_weight is not None and grads.ln_bias is not None
+        norm_grads = cast(grads.ln_weight, a.layer_norm.weight.dtype), cast(grads.ln_bias, a.layer_norm.bias.dtype)
+    return grads.x, *norm_grads, *_mlp_grads(grads, a.mlp)
 
 
 def _mlp_grads(grads: MLPGradients, params: MLPParams) -> tuple[Tensor, ...]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from conformance.backends import BF16, F32, F64, parametrize_backends, parametrize_backends_and_dtypes
+from conformance.backends import (
+    BF16,
+    F32,
+    F64,
+    needs_cpu_kernels,
+    parametrize_backends,
+    parametrize_backends_and_dtypes,
+)
 from conformance.layouts import make_layout
 from conformance.samples import cotangent_of, make_sample
 from conformance.tolerance import check
@@ -12,9 +21,10 @@ from helpers.plain_backend import PlainBackend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 import convnextv2_kernels as ck
-from convnextv2_kernels import schedule
+from convnextv2_kernels import PatchLayout, schedule
 from convnextv2_kernels.params import MLPBackwardArgs, MLPForwardArgs, MLPOptions, MLPParams, MLPRows, Segments
 from convnextv2_kernels.settings import current, override
 
@@ -178,6 +188,60 @@ def test_the_schedule_on_plain_formulas_equals_autograd(at, residual, scope, mon
     assert_close(got, {name: expected[name] for name in got}, factor=64)
 
 
+GATHERED_PLACES = [at for at in PLACES if at[1] is not None]
+
+
+@pytest.mark.parametrize(("ln", "scope"), [(True, "image"), (False, "image"), (True, "batch")])
+@pytest.mark.parametrize("at", GATHERED_PLACES, ids=lambda at: at[0])
+@parametrize_backends_and_dtypes((F64, F32, BF16))
+def test_chunks_of_gathered_rows_give_the_same_results(backend, dtype, at, ln, scope, monkeypatch):
+    skip_some(backend, "convnextv2_block" if ln else "pointwise_mlp", dtype)
+    sample = make_sample("gathered_pointwise_mlp", at=at, c=6, hidden=HIDDEN, out_c=6, scope=scope, ln=ln)
+    sample = sample.rounded(dtype).cast(dtype, backend.device)
+    cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
+    monkeypatch.setattr(current, "chunk_bytes", 1)
+    chunked = sample.run(backend.name, cotangent)
+    monkeypatch.setattr(current, "chunk_bytes", 1 << 30)
+    assert_close(chunked, sample.run(backend.name, cotangent), factor=16)
+
+
+@pytest.mark.parametrize("ln", (True, False))
+@pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 2), ("empty_image", 2)], ids=lambda at: at[0])
+@parametrize_backends_and_dtypes((F64, F32))
+def test_one_node_equals_its_parts(backend, dtype, at, ln):
+    """Gather, LayerNorm and the MLP one after the other: the same formulas, with one rounding more between them."""
+    skip_some(backend, "convnextv2_block" if ln else "pointwise_mlp", dtype)
+    sample = make_sample("gathered_pointwise_mlp", at=at, c=6, hidden=HIDDEN, out_c=6, ln=ln)
+    sample = sample.cast(dtype, backend.device)
+    cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device)
+    got = sample.run(backend.name, cotangent)
+    t, layout = dict(sample.tensors), sample.constants["layout"]
+    with ck.use_backend(backend.name):
+        rows = ck.ops.gather_patches(t.pop("x"), layout)
+        weight, bias = t.pop("ln_weight"), t.pop("ln_bias")
+        rows = rows if weight is None else ck.ops.layer_norm(rows, weight, bias)
+        out = ck.ops.pointwise_mlp(rows, **t, **sample.constants)
+    leaves = {name: leaf for name, leaf in sample.tensors.items() if leaf is not None}
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
+    assert_close(got, {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}, factor=64)
+
+
+@parametrize_backends()
+def test_not_a_number_stays_in_its_image(backend, monkeypatch):
+    monkeypatch.setattr(current, "chunk_bytes", 1)
+    sample = make_sample("gathered_pointwise_mlp", at=("uniform", 2), c=6).cast(F32, backend.device)
+    layout = sample.constants["layout"]
+    cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device)
+    clean = sample.run(backend.name, cotangent)
+    with torch.no_grad():
+        sample.tensors["x"][1] = float("nan")
+    dirty = sample.run(backend.name, cotangent)
+    others = layout.image_of_slot != 1
+    assert torch.equal(dirty["out"][others], clean["out"][others]), "another image changed"
+    assert torch.equal(dirty["x"][::2], clean["x"][::2]) and torch.equal(dirty["residual"], clean["residual"])
+    assert dirty["out"][~others].isnan().all(), "it disappeared"
+
+
 # -- what is kept for backward
 
 
@@ -244,6 +308,7 @@ def test_a_call_may_ask_for_a_policy(backend, policy, monkeypatch):
         ("patch_embed_layer_norm", lambda rows, images, c: []),
         ("gather_patches", lambda rows, images, c: []),
         ("scatter_patches", lambda rows, images, c: []),
+        ("gathered_pointwise_mlp", lambda rows, images, c: [images * HIDDEN]),
         ("layer_norm", lambda rows, images, c: [rows, rows]),
         ("global_response_norm", lambda rows, images, c: [images * c]),
         ("gelu_grn", lambda rows, images, c: [images * c]),
@@ -252,9 +317,43 @@ def test_a_call_may_ask_for_a_policy(backend, policy, monkeypatch):
 )
 @parametrize_backends()
 def test_other_ops_keep_their_input_and_statistics(backend, op, expected):
-    sample = make_sample(op, at=("ragged", 4), c=6).cast(F32, backend.device)
+    gathered = {"hidden": HIDDEN, "drop": False} if op == "gathered_pointwise_mlp" else {}
+    sample = make_sample(op, at=("ragged", 4), c=6, **gathered).cast(F32, backend.device)
     layout = make_layout("ragged")
     assert saved(sample, backend.name) == sorted(expected(layout.num_patches * 16, layout.num_images, 6))
+
+
+def peak_bytes(run) -> int:
+    """The most that was allocated at a time, on a CPU."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(steps))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("ln", (True, False))
+def test_gathered_rows_exist_for_a_chunk_only(ln, monkeypatch):
+    """Beyond the result, GRN's norms and the gradient of the map, no memory grows with the batch."""
+    monkeypatch.setattr(current, "chunk_bytes", 1)
+    c, hidden, draw = 16, 64, torch.randn
+    shapes = {"w1": (hidden, c), "b1": (hidden,), "gamma": (hidden,), "beta": (hidden,), "w2": (c, hidden), "b2": (c,)}
+    shapes |= {"ln_weight": (c,), "ln_bias": (c,)} if ln else {}
+    params = {name: draw(shape, requires_grad=True) for name, shape in shapes.items()}
+
+    def beyond(images: int) -> tuple[int, int]:
+        layout = PatchLayout.from_kept(torch.arange(24).repeat(images, 1), (7, 7))
+        x, out = draw(images, 28, 28, c, requires_grad=True), []
+        forward = peak_bytes(lambda: out.append(ck.ops.gathered_pointwise_mlp(x, **params, layout=layout)))
+        cotangent = draw(out[0].shape)
+        backward = peak_bytes(lambda: out[0].backward(cotangent))
+        return forward - 4 * (out[0].numel() + images * hidden), backward - 4 * x.numel()
+
+    with ck.use_backend("cpu"):
+        few, many = beyond(4), beyond(12)
+    # eight more images: a packed copy of their rows would be 196608 bytes
+    assert all(abs(a - b) <= 4096 for a, b in zip(few, many, strict=True)), (few, many)
 
 
 def test_a_new_policy_or_chunk_size_applies_at_once():

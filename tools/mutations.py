@@ -209,6 +209,18 @@ MUTATIONS = (
         "",
     ),
     Mutation(
+        "cpu gathered rows: columns of a patch by its rows",
+        "csrc/cpu/gather.inl",
+        "f((slot * p.side + y) * p.side + x, first + y * line + x)",
+        "f((slot * p.side + x) * p.side + y, first + y * line + x)",
+    ),
+    Mutation(
+        "cuda gathered rows: every patch in the first column of the grid",
+        CUDA,
+        "* grid_w + (patch - map_row * grid_w)) * side + x",
+        "* grid_w) * side + x",
+    ),
+    Mutation(
         "python trusted layout: its tables are not compared",
         "convnextv2_kernels/layout.py",
         "if _can_be_read(slot_of_patch): _check_contents(grid, slot_of_patch,",
@@ -225,6 +237,12 @@ MUTATIONS = (
         "convnextv2_kernels/layout.py",
         "window = (step[:, None] * padded_w + step[None, :]).reshape(-1)",
         "window = (step[None, :] * padded_w + step[:, None]).reshape(-1)",
+    ),
+    Mutation(
+        "python gathered chunk: the rows of the first one for all",
+        "convnextv2_kernels/schedule.py",
+        "places = places.of_rows(chunk.r0, chunk.r1)",
+        "places = places.of_rows(0, chunk.r1 - chunk.r0)",
     ),
     Mutation(
         "python residual of the block dropped",

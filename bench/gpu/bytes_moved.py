@@ -54,6 +54,11 @@ def space_to_depth_backward(rows: int, channels: int, itemsize: int) -> int:
     return normalized_backward(rows, channels, itemsize)
 
 
+def gather_normalize(rows: int, channels: int, itemsize: int) -> int:
+    """Reads the visible rows of a map; writes them normalised, and 1/std."""
+    return maps(rows, channels, itemsize, 2) + rows * STATISTIC
+
+
 def grn_forward(rows: int, channels: int, itemsize: int) -> int:
     """Reads x, writes y. The norm is needed before the first output, so x is read twice, the second time at best from
     the cache: the share of copy bandwidth is of a bound that a large map cannot reach."""

@@ -171,6 +171,26 @@ def copy_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
         maps = d.features(sets, shape.slots, s, s, c)
         return [lambda t=t: ops.scatter_patches.default(t, where, grid, grid, None) for t in maps]
 
+    def put(d, sets):
+        where, (out,) = d.layout(n, grid).patch_of_slot, d.features(1, n, grid * s, grid * s, c)
+        return [lambda t=t: ops.put_patches.default(t, where, grid, grid, out) for t in packed(d, sets)]
+
+    def packed(d, sets):
+        return d.features(sets, shape.slots, s, s, c)
+
+    def gather_norm(d, sets):
+        where = d.layout(n, grid).patch_of_slot
+        run = ops.gather_normalize.default
+        return [
+            lambda t=t: run(t, where, grid, grid, None, None, EPS) for t in d.features(sets, n, grid * s, grid * s, c)
+        ]
+
+    def put_norm(d, sets):
+        where, (out,) = d.layout(n, grid).patch_of_slot, d.features(1, n, grid * s, grid * s, c)
+        rstd, run = d.statistics(shape.slots, s, s), ops.normalized_backward_put.default
+        pairs = zip(packed(d, sets), packed(d, sets), strict=True)
+        return [lambda g=g, z=z: run(g, z, rstd, None, where, grid, grid, out) for g, z in pairs]
+
     def pixels(d, sets):
         where = d.layout(n, grid).patch_of_slot
         images = d.features(sets, n, 3, 4 * s * grid, 4 * s * grid)
@@ -193,6 +213,11 @@ def copy_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
     return [
         Case(f"gather {label}", moved.gather(shape.rows, c, itemsize), gather),
         Case(f"scatter {label}", moved.scatter(shape.rows, shape.all_rows, c, itemsize), scatter),
+        Case(f"put {label}", moved.gather(shape.rows, c, itemsize), put),
+        Case(f"gather_normalize {label}", moved.gather_normalize(shape.rows, c, itemsize), gather_norm, ROW_TARGET),
+        Case(
+            f"normalized_backward_put {label}", moved.normalized_backward(shape.rows, c, itemsize), put_norm, ROW_TARGET
+        ),
         Case(f"patch_pixels {label}", moved.patch_pixels(shape.rows, 3, itemsize), pixels),
         Case(f"layout_from_kept {tables}", index + 8 * shape.slots, layout),
         *(

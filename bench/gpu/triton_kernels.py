@@ -45,7 +45,7 @@ class Operators:
     def __init__(self):
         from convnextv2_kernels import backends
         from convnextv2_kernels.backends.triton import norm_grad
-        from convnextv2_kernels.params import MLPOptions, MLPParams, NormParams, Segments
+        from convnextv2_kernels.params import MLPOptions, MLPParams, NormParams, Places, RowNorm, Segments
 
         k = self._backend = backends.get("triton")
 
@@ -70,6 +70,15 @@ class Operators:
                 a, ds, (scale, kappa), hs, da, Segments(*s), act(tanh)
             ),
             "products_weight": k.gemms_weight,
+            "gather_normalize": lambda x, slots, gh, gw, weight, bias, eps: k.gather_normalize(
+                x, Places(slots, (gh, gw), x.shape[1] // gh), RowNorm(weight, bias, eps)
+            ),
+            "normalized_backward_put": lambda dy, z, rstd, weight, slots, gh, gw, dx: k.normalized_backward_put(
+                dy, z, rstd, weight, Places(slots, (gh, gw), dx.shape[1] // gh), dx
+            ),
+            "put_patches": lambda x, slots, gh, gw, out: k.put_patches(
+                x, Places(slots, (gh, gw), out.shape[1] // gh), out
+            ),
             "normalized_backward_input": norm_grad.normalized_backward_input,
             "mlp_parameters": parameters,
             "unfold_layer_norm": lambda w1, weight, bias, db1, dw1: k.unfold_layer_norm(

@@ -123,6 +123,22 @@ def _(x, slot_of_patch, grid_h, grid_w, fill):
     return x.new_empty(slot_of_patch.shape[0], grid_h * x.shape[1], grid_w * x.shape[1], x.shape[-1])
 
 
+@_fake("gather_normalize")
+def _(x, patch_of_slot, grid_h, grid_w, weight, bias, eps):
+    side, slots = x.shape[1] // grid_h, patch_of_slot.shape[0]
+    return x.new_empty(slots, side, side, x.shape[-1]), _stat(x, slots, side, side)
+
+
+@_fake("normalized_backward_put")
+def _(dy, z, rstd, weight, patch_of_slot, grid_h, grid_w, dx):
+    return tuple(_stat(z, 0 if weight is None else z.shape[-1]) for _ in range(2))
+
+
+@_fake("put_patches")
+def _(x, patch_of_slot, grid_h, grid_w, out):
+    return None
+
+
 @_fake("patch_pixels")
 def _(images, patch_of_slot, grid_h, grid_w):
     n, c, h, _w = images.shape

@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dtypes import cast, statistics_dtype
-from ..params import MLPGradResult, MLPGradRows, MLPOptions, MLPParams, MLPResult, MLPRows, NormParams, Segments
+from ..params import (
+    MLPGradResult,
+    MLPGradRows,
+    MLPOptions,
+    MLPParams,
+    MLPResult,
+    MLPRows,
+    NormParams,
+    Places,
+    RowNorm,
+    Segments,
+)
 
 
 class Backend(ABC):
@@ -144,10 +155,34 @@ class KernelBackend(Backend):
         """``[P, s, s, C] -> [N, Gh * s, Gw * s, C]``; hidden sites hold ``fill [C]`` of T, or zero."""
         return self.operators.scatter_patches.default(x, slot_of_patch, *grid, fill)
 
+    # -- rows that are read from their places in a dense map x [N, Gh * s, Gw * s, C], and gradients written there
+
+    def gather_normalize(self, x: Tensor, places: Places, norm: RowNorm) -> tuple[Tensor, Tensor]:
+        """LayerNorm of the rows at ``places [P, s, s, C]``, which are read once, and its 1/std ``[P, s, s]``."""
+        return self.operators.gather_normalize.default(x, places.patch_of_slot, *places.grid, *norm)
+
+    def normalized_backward_put(
+        self, dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None, places: Places, dx: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`normalized_backward`, ``dy`` and ``z [P * s * s, C]``, whose gradient of x is written to its places in
+        the map dx; other sites keep their values. Returns the gradients of weight and bias, None without a weight."""
+        sums = self.operators.normalized_backward_put.default(
+            dy, z, rstd, weight, places.patch_of_slot, *places.grid, dx
+        )
+        return (None, None) if weight is None else sums
+
+    def put_patches(self, x: Tensor, places: Places, out: Tensor) -> None:
+        """Writes ``x [P * s * s, C]`` to its places in the map ``out``; other sites keep their values."""
+        self.operators.put_patches.default(x, places.patch_of_slot, *places.grid, out)
+
     def patch_pixels(self, images: Tensor, patch_of_slot: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """``[N, in, H, W]`` -> the 4x4 blocks of pixels of visible patches ``[P, s, s, 16 * in]``; of all without
         ``patch_of_slot``, ``[N, H / 4, W / 4, 16 * in]``, grid ``(H / 4, W / 4)``."""
         return self.operators.patch_pixels.default(images, patch_of_slot, *grid)
+
+    def gathered_rows(self, x: Tensor, places: Places, dtype: torch.dtype) -> Tensor:
+        """The rows at ``places [P * s * s, C]`` as operands of a vendor's GEMM, which takes contiguous ones only."""
+        return cast(self.gather_patches(x, places.patch_of_slot, places.grid), dtype).view(-1, x.shape[-1])
 
     # -- GEMMs, by the vendor's library
 
@@ -247,7 +282,9 @@ class KernelBackend(Backend):
 
     def mlp_forward(self, rows: MLPRows, weights: MLPParams, options: MLPOptions) -> MLPResult:
         """``residual + drop_path_scale * (GRN(act(x w1' + b1)) w2' + b2)`` with operands of :meth:`prepare_mlp`."""
-        a = self.linear(rows.x, weights.w1, weights.b1)
+        x = rows.x if rows.places is None else self.gathered_rows(rows.x, rows.places, weights.w1.dtype)
+        a = self.linear(x, weights.w1, weights.b1)
+        del x
         saved = None
         if options.save == "hidden":
             saved = a if rows.hidden is None else rows.hidden.copy_(a)
@@ -262,6 +299,14 @@ class KernelBackend(Backend):
         """Gradients of a chunk up to the MLP's input, and with z on to LayerNorm's."""
         da, db1, dgamma, dw2 = self.gelu_grn_linear_backward(chunk, weights, options)
         dx = self.linear_input_grad(da, weights.w1)
+        if chunk.places is not None:
+            assert chunk.dx is not None
+            dx = cast(dx, chunk.dx.dtype)
+            if chunk.z is None or chunk.rstd is None:
+                self.put_patches(dx, chunk.places, chunk.dx)
+                return MLPGradResult(da, None, db1, dgamma, dw2)
+            norm = self.normalized_backward_put(dx, chunk.z, chunk.rstd, chunk.ln_weight, chunk.places, chunk.dx)
+            return MLPGradResult(da, None, db1, dgamma, dw2, *norm)
         if chunk.z is None or chunk.rstd is None:
             return MLPGradResult(da, dx, db1, dgamma, dw2)
         dx, dln_weight, dln_bias = self.normalized_backward(dx, chunk.z, chunk.rstd, chunk.ln_weight)

@@ -9,10 +9,19 @@ from .. import schedule
 from ..backends import _contracts as contract
 from ..backends._contracts import expect
 from ..dtypes import FLOAT_DTYPES, statistics_dtype
-from ..params import BlockBackwardArgs, BlockForwardArgs, MLPBackwardArgs, MLPForwardArgs
+from ..params import (
+    BlockBackwardArgs,
+    BlockForwardArgs,
+    GatheredMLPBackwardArgs,
+    GatheredMLPForwardArgs,
+    MLPBackwardArgs,
+    MLPForwardArgs,
+)
 from ._checks import check_act, check_float
 
-AnyArgs = MLPForwardArgs | MLPBackwardArgs | BlockForwardArgs | BlockBackwardArgs
+GatheredArgs = GatheredMLPForwardArgs | GatheredMLPBackwardArgs
+RowsArgs = MLPForwardArgs | MLPBackwardArgs | BlockForwardArgs | BlockBackwardArgs
+AnyArgs = GatheredArgs | RowsArgs
 
 
 def _tensor(t: Tensor | None, name: str, x: Tensor, numel: int | None = None) -> None:
@@ -49,23 +58,28 @@ def _same_rows(t: Tensor, name: str, x: Tensor, rows: int, columns: int) -> None
 def _settings(a: AnyArgs) -> None:
     check_act(a.act)
     contract.check_eps(a.grn_eps, "grn_eps")
-    expect(a.save in schedule.SAVE_POLICIES, f"save must be one of {', '.join(schedule.SAVE_POLICIES)}, got {a.save!r}")
+    save = a.options.save
+    expect(save in schedule.SAVE_POLICIES, f"save must be one of {', '.join(schedule.SAVE_POLICIES)}, got {save!r}")
     expect(a.dtype in FLOAT_DTYPES, f"dtype must be float32, float64, bfloat16 or float16, got {a.dtype}")
 
 
-def _mlp(a: AnyArgs, width: int) -> int:
+def _mlp(a: RowsArgs, width: int) -> int:
     """Settings, rows and what forward and backward share; returns the number of rows."""
     _settings(a)
     rows = _rows(a.x, "x", width)
+    _weights(a, width)
+    contract.segments(a.offsets, a.x, rows, a.rows_per_slot, a.images, "images")
+    _tensor(a.factors, "factors", a.x, a.images)
+    return rows
+
+
+def _weights(a: AnyArgs, width: int) -> None:
     _matrix(a.w1, "w1", a.x, None, width)
     hidden = a.w1.shape[0]
     expect(hidden >= 1, f"w1 has shape {list(a.w1.shape)}, expected [hidden, {width}] with hidden >= 1")
     for name in ("b1", "gamma", "beta"):
         _tensor(getattr(a, name), name, a.x, hidden)
     _matrix(a.w2, "w2", a.x, None, hidden)
-    contract.segments(a.offsets, a.x, rows, a.rows_per_slot, a.images, "images")
-    _tensor(a.factors, "factors", a.x, a.images)
-    return rows
 
 
 def _saved(a: MLPBackwardArgs | BlockBackwardArgs, rows: int) -> None:
@@ -88,6 +102,38 @@ def mlp_backward(a: MLPBackwardArgs) -> None:
     rows = _mlp(a, a.x.shape[-1] if a.x.dim() else 1)
     _same_rows(a.dout, "dout", a.x, rows, a.w2.shape[0])
     _saved(a, rows)
+
+
+def _gathered(a: GatheredArgs) -> int:
+    """Returns the number of visible rows."""
+    _settings(a)
+    contract.check_eps(a.eps)
+    _rows(a.x, "x")
+    contract.gather_patches(a.x, a.patch_of_slot, a.grid_h, a.grid_w)
+    width, images = a.x.shape[-1], a.x.shape[0]
+    _weights(a, width)
+    expect((a.ln_weight is None) == (a.ln_bias is None), "ln_weight and ln_bias must both be tensors or both be None")
+    _tensor(a.ln_weight, "ln_weight", a.x, width)
+    _tensor(a.ln_bias, "ln_bias", a.x, width)
+    rows = a.places.rows
+    contract.segments(a.offsets, a.x, rows, a.segments.rows_per_slot, images, "images")
+    _tensor(a.factors, "factors", a.x, images)
+    return rows
+
+
+def gathered_mlp_forward(a: GatheredMLPForwardArgs) -> None:
+    rows = _gathered(a)
+    _tensor(a.b2, "b2", a.x, a.w2.shape[0])
+    if a.residual is not None:
+        _same_rows(a.residual, "residual", a.x, rows, a.w2.shape[0])
+
+
+def gathered_mlp_backward(a: GatheredMLPBackwardArgs) -> None:
+    rows = _gathered(a)
+    _same_rows(a.dout, "dout", a.x, rows, a.w2.shape[0])
+    _matrix(a.norms, "norms", a.x, 1 if a.batch_scope else a.x.shape[0], a.w1.shape[0])
+    want = statistics_dtype(a.dtype)
+    expect(a.norms.dtype == want, f"norms is {a.norms.dtype}, expected {want}, that of a call in {a.dtype}")
 
 
 def _block(a: BlockForwardArgs | BlockBackwardArgs) -> int:
@@ -145,6 +191,8 @@ def product_weight_grad(a) -> None:
 __all__ = [
     "block_backward",
     "block_forward",
+    "gathered_mlp_backward",
+    "gathered_mlp_forward",
     "mlp_backward",
     "mlp_forward",
     "product",

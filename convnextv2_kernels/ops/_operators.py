@@ -1,4 +1,5 @@
-"""The composite operators ``torch.ops.convnextv2_kernels.{mlp,block}_{forward,backward}``, and the GEMMs of one layer.
+"""The composite operators ``torch.ops.convnextv2_kernels.{mlp,gathered_mlp,block}_{forward,backward}``, and the GEMMs
+of one layer.
 
 Each is one opaque operator to ``torch.compile`` and ``torch.export``; inside runs the schedule over the kernels of the
 named backend. Arguments are the fields of a NamedTuple of :mod:`..params`, from which the schema is made. (The kernels'
@@ -18,7 +19,14 @@ from torch import Tensor
 from .. import backends, schedule
 from ..backends._fakes import on_one_device
 from ..dtypes import statistics_dtype
-from ..params import BlockBackwardArgs, BlockForwardArgs, MLPBackwardArgs, MLPForwardArgs
+from ..params import (
+    BlockBackwardArgs,
+    BlockForwardArgs,
+    GatheredMLPBackwardArgs,
+    GatheredMLPForwardArgs,
+    MLPBackwardArgs,
+    MLPForwardArgs,
+)
 from . import _operator_checks
 from ._dispatch import no_autocast
 
@@ -73,10 +81,14 @@ def _like(t: Tensor) -> Tensor:
     return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
+def _norms_fake(a: MLPForwardArgs | GatheredMLPForwardArgs | BlockForwardArgs) -> Tensor:
+    images = 1 if a.batch_scope else a.segments.count
+    return a.x.new_empty(images, a.w1.shape[0], dtype=statistics_dtype(a.dtype))
+
+
 def _hidden_fakes(a: MLPForwardArgs | BlockForwardArgs) -> tuple[Tensor, Tensor]:
-    norms = a.x.new_empty(1 if a.batch_scope else a.images, a.w1.shape[0], dtype=statistics_dtype(a.dtype))
     saved = a.x.numel() // a.x.shape[-1] if a.save == "hidden" else 0
-    return norms, a.x.new_empty(saved, a.w1.shape[0], dtype=a.dtype)
+    return _norms_fake(a), a.x.new_empty(saved, a.w1.shape[0], dtype=a.dtype)
 
 
 def _mlp_forward_fake(a: MLPForwardArgs):
@@ -86,6 +98,17 @@ def _mlp_forward_fake(a: MLPForwardArgs):
 def _mlp_backward_fake(a: MLPBackwardArgs):
     db2 = a.w2.new_empty(a.w2.shape[0], dtype=statistics_dtype(a.dtype))
     return *(_like(t) for t in (a.x, a.w1, a.b1, a.gamma, a.beta, a.w2)), db2
+
+
+def _gathered_mlp_forward_fake(a: GatheredMLPForwardArgs):
+    side = a.places.side
+    return a.x.new_empty(a.patch_of_slot.shape[0], side, side, a.w2.shape[0]), _norms_fake(a)
+
+
+def _gathered_mlp_backward_fake(a: GatheredMLPBackwardArgs):
+    norm = tuple(_like(t) for t in a.layer_norm or (a.x.new_empty(0), a.x.new_empty(0)))
+    db2 = a.w2.new_empty(a.w2.shape[0], dtype=statistics_dtype(a.dtype))
+    return _like(a.x), *norm, *(_like(t) for t in (a.w1, a.b1, a.gamma, a.beta, a.w2)), db2
 
 
 def _block_forward_fake(a: BlockForwardArgs):
@@ -115,6 +138,21 @@ mlp_backward = define(
     "(Tensor dx, Tensor dw1, Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, Tensor db2)",
     lambda a: schedule.run_mlp_backward(backends.get(a.backend), a),
     _mlp_backward_fake,
+)
+gathered_mlp_forward = define(
+    "gathered_mlp_forward",
+    GatheredMLPForwardArgs,
+    "(Tensor out, Tensor norms)",
+    lambda a: schedule.run_gathered_mlp_forward(backends.get(a.backend), a),
+    _gathered_mlp_forward_fake,
+)
+gathered_mlp_backward = define(
+    "gathered_mlp_backward",
+    GatheredMLPBackwardArgs,
+    "(Tensor dx, Tensor dln_weight, Tensor dln_bias, Tensor dw1, Tensor db1, Tensor dgamma, Tensor dbeta, Tensor dw2, "
+    "Tensor db2)",
+    lambda a: schedule.run_gathered_mlp_backward(backends.get(a.backend), a),
+    _gathered_mlp_backward_fake,
 )
 block_forward = define(
     "block_forward",

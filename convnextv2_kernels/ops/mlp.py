@@ -11,11 +11,10 @@ from .. import schedule
 from ..backends import reference
 from ..dtypes import gemm_dtype
 from ..layout import PatchLayout
-from ..params import MLPBackwardArgs, MLPForwardArgs, Segments
+from ..params import GatheredMLPBackwardArgs, GatheredMLPForwardArgs, MLPBackwardArgs, MLPForwardArgs, Segments
 from . import _checks as check
 from . import _operators
 from ._dispatch import composite, dispatch, once_differentiable
-from .patches import gather_patches
 
 # w1, b1, gamma, beta, w2, b2
 MLPParameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -84,6 +83,13 @@ def check_mlp(
     check.check_act(act)
 
 
+def _out_channels(w2: Tensor) -> int:
+    check.check_float(w2, "w2")
+    if w2.dim() != 2 or w2.shape[0] < 1:
+        raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
+    return w2.shape[0]
+
+
 def pointwise_mlp(
     x: Tensor,
     w1: Tensor,
@@ -112,11 +118,8 @@ def pointwise_mlp(
         ``[..., O]``, the leading dimensions and dtype of x. The hidden activations are recomputed in backward.
     """
     check.check_packed(x, layout)
-    check.check_float(w2, "w2")
-    if w2.dim() != 2 or w2.shape[0] < 1:
-        raise ValueError(f"w2 has shape {list(w2.shape)}, expected [out_channels, hidden]")
     params = (w1, b1, gamma, beta, w2, b2)
-    check_mlp(x, params, w2.shape[0], layout, drop_path_scale, scope, act)
+    check_mlp(x, params, _out_channels(w2), layout, drop_path_scale, scope, act)
     check.check_grn_eps(eps)
     if residual is not None:
         check.check_param(residual, "residual", (*x.shape[:-1], w2.shape[0]), x)
@@ -141,6 +144,63 @@ def pointwise_mlp(
     )
 
 
+class _GatheredMLP(torch.autograd.Function):
+    """Takes the fields of :class:`GatheredMLPForwardArgs`."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        arguments = GatheredMLPForwardArgs._make(inputs)
+        outputs = composite(_operators.gathered_mlp_forward, schedule.run_gathered_mlp_forward, arguments)
+        _GatheredMLP.save(ctx, inputs, outputs)
+        return outputs[0]
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        x, w1, b1, gamma, beta, w2, b2, ln_weight, ln_bias, residual, *index = inputs[:13]
+        ctx.save_for_backward(x, w1, b1, gamma, beta, w2, ln_weight, ln_bias, *index, outputs[1])
+        ctx.settings, ctx.b2_dtype, ctx.has_residual = inputs[13:], b2.dtype, residual is not None
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _GatheredMLP.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
+        grad = grad.contiguous()
+        arguments = GatheredMLPBackwardArgs(grad, *ctx.saved_tensors, *ctx.settings)
+        grads = composite(_operators.gathered_mlp_backward, schedule.run_gathered_mlp_backward, arguments)
+        dx, *norm_grads, dw1, db1, dgamma, dbeta, dw2, db2 = grads
+        if arguments.layer_norm is None:
+            norm_grads = [None, None]
+        residual = grad if ctx.has_residual else None
+        index = (None for _ in range(3 + len(ctx.settings)))
+        return dx, dw1, db1, dgamma, dbeta, dw2, db2.to(ctx.b2_dtype), *norm_grads, residual, *index
+
+
+_operators.differentiate("gathered_mlp_forward", _GatheredMLP)
+
+
+def _check_gathered(
+    x: Tensor,
+    layer_norm: tuple[Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    layout: PatchLayout,
+    out_channels: int,
+) -> None:
+    """What :func:`pointwise_mlp` does not have."""
+    ln_weight, ln_bias = layer_norm
+    if (ln_weight is None) != (ln_bias is None):
+        given, other = ("ln_weight", "ln_bias") if ln_bias is None else ("ln_bias", "ln_weight")
+        raise ValueError(f"{other} must be a tensor [C] where {given} is given, got None")
+    if ln_weight is not None and ln_bias is not None:
+        check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
+        check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
+    if residual is not None:
+        side = x.shape[1] // layout.grid[0]
+        check.check_param(residual, "residual", (layout.num_patches, side, side, out_channels), x)
+
+
 def gathered_pointwise_mlp(
     x: Tensor,
     w1: Tensor,
@@ -155,10 +215,61 @@ def gathered_pointwise_mlp(
     scope: str = "image",
     act: str = "gelu",
     eps: float = 1e-6,
+    ln_weight: Tensor | None = None,
+    ln_bias: Tensor | None = None,
+    ln_eps: float = 1e-6,
 ) -> Tensor:
-    """:func:`pointwise_mlp` of the visible rows of a dense map ``x [N, Gh*s, Gw*s, C]``; hidden rows are not read.
+    """:func:`pointwise_mlp`, with LayerNorm in front of it if ``ln_weight`` is given, of the visible rows of a dense
+    map, one autograd node: ``residual + drop_path_scale * MLP(LN(gather_patches(x, layout)))``.
 
-    Returns packed rows ``[P, s, s, O]``; ``residual``, if given, is packed like the output.
+    Args:
+        x: dense ``[N, Gh*s, Gw*s, C]``; hidden rows are not read. layout: :class:`PatchLayout` of the same N images and
+            grid. ln_weight, ln_bias: ``[C]``, both or neither; ln_eps: of LayerNorm. residual: packed
+            ``[P, s, s, O]`` like the output. The rest as in :func:`pointwise_mlp`.
+
+    Returns:
+        Packed rows ``[P, s, s, O]`` of x's dtype.
+
+    LayerNorm reads the rows in the map and writes those of a chunk of images; without it the first GEMM reads them
+    there, where it is a kernel of ours, or in a copy of the chunk, where it is a vendor's. Backward is given x itself,
+    GRN's norms and the parameters, gathers again, and writes the gradient to its places in a map that is zero
+    elsewhere. Neither way a packed copy of the batch exists besides the output. LayerNorm's mean and 1/std, as
+    :func:`layer_norm_grn` keeps them, would save no byte: whoever normalises a row has it in registers anyway.
     """
-    packed = gather_patches(x, layout)
-    return pointwise_mlp(packed, w1, b1, gamma, beta, w2, b2, layout, residual, drop_path_scale, scope, act, eps)
+    if not isinstance(layout, PatchLayout):
+        raise TypeError(f"layout must be a PatchLayout, got {type(layout).__name__}")
+    check.check_dense(x, layout)
+    out_channels = _out_channels(w2)
+    params = (w1, b1, gamma, beta, w2, b2)
+    check_mlp(x, params, out_channels, layout, drop_path_scale, scope, act)
+    check.check_grn_eps(eps)
+    check.check_eps(ln_eps, "ln_eps")
+    _check_gathered(x, (ln_weight, ln_bias), residual, layout, out_channels)
+    dtype = gemm_dtype(x)
+
+    def plain() -> Tensor:
+        packed = reference.patches.gather_patches(x, layout)
+        if ln_weight is not None:
+            packed = reference.norm.layer_norm(packed, ln_weight, ln_bias, ln_eps)
+        return reference.mlp.pointwise_mlp(packed, *params, layout, residual, drop_path_scale, scope, act, eps, dtype)
+
+    def kernel(backend: str) -> Tensor:
+        return _GatheredMLP.apply(
+            x.contiguous(),
+            *params,
+            ln_weight,
+            ln_bias,
+            None if residual is None else residual.to(x.dtype).contiguous(),
+            drop_path_scale,
+            layout.patch_of_slot,
+            None if layout.patches_per_image is not None else layout.image_offsets,
+            *layout.grid,
+            scope == "batch",
+            act,
+            eps,
+            ln_eps,
+            dtype,
+            backend,
+        )
+
+    return dispatch("gathered_pointwise_mlp", x, reference=plain, kernel=kernel, gemm_dtype=dtype)

@@ -34,6 +34,17 @@ void gather_patches(const PatchCopy& p, const Threads& threads) {
   });
 }
 
+void put_patches(const PatchCopy& p, const Threads& threads) {
+  const int64_t run = p.side * p.pixel_bytes, line = p.grid_w * run;
+  parallel_for(threads, p.slots, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const char* source = static_cast<const char*>(p.source) + slot * p.side * run;
+      char* target = static_cast<char*>(p.target) + dense_offset(p, p.patch_of_slot[slot]);
+      for (int64_t y = 0; y < p.side; ++y) std::memcpy(target + y * line, source + y * run, run);
+    }
+  });
+}
+
 void scatter_patches(const PatchCopy& p, const Threads& threads) {
   const int64_t run = p.side * p.pixel_bytes, line = p.grid_w * run;
   parallel_for(threads, p.images * p.grid_h * p.grid_w, 4, [&](int64_t begin, int64_t end) {

@@ -1,5 +1,6 @@
 // All kernels of one instruction set, and their table.
 #include "conv.inl"
+#include "gather.inl"
 #include "grn.inl"
 #include "mlp.inl"
 #include "norm.inl"

@@ -177,6 +177,62 @@ void test_space_to_depth(int64_t maps, int64_t height, int64_t width, int64_t ch
   compare(dbias, e.dbias, summed, "space to depth dbias");
 }
 
+// Visible rows of two maps of 3x2 patches; hidden ones, NaN, are neither read nor written.
+template <class T>
+void test_gather_norm(int64_t side, int64_t channels, bool misaligned, bool affine) {
+  using A = Acc<T>;
+  Random random(channels + side);
+  const int64_t grid_h = 3, grid_w = 2, area = side * side, sites = 2 * grid_h * grid_w * area;
+  std::vector<int32_t> patches{0, 3, 7, 10, 11};
+  const int64_t rows = static_cast<int64_t>(patches.size()) * area, size = rows * channels;
+  const double eps = 1e-6, rounding = 2 * kRounding<T>, summed = 4 * kRounding<A>;
+  Buffer<T> x(size), map(sites * channels, misaligned), grad(size, misaligned), y(size, misaligned);
+  Buffer<T> dx(sites * channels, misaligned);
+  Buffer<A> weight(channels), bias(channels), rstd(rows), dweight(channels), dbias(channels);
+  x.random(random, 2);
+  grad.random(random);
+  weight.random(random);
+  bias.random(random);
+  const auto place = [&](int64_t r) {
+    const int64_t patch = patches[r / area], line = patch / grid_w * side + r % area / side;
+    return line * grid_w * side + patch % grid_w * side + r % side;
+  };
+  for (int64_t i = 0; i < sites * channels; ++i) dx.data()[i] = from_acc<T>(A(7));
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c) map.data()[place(r) * channels + c] = x.data()[r * channels + c];
+  GatherNorm p{.dtype = kDType<T>,
+               .grid_h = grid_h,
+               .grid_w = grid_w,
+               .side = side,
+               .slots = static_cast<int64_t>(patches.size()),
+               .channels = channels,
+               .patch_of_slot = patches.data(),
+               .x = map.data(),
+               .weight = affine ? weight.data() : nullptr,
+               .bias = affine ? bias.data() : nullptr,
+               .eps = eps,
+               .out = y.data(),
+               .rstd = rstd.data()};
+  RUN(gather_norm_forward, p);
+  NormExpected e =
+      norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, affine ? &bias : nullptr, eps, nullptr);
+  compare(y, e.y, rounding, "gathered norm");
+  compare(rstd, e.rstd, summed, "gathered norm rstd");
+  e = norm_expected<T, A>(rows, channels, x, grad, affine ? &weight : nullptr, nullptr, eps, &rstd);
+  p.x = grad.data();
+  p.z = x.data();  // stands in for z
+  p.out = dx.data();
+  p.dweight = affine ? dweight.data() : nullptr;
+  p.dbias = affine ? dbias.data() : nullptr;
+  RUN(gather_norm_backward, p);
+  std::vector<double> expected(sites * channels, 7.0);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c) expected[place(r) * channels + c] = e.dx[r * channels + c];
+  compare(dx, expected, rounding, "gathered norm dx");
+  if (affine) compare(dweight, e.dweight, 4 * summed, "gathered norm dweight");
+  if (affine) compare(dbias, e.dbias, summed, "gathered norm dbias");
+}
+
 template <class T>
 void test_type(const char* name) {
   for (int64_t channels : {1, 5, 16, 40, 67, 96, 200, 264, 776, 1032, 1283, 2816})
@@ -194,6 +250,9 @@ void test_type(const char* name) {
       test_space_to_depth<T>(3, 2, 2, channels, true, affine);
     }
   test_space_to_depth<T>(0, 4, 4, 8, false, true);
+  for (int64_t channels : {5, 40, 1032})
+    for (int64_t side : {1, 3, 4})
+      for (bool affine : {false, true}) test_gather_norm<T>(side, channels, channels == 40 && affine, affine);
   std::printf("%s: done\n", name);
 }
 

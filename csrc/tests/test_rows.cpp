@@ -1,4 +1,6 @@
 // LayerNorm, GELU, GRN and the MLP's element-wise parts of every instruction set against formulas in double.
+#include <algorithm>
+
 #include "harness.h"
 
 using namespace cnx;
@@ -295,6 +297,77 @@ void test_layer_norm(const KernelTable& k, int64_t channels) {
   check(relative_error(got_db, db) < bound, "layer norm db", relative_error(got_db, db));
 }
 
+// The visible rows of two maps of 2x3 patches of side 2 as LayerNorm's own rows; hidden ones, NaN, are neither read nor
+// written.
+template <class A>
+void test_gather_norm(const KernelTable& k, int64_t channels) {
+  constexpr int64_t side = 2, grid_h = 2, grid_w = 3, area = side * side, sites = 2 * grid_h * grid_w * area;
+  const std::vector<int32_t> patches{1, 5, 6, 10};
+  const int64_t rows = static_cast<int64_t>(patches.size()) * area, size = rows * channels;
+  std::vector<int64_t> place(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t patch = patches[r / area], image_row = patch / grid_w * side + r % area / side;
+    place[r] = image_row * grid_w * side + patch % grid_w * side + r % side;
+  }
+  Random random(channels);
+  const std::vector<A> packed = random.vector<A>(size), grad = random.vector<A>(size);
+  const std::vector<A> weight = random.vector<A>(channels), bias = random.vector<A>(channels);
+  std::vector<A> map(sites * channels, A(NAN)), dx(sites * channels, A(7));
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy_n(packed.begin() + r * channels, channels, map.begin() + place[r] * channels);
+  std::vector<A> y(size), mean(rows), rstd(rows), got(size, A(NAN)), got_rstd(rows, A(NAN));
+  std::vector<A> grads(size), dw(channels), db(channels), got_dw(channels), got_db(channels);
+  k.layer_norm_forward({.dtype = dtype_of<A>(),
+                        .rows = rows,
+                        .channels = channels,
+                        .x = packed.data(),
+                        .weight = weight.data(),
+                        .bias = bias.data(),
+                        .eps = 1e-6,
+                        .y = y.data(),
+                        .mean = mean.data(),
+                        .rstd = rstd.data()},
+                       two_threads());
+  GatherNorm p{.dtype = dtype_of<A>(),
+               .grid_h = grid_h,
+               .grid_w = grid_w,
+               .side = side,
+               .slots = static_cast<int64_t>(patches.size()),
+               .channels = channels,
+               .patch_of_slot = patches.data(),
+               .x = map.data(),
+               .weight = weight.data(),
+               .bias = bias.data(),
+               .eps = 1e-6,
+               .out = got.data(),
+               .rstd = got_rstd.data()};
+  k.gather_norm_forward(p, two_threads());
+  const double bound = sizeof(A) == 4 ? 5e-6 : 1e-12;
+  check(relative_error(got, y) < bound && relative_error(got_rstd, rstd) < bound, "gathered layer norm", channels);
+  k.layer_norm_backward({.dtype = dtype_of<A>(),
+                         .rows = rows,
+                         .channels = channels,
+                         .grad = grad.data(),
+                         .x = packed.data(),
+                         .rstd = rstd.data(),
+                         .weight = weight.data(),
+                         .dx = grads.data(),
+                         .dweight = dw.data(),
+                         .dbias = db.data()},
+                        two_threads());
+  p.x = grad.data();
+  p.z = packed.data();
+  p.out = dx.data();
+  p.dweight = got_dw.data();
+  p.dbias = got_db.data();
+  k.gather_norm_backward(p, two_threads());
+  std::vector<A> expected(dx.size(), A(7));
+  for (int64_t r = 0; r < rows; ++r)
+    std::copy_n(grads.begin() + r * channels, channels, expected.begin() + place[r] * channels);
+  check(relative_error(dx, expected) < bound, "gathered layer norm dx", relative_error(dx, expected));
+  check(relative_error(got_dw, dw) < bound && relative_error(got_db, db) < bound, "gathered layer norm dw", channels);
+}
+
 }  // namespace
 
 int main() {
@@ -312,6 +385,8 @@ int main() {
     for (int64_t channels : {1, 5, 16, 40, 67, 130}) {
       test_layer_norm<float>(k, channels);
       test_layer_norm<double>(k, channels);
+      test_gather_norm<float>(k, channels);
+      test_gather_norm<double>(k, channels);
     }
   });
 }

@@ -62,6 +62,7 @@ struct Cpu {
   }
   static void gather_patches(const PatchCopy& p, const Tensor&) { cnx::gather_patches(p, torch_threads()); }
   static void scatter_patches(const PatchCopy& p, const Tensor&) { cnx::scatter_patches(p, torch_threads()); }
+  static void put_patches(const PatchCopy& p, const Tensor&) { cnx::put_patches(p, torch_threads()); }
   static void patch_pixels(const PatchPixels& p, const Tensor&) { cnx::patch_pixels(p, torch_threads()); }
 };
 

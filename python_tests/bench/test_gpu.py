@@ -136,7 +136,14 @@ def test_counted_bytes_are_those_of_the_tensors(gpu):
     for shape in cases.stage_shapes("tiny", 256)[:2]:
         for case in (case for family in families for case in family(counting, shape, 2)):
             operator = case.key.split()[0]
-            if case.peer or operator in ("gather", "patch_pixels"):  # they read only a part of a tensor
+            # these read or write only a part of a tensor
+            if case.peer or operator in (
+                "gather",
+                "put",
+                "gather_normalize",
+                "normalized_backward_put",
+                "patch_pixels",
+            ):
                 continue
             try:
                 case.make(draw, 1)[0]()
@@ -152,6 +159,7 @@ def test_counted_bytes_are_those_of_the_tensors(gpu):
 def test_bytes_of_what_reads_a_part_of_a_tensor(gpu):
     moved = gpu("bytes_moved")
     assert moved.gather(10, 3, 2) == 2 * 10 * 3 * 2
+    assert moved.gather_normalize(10, 3, 2) == 2 * 10 * 3 * 2 + 10 * 4
     assert moved.scatter(10, 25, 3, 2) == (10 + 25) * 3 * 2
     assert moved.patch_pixels(10, 3, 4) == 2 * 10 * 48 * 4
 

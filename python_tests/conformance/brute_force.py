@@ -121,8 +121,12 @@ def pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scal
     return y if residual is None else residual + y
 
 
-def gathered_pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act):
+def gathered_pointwise_mlp(
+    x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act, ln_weight, ln_bias
+):
     x = gather_patches(x, mask)
+    if ln_weight is not None:
+        x = layer_norm(x, ln_weight, ln_bias)
     return pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act)
 
 

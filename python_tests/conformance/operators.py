@@ -82,6 +82,24 @@ class Draw:
         act = "gelu_tanh" if self.optional else "gelu"
         return self.s**2, self.images, False, act, EPS, self.policy, self.dtype, self.backend
 
+    @property
+    def whole_map(self) -> tuple[int, ...]:
+        """The dense map of the layout, and its table and grid."""
+        return (3, 3 * self.s, 3 * self.s, self.c)
+
+    @property
+    def places(self) -> tuple:
+        return self.layout.patch_of_slot, *self.layout.grid
+
+    @property
+    def packed(self) -> tuple[int, ...]:
+        return (self.patches, self.s, self.s)
+
+    @property
+    def gathered(self) -> tuple:
+        act = "gelu_tanh" if self.optional else "gelu"
+        return *self.layout.grid, False, act, EPS, EPS, self.dtype, self.backend
+
     def mlp(self, out_c: int) -> tuple:
         f, h = self.features, self.h
         return f(h, self.c), f(h), f(1, 1, 1, h), f(1, 1, 1, h), f(out_c, h)
@@ -160,6 +178,15 @@ SAMPLES = {
         3,
         d.maybe(d.features(d.c)),
     ),
+    "gather_normalize": lambda d: (d.features(*d.whole_map), *d.places, *(d.maybe(d.stat(d.c)) for _ in range(2)), EPS),
+    "normalized_backward_put": lambda d: (
+        *(d.features(*d.packed, d.c) for _ in range(2)),
+        d.stat(*d.packed),
+        d.maybe(d.stat(d.c)),
+        *d.places,
+        d.features(*d.whole_map),
+    ),
+    "put_patches": lambda d: (d.features(*d.packed, d.c), *d.places, d.features(*d.whole_map)),
     "patch_pixels": lambda d: (
         d.features(3, 2, 12 * d.s, 12 * d.s),
         *((d.layout.patch_of_slot, 3, 3) if d.optional else (None, 3 * d.s, 3 * d.s)),
@@ -227,13 +254,37 @@ SAMPLES = {
         *d.geometry,
     ),
     "mlp_backward": lambda d: (d.x(d.o), d.x(), *d.mlp(d.o), d.drop_path(), d.offsets, *_mlp_state(d), *d.geometry),
+    "gathered_mlp_forward": lambda d: (
+        d.features(*d.whole_map),
+        *d.mlp(d.o),
+        d.features(d.o),
+        *(d.maybe(d.features(d.c)) for _ in range(2)),
+        d.maybe(d.features(*d.packed, d.o)),
+        d.maybe(d.features(3)),
+        d.layout.patch_of_slot,
+        d.layout.image_offsets,
+        *d.gathered,
+    ),
+    "gathered_mlp_backward": lambda d: (
+        d.features(*d.packed, d.o),
+        d.features(*d.whole_map),
+        *d.mlp(d.o),
+        *(d.maybe(d.features(d.c)) for _ in range(2)),
+        d.maybe(d.features(3)),
+        d.layout.patch_of_slot,
+        d.layout.image_offsets,
+        d.stat(3, d.h, positive=True),
+        *d.gathered,
+    ),
     "block_forward": lambda d: (d.x(), *_block(d), d.features(d.c), *_block_index(d), EPS, *d.geometry),
     "block_backward": lambda d: (d.x(), d.x(), *_block_state(d), *_block(d), *_block_index(d), EPS, *d.geometry),
 }
 
 # operators that only one backend has, or more than one but not all
 CPU_ONLY = ("transpose_rows",)
-ROW_PASSES = ("gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise")  # not of Triton
+# not of Triton
+ROW_PASSES = ("gelu_statistics", "gelu_scale", "mlp_backward_statistics", "mlp_backward_pointwise")
+MAP_PASSES = ("gather_normalize", "normalized_backward_put", "put_patches")
 CUDA_ONLY = (
     "mlp_parameters",
     "unfold_layer_norm",
@@ -247,7 +298,8 @@ CUDA_ONLY = (
 
 def names_on(backend: Backend) -> list[str]:
     """The operators a backend has."""
-    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY, "triton": (*CPU_ONLY, *CUDA_ONLY, *ROW_PASSES)}[backend.name]
+    not_of_triton = (*CPU_ONLY, *CUDA_ONLY, *ROW_PASSES, *MAP_PASSES)
+    absent = {"cpu": CUDA_ONLY, "cuda": CPU_ONLY, "triton": not_of_triton}[backend.name]
     return [name for name in SAMPLES if name not in absent]
 
 
@@ -268,6 +320,8 @@ COMPOSITE = (
     "product_weight_grad",
     "mlp_forward",
     "mlp_backward",
+    "gathered_mlp_forward",
+    "gathered_mlp_backward",
     "block_forward",
     "block_backward",
 )

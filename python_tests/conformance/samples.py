@@ -165,8 +165,9 @@ def _mlp(d, at, c, hidden, out_c, residual, drop, scope, act="gelu", gathered=Fa
     return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope, "act": act}
 
 
-def _gathered_mlp(d, **axes):
-    return _mlp(d, **axes, gathered=True)
+def _gathered_mlp(d, ln, **axes):
+    tensors, constants = _mlp(d, **axes, gathered=True)
+    return tensors | (d.norm(axes["c"]) if ln else {"ln_weight": None, "ln_bias": None}), constants
 
 
 def _patch_embed(d, at, c, in_chans, bias):
@@ -228,7 +229,7 @@ SPECS = {
     "gelu_grn": OpSpec(_grn, _GRN),
     "layer_norm_grn": OpSpec(_norm_grn, _GRN),
     "pointwise_mlp": OpSpec(_mlp, _MLP),
-    "gathered_pointwise_mlp": OpSpec(_gathered_mlp, _MLP),
+    "gathered_pointwise_mlp": OpSpec(_gathered_mlp, {**_MLP, "ln": True}),
     "patch_embed": OpSpec(_patch_embed, {"at": ("ragged", 1), "c": 5, "in_chans": 2, "bias": True}),
     "patch_embed_layer_norm": OpSpec(_stem, {"at": ("ragged", 1), "c": 5, "in_chans": 2, "bias": True}),
     "downsample": OpSpec(_downsample, {"at": _AT, "c": 3, "out_c": 5, "bias": True}),

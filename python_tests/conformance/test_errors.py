@@ -14,6 +14,7 @@ from .layouts import make_layout
 from .samples import SPECS, make_sample
 
 CONV, GRN, BLOCK = "submanifold_depthwise_conv2d", "global_response_norm", "convnextv2_block"
+GATHERED = "gathered_pointwise_mlp"
 
 
 def zeros(*shape, **options):
@@ -54,7 +55,11 @@ CALLS = [
     ("gather_patches", {"x": zeros(3, 7, 6, 5)}, ValueError, "x is 7x6 pixels, expected 3s x 3s .*grid 3x3"),
     ("gather_patches", {"x": zeros(3, 6, 12, 5)}, ValueError, "x is 6x12 pixels, expected 3s x 3s .*grid 3x3"),
     ("gather_patches", {"x": zeros(3, 0, 0, 5)}, ValueError, "x is 0x0 pixels, expected 3s x 3s .*grid 3x3"),
-    ("gathered_pointwise_mlp", {"x": zeros(3, 6, 9, 3)}, ValueError, "x is 6x9 pixels, expected 3s x 3s"),
+    (GATHERED, {"x": zeros(3, 6, 9, 3)}, ValueError, "x is 6x9 pixels, expected 3s x 3s"),
+    (GATHERED, {"x": zeros(13, 2, 2, 3)}, ValueError, "x has shape .*the 3 images of layout"),
+    (GATHERED, {"layout": None}, TypeError, "layout must be a PatchLayout, got NoneType"),
+    (GATHERED, {"layout": make_layout("uniform")}, ValueError, r"residual has shape .*, expected \[12, 2, 2, 3\]"),
+    (GATHERED, {"layout": make_layout("non_square")}, ValueError, "x (has shape|is 6x6 pixels, expected)"),
     ("patch_embed", {"images": zeros(2, 2, 12, 12)}, ValueError, "images holds 2 images, expected 3"),
     ("patch_embed", {"images": zeros(3, 2, 18, 18)}, ValueError, "images are 18x18 pixels, expected .*multiple of 4"),
     ("patch_embed", {"images": zeros(3, 2, 13, 12)}, ValueError, "images are 13x12 pixels, expected .*grid 3x3"),
@@ -99,6 +104,11 @@ CALLS = [
     ("pointwise_mlp", {"b1": zeros(6)}, ValueError, r"b1 has shape \[6\], expected \[7\]"),
     ("pointwise_mlp", {"w2": zeros(3, 6)}, ValueError, r"w2 has shape \[3, 6\], expected \[3, 7\]"),
     ("pointwise_mlp", {"residual": zeros(13, 2, 2, 4)}, ValueError, r"residual has shape .*, expected \[13, 2, 2, 3\]"),
+    (GATHERED, {"residual": zeros(3, 6, 6, 3)}, ValueError, r"residual has shape .*, expected \[13, 2, 2, 3\]"),
+    (GATHERED, {"ln_weight": None}, ValueError, r"ln_weight must be a tensor \[C\] where ln_bias is given, got None"),
+    (GATHERED, {"ln_bias": None}, ValueError, r"ln_bias must be a tensor \[C\] where ln_weight is given, got None"),
+    (GATHERED, {"ln_weight": zeros(4)}, ValueError, r"ln_weight has shape \[4\], expected \[3\]"),
+    (GATHERED, {"ln_eps": -1.0}, ValueError, "ln_eps must be a finite number >= 0, got -1.0"),
     (BLOCK, {"w2": zeros(4, 7), "b2": zeros(4)}, ValueError, r"w2 has shape \[4, 7\], expected \[3, 7\]"),
     (BLOCK, {"drop_path_scale": zeros(2)}, ValueError, r"drop_path_scale has shape \[2\], expected \[3\], one factor"),
     ("pointwise_mlp", {"drop_path_scale": [1.0] * 3}, TypeError, "drop_path_scale must be a torch.Tensor, got list"),

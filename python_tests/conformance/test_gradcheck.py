@@ -11,6 +11,7 @@ from .backends import BACKENDS, F64, REFERENCE, marks
 from .samples import SPECS, make_sample
 
 SMALL = {"pointwise_mlp": {"c": 2, "hidden": 5, "out_c": 3}, "convnextv2_block": {"c": 3, "hidden": 5}}
+SMALL["gathered_pointwise_mlp"] = SMALL["pointwise_mlp"] | {"c": 3}
 VARIANTS = [
     *((op, SMALL.get(op, {})) for op in SPECS),
     *((op, {"at": ("empty_image", 2 if op == "downsample" else 1)} | SMALL.get(op, {})) for op in SPECS),
@@ -29,6 +30,8 @@ VARIANTS = [
     ("pointwise_mlp", {**SMALL["pointwise_mlp"], "at": ("dense_1x5", None), "drop": False}),
     ("pointwise_mlp", {**SMALL["pointwise_mlp"], "at": ("uniform", 2)}),
     ("pointwise_mlp", {**SMALL["pointwise_mlp"], "act": "gelu_tanh"}),
+    ("gathered_pointwise_mlp", {**SMALL["gathered_pointwise_mlp"], "ln": False, "scope": "batch", "residual": False}),
+    ("gathered_pointwise_mlp", {**SMALL["gathered_pointwise_mlp"], "at": ("uniform", 2), "act": "gelu_tanh"}),
     ("downsample", {"at": ("ragged", 2), "bias": False}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "scope": "batch", "bias": False}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "at": ("dense_1x5", None), "drop": False}),

@@ -16,10 +16,11 @@ from .samples import cotangent_of, make_sample
 
 PLACES = [("ragged", 2), ("uniform", 4), ("empty_image", 2), ("non_square", 2), ("none_visible", 2)]
 PIXEL_OPS = {
-    "gather_patches": "x",
-    "gathered_pointwise_mlp": "x",
-    "patch_embed": "images",
-    "patch_embed_layer_norm": "images",
+    "gather_patches": ("gather_patches", {}, "x"),
+    "gathered_pointwise_mlp": ("gathered_pointwise_mlp", {"ln": False}, "x"),
+    "gathered_pointwise_mlp with LayerNorm": ("gathered_pointwise_mlp", {}, "x"),
+    "patch_embed": ("patch_embed", {}, "images"),
+    "patch_embed_layer_norm": ("patch_embed_layer_norm", {}, "images"),
 }
 
 
@@ -31,14 +32,14 @@ def hidden_pixels(layout: PatchLayout, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize("at", PLACES, ids=lambda at: at[0])
-@pytest.mark.parametrize("op", PIXEL_OPS)
+@pytest.mark.parametrize("call", PIXEL_OPS)
 @parametrize_backends_and_dtypes((F32, BF16), reference=True)
-def test_hidden_pixels_are_not_read(backend, dtype, op, at):
-    sample = make_sample(op, at=at).cast(dtype, backend.device)
+def test_hidden_pixels_are_not_read(backend, dtype, call, at):
+    op, axes, name = PIXEL_OPS[call]
+    sample = make_sample(op, at=at, **axes).cast(dtype, backend.device)
     cotangent = cotangent_of(sample.run(backend.name)["out"], dtype).to(backend.device, dtype)
     clean = sample.run(backend.name, cotangent)
 
-    name = PIXEL_OPS[op]
     pixels = sample.tensors[name].detach().clone()
     channels_last = pixels if name == "x" else pixels.permute(0, 2, 3, 1)
     hidden = hidden_pixels(sample.constants["layout"], *channels_last.shape[1:3])

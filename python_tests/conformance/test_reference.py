@@ -62,6 +62,7 @@ VARIANTS = [
     ("pointwise_mlp", {"drop": False}),
     ("pointwise_mlp", {"act": "gelu_tanh"}),
     ("gathered_pointwise_mlp", {"act": "gelu_tanh"}),
+    ("gathered_pointwise_mlp", {"ln": False, "at": ("non_square", 2)}),
     ("patch_embed", {"at": ("ragged", 2), "bias": False}),
     ("downsample", {"bias": False, "at": ("ragged", 4)}),
     ("linear", {"bias": False}),

@@ -25,7 +25,7 @@ ROUNDINGS = {
     "patch_embed_layer_norm": 4 + _PRODUCT,
     "downsample": 4 + _PRODUCT,
     "pointwise_mlp": 5 + 2 * _PRODUCT,  # GELU and GRN
-    "gathered_pointwise_mlp": 5 + 2 * _PRODUCT,
+    "gathered_pointwise_mlp": 9 + 2 * _PRODUCT,  # and LayerNorm
     "convnextv2_block": 9 + _CONV + 2 * _PRODUCT,
 }
 
@@ -102,7 +102,8 @@ def allowed_times(sample: Sample) -> float:
     """
     if "x" in sample.tensors and sample.tensors["x"].numel() < 8:
         return 8.0
-    normalised = [sample.tensors[name].numel() for name in ("ln_weight", "gamma") if name in sample.tensors]
+    given = [sample.tensors.get(name) for name in ("ln_weight", "gamma")]
+    normalised = [t.numel() for t in given if t is not None]
     if sample.op == "layer_norm":
         normalised.append(sample.tensors["x"].shape[-1])
     return 8.0 if min(normalised, default=8) < 8 else 2.0

@@ -68,10 +68,17 @@ FOUND = [
     ("grn_forward", "segments", lambda n: 2**40),
     ("grn_forward", "rows_per_slot", lambda n: 2**40),
     ("mlp_forward", "images", lambda n: 2**40),
+    ("gathered_mlp_forward", "patch_of_slot", lambda t: t + 27),
+    ("gathered_mlp_backward", "patch_of_slot", lambda t: t - 10),
+    ("gathered_mlp_forward", "grid_h", lambda n: 0),
     ("block_backward", "images", lambda n: 2**40),
     ("block_forward", "neighbours", lambda t: torch.full_like(t, 10**6)),
 ]
 NATIVE_FOUND = [
+    ("gather_normalize", "patch_of_slot", lambda t: t + 27),
+    ("normalized_backward_put", "patch_of_slot", lambda t: t - 10),
+    ("put_patches", "patch_of_slot", lambda t: t + 27),
+    ("put_patches", "grid_w", lambda n: 2**40),
     ("gelu_statistics", "segments", lambda n: 2**40),
     ("gelu_scale", "segments", lambda n: 2**40),
     ("mlp_backward_statistics", "segments", lambda n: -1),

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...params import MLPGradResult, MLPGradRows, MLPOptions, MLPParams, MLPResult, MLPRows, NormParams, Segments
+from ...params import (
+    MLPGradResult,
+    MLPGradRows,
+    MLPOptions,
+    MLPParams,
+    MLPResult,
+    MLPRows,
+    NormParams,
+    Places,
+    RowNorm,
+    Segments,
+)
 from ..base import KernelBackend
 from ..cuda import CUDABackend
 from .availability import DEVICE, unsupported_reason
@@ -31,7 +42,9 @@ class FusedMLP(KernelBackend):
             return super(FusedMLP, self).mlp_forward(rows, weights, options) if result is None else result
 
         (hidden, width), out = weights.w1.shape, weights.w2.shape[0]
-        return mlp.by_plan(mlp.shape_of(rows.x, width, hidden, out, rows.images), rows.x.device.index, run)
+        return mlp.by_plan(
+            mlp.shape_of(rows.total, weights.w1.dtype, (width, hidden, out), rows.images), rows.x.device.index, run
+        )
 
     def mlp_backward(self, chunk: MLPGradRows, weights: MLPParams, options: MLPOptions) -> MLPGradResult:
         from . import mlp
@@ -42,7 +55,9 @@ class FusedMLP(KernelBackend):
             return super(FusedMLP, self).mlp_backward(chunk, weights, options)
 
         (hidden, width), out = weights.w1.shape, weights.w2.shape[0]
-        return mlp.by_plan(mlp.shape_of(chunk.a, width, hidden, out, chunk.images), chunk.a.device.index, run)
+        return mlp.by_plan(
+            mlp.shape_of(chunk.a.shape[0], chunk.a.dtype, (width, hidden, out), chunk.images), chunk.a.device.index, run
+        )
 
     def scaled_weight_grad(
         self, chunk: MLPGradRows, scale: Tensor, weights: MLPParams, options: MLPOptions
@@ -52,8 +67,8 @@ class FusedMLP(KernelBackend):
         def run(plan: Plan) -> Tensor | None:
             return None if plan.weight is None else mlp.weight_grad(chunk, scale, weights.beta, options, plan.weight)
 
-        hidden, out = chunk.a.shape[1], chunk.d.shape[1]
-        shape = mlp.shape_of(chunk.a, out, hidden, out, options.segments(chunk.images))
+        (count, hidden), out = chunk.a.shape, chunk.d.shape[1]
+        shape = mlp.shape_of(count, chunk.a.dtype, (out, hidden, out), options.segments(chunk.images))
         return mlp.by_plan(shape, chunk.a.device.index, run)
 
 
@@ -84,6 +99,23 @@ class TritonBackend(FusedMLP):
 
             return normalized_backward_input(dy, z, rstd), None, None
         return self.operators.normalized_backward.default(dy, z, rstd, weight)
+
+    def gather_normalize(self, x: Tensor, places: Places, norm: RowNorm) -> tuple[Tensor, Tensor]:
+        from .norm import gather_normalize
+
+        return gather_normalize(x, places, norm)
+
+    def normalized_backward_put(
+        self, dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor | None, places: Places, dx: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from .norm_grad import normalized_backward_put
+
+        return normalized_backward_put(dy, z, rstd, weight, places, dx)
+
+    def put_patches(self, x: Tensor, places: Places, out: Tensor) -> None:
+        from .patches import put_patches
+
+        put_patches(x, places, out)
 
     def prepare_mlp(self, params: MLPParams, layer_norm: NormParams | None, like: Tensor) -> MLPParams:
         """In one launch; ``W2 beta`` is part of the second bias."""

@@ -26,6 +26,7 @@ from .gemm_forward import SIZES, precision
 from .gemm_tiles import Tiles, tile_rows
 from .launch import cdiv, launch, next_power_of_2
 from .plans import Tile
+from .row_places import RowPlaces, visible_row
 from .segments import segment_bounds
 
 _LEAST = 16  # the smallest side of a GEMM's tile
@@ -90,6 +91,7 @@ def image_products_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def hidden_backward_kernel(
     a, d, w1, w2, scale, kappa, z, rstd, da, dx, partials, M, images, each, owner, first, begin,
+    patch_of_slot, grid_w, SIDE: tl.constexpr,
     H: tl.constexpr, C: tl.constexpr, OUT: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr,
     ONE_SCALE: tl.constexpr, KIND: tl.constexpr, SPAN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BH: tl.constexpr,
@@ -97,7 +99,8 @@ def hidden_backward_kernel(
 ):  # fmt: skip
     """A tile of rows of ``da [M, H]`` and ``dx [M, C]``, and its column sums of da, ``partials [tiles, H]``.
 
-    O is split into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of LayerNorm's input."""
+    O is split into P0 + P1, C into Q0 + Q1. With z (and rstd) dx is the gradient of LayerNorm's input. With
+    patch_of_slot its rows are written to their places in a dense map."""
     tile = tl.program_id(0).to(tl.int64)
     image, row, rows = tile_rows(tile, M, images, each, owner, first, begin, KIND, BM)
     which = 0 if ONE_SCALE else image
@@ -156,6 +159,8 @@ def hidden_backward_kernel(
         dz0 = r * (dz0 - mean - n0 * along)
         if Q1:
             dz1 = r * (dz1 - mean - n1 * along)
+    if patch_of_slot is not None:
+        place = visible_row(row + offset, offset < rows, patch_of_slot, grid_w, SIDE)[:, None] * C
     tl.store(dx + place + q0[None, :], dz0.to(dx.dtype.element_ty), mask=mask0)
     if Q1:
         tl.store(dx + place + q1[None, :], dz1.to(dx.dtype.element_ty), mask=mask1)
@@ -222,12 +227,12 @@ def image_products(
 def hidden_backward(
     chunk: MLPGradRows, weights: MLPParams, act: str, scales: tuple[Tensor, Tensor], tiles: Tiles, tile: Tile
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``da [M, H]``, ``dx [M, C]`` and the sums of da by tile ``[tiles, H]``. ``tile.columns`` is the hidden step.
-    ``scales``: scale and kappa."""
+    """``da [M, H]``, ``dx [M, C]``, or ``chunk.dx`` with the gradient at its places, and the sums of da by tile
+    ``[tiles, H]``. ``tile.columns`` is the hidden step. ``scales``: scale and kappa."""
     a, d, (scale, kappa) = chunk.a, chunk.d, scales
     rows, hidden = a.shape
     out_c, width = d.shape[1], weights.w1.shape[1]
-    da, dx = torch.empty_like(a), a.new_empty(rows, width)
+    da, dx = torch.empty_like(a), a.new_empty(rows, width) if chunk.dx is None else chunk.dx
     partials = torch.empty(tiles.count, hidden, dtype=torch.float32, device=a.device)
     (p0, p1), (q0, q1) = halves(out_c), halves(width)
     launch(
@@ -235,7 +240,7 @@ def hidden_backward(
         a=a, d=d, w1=weights.w1, w2=weights.w2, scale=scale, kappa=kappa, z=chunk.z, rstd=chunk.rstd, da=da, dx=dx,
         partials=partials, M=rows, H=hidden, C=width, OUT=out_c, ACT=act, NARROW=a.dtype == torch.bfloat16,
         ONE_SCALE=scale.shape[0] == 1, PRECISION=precision(a.dtype), BH=tile.columns,
-        P0=p0, P1=p1, Q0=q0, Q1=q1, **tiles.arguments,
+        P0=p0, P1=p1, Q0=q0, Q1=q1, **RowPlaces.of(chunk.places).visible, **tiles.arguments,
     )  # fmt: skip
     return da, dx, partials
 

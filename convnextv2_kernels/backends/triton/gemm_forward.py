@@ -25,6 +25,7 @@ from .gelu import activate, widen
 from .gemm_tiles import Tiles, image_sums, tile_rows
 from .launch import cdiv, launch
 from .plans import Tile
+from .row_places import RowPlaces, visible_row
 
 # sizes that change between calls: kernels are not recompiled for each
 SIZES = ["M", "images", "each"]
@@ -59,12 +60,13 @@ def _store_image_sums(
 
 @triton.jit(do_not_specialize=SIZES)
 def first_product_kernel(
-    y, w1, b1, out, partials, M, images, each, owner, first, begin,
-    C: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, KEEP: tl.constexpr,
+    y, w1, b1, out, partials, M, images, each, owner, first, begin, patch_of_slot, grid_w,
+    SIDE: tl.constexpr, C: tl.constexpr, H: tl.constexpr, ACT: tl.constexpr, NARROW: tl.constexpr, KEEP: tl.constexpr,
     KIND: tl.constexpr, SPAN: tl.constexpr, FEW: tl.constexpr, PRECISION: tl.constexpr, SUMS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """``out [M, H]`` = a, or act(a) unless KEEP, of ``a = y [M, C] w1 [H, C]' + b1``; sums of act(a)^2 per image."""
+    """``out [M, H]`` = a, or act(a) unless KEEP, of ``a = y [M, C] w1 [H, C]' + b1``; sums of act(a)^2 per image. With
+    patch_of_slot the rows of y are the visible ones of a dense map."""
     blocks: tl.constexpr = (H + BN - 1) // BN
     program = tl.program_id(0).to(tl.int64)
     tile = program // blocks
@@ -75,7 +77,10 @@ def first_product_kernel(
         offset = tl.arange(0, BM)
         valid = offset < rows
         k = tl.arange(0, BK)
-        left = y + row * C + (offset[:, None] * C + k[None, :])
+        if patch_of_slot is None:
+            left = y + row * C + (offset[:, None] * C + k[None, :])
+        else:
+            left = y + (visible_row(row + offset, valid, patch_of_slot, grid_w, SIDE)[:, None] * C + k[None, :])
         right = w1 + (columns[None, :] * C + k[:, None])
         acc = tl.zeros([BM, BN], tl.float32)
         for k0 in range(0, C, BK):
@@ -85,7 +90,7 @@ def first_product_kernel(
             else:
                 u = tl.load(left + k0, mask=valid[:, None] & (k0 + k < C)[None, :], other=0.0)
                 v = tl.load(right + k0, mask=inside[None, :] & (k0 + k < C)[:, None], other=0.0)
-            acc = tl.dot(u, v, acc, input_precision=PRECISION)
+            acc = tl.dot(u.to(w1.dtype.element_ty), v, acc, input_precision=PRECISION)
         a = acc + widen(tl.load(b1 + columns, mask=inside, other=0.0))[None, :]
         # backward starts from the stored a, and so do the sums
         a = a.to(out.dtype.element_ty)
@@ -163,20 +168,21 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def first_product(
-    y: Tensor, weights: MLPParams, act: str, out: Tensor, preserve_a: bool, tiles: Tiles, tile: Tile
+    rows: MLPRows, weights: MLPParams, act: str, out: Tensor, preserve_a: bool, tiles: Tiles, tile: Tile
 ) -> Tensor:
-    """Writes ``out [M, H]``, a or act(a); returns the sums of squares ``[images, H]`` in float32."""
-    (rows, width), hidden = y.shape, weights.w1.shape[0]
-    partials = torch.empty(tiles.count, tiles.span, hidden, dtype=torch.float32, device=y.device)
+    """Writes ``out [M, H]``, a or act(a), of ``rows.x [M, C]`` or of its rows at ``rows.places``; returns the sums of
+    squares ``[images, H]`` in float32."""
+    hidden, width = weights.w1.shape
+    partials = torch.empty(tiles.count, tiles.span, hidden, dtype=torch.float32, device=out.device)
     launch(
         first_product_kernel, (tiles.count * cdiv(hidden, tile.columns),),
         num_warps=tile.warps, num_stages=tile.stages,
-        y=y, w1=weights.w1, b1=weights.b1, out=out, partials=partials, M=rows, C=width, H=hidden,
-        ACT=act, NARROW=y.dtype == torch.bfloat16, KEEP=preserve_a, FEW=_FEW_IMAGES,
-        PRECISION=precision(y.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
-        BN=tile.columns, BK=tile.depth, **tiles.arguments,
+        y=rows.x, w1=weights.w1, b1=weights.b1, out=out, partials=partials, M=rows.total, C=width, H=hidden,
+        ACT=act, NARROW=out.dtype == torch.bfloat16, KEEP=preserve_a, FEW=_FEW_IMAGES,
+        PRECISION=precision(out.dtype), SUMS="tf32x3" if plans.has_tf32() else "ieee",
+        BN=tile.columns, BK=tile.depth, **RowPlaces.of(rows.places).visible, **tiles.arguments,
     )  # fmt: skip
-    return image_sums(partials, tiles, rows)
+    return image_sums(partials, tiles, rows.total)
 
 
 def second_product(

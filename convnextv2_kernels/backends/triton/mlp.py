@@ -27,12 +27,11 @@ Result = TypeVar("Result")
 _PROGRAMS, _LEAST_ROWS = 512, 512
 
 
-def shape_of(rows: Tensor, width: int, hidden: int, out: int, images: Segments) -> plans.Shape | None:
-    """What the plan for the rows of a chunk depends on; None where there are no rows."""
-    count = rows.shape[0]
-    if count == 0 or images.count == 0:
+def shape_of(rows: int, dtype: torch.dtype, widths: tuple[int, int, int], images: Segments) -> plans.Shape | None:
+    """What the plan for the rows of a chunk depends on, ``widths`` those of the MLP; None where there are no rows."""
+    if rows == 0 or images.count == 0:
         return None
-    return plans.Shape(rows.dtype, width, hidden, out, count // images.count)
+    return plans.Shape(dtype, *widths, rows // images.count)
 
 
 def by_plan(shape: plans.Shape | None, index: int | None, run: Callable[[plans.Plan], Result]) -> Result:
@@ -50,14 +49,15 @@ def by_plan(shape: plans.Shape | None, index: int | None, run: Callable[[plans.P
 
 def fused_forward(rows: MLPRows, weights: MLPParams, options: MLPOptions, plan: plans.Plan) -> MLPResult | None:
     """``KernelBackend.mlp_forward`` with the tiles of a plan; None if a tile would span too many images."""
-    x = rows.x
     assert plan.first is not None and plan.second is not None
-    first, second = (partition(x.shape[0], rows.images, tile.rows) for tile in (plan.first, plan.second))
+    first, second = (partition(rows.total, rows.images, tile.rows) for tile in (plan.first, plan.second))
     if max(first.span, second.span) > MOST_IMAGES:
         return None
     saved = options.save == "hidden"
-    a = x.new_empty(x.shape[0], weights.w1.shape[0]) if rows.hidden is None else rows.hidden
-    squares = first_product(x, weights, options.act, a, saved, first, plan.first)
+    a = rows.hidden
+    if a is None:
+        a = weights.w1.new_empty(rows.total, weights.w1.shape[0])
+    squares = first_product(rows, weights, options.act, a, saved, first, plan.first)
     if options.batch_scope:
         squares = squares.sum(0, keepdim=True)
     norm, scale = finish_statistics(squares.unsqueeze(1), weights.gamma, options.eps)
@@ -93,7 +93,7 @@ def fused_backward(chunk: MLPGradRows, weights: MLPParams, options: MLPOptions, 
     del g
     tiles = partition(rows, images, plan.hidden.rows, allow_flat=False)
     da, dx, sums = hidden_backward(chunk, weights, act, (scale, kappa), tiles, plan.hidden)
-    return MLPGradResult(da, dx, column_sum(sums), dgamma, dw2)
+    return MLPGradResult(da, dx if chunk.places is None else None, column_sum(sums), dgamma, dw2)
 
 
 def weight_grad(chunk: MLPGradRows, scale: Tensor, beta: Tensor, options: MLPOptions, tile: plans.Tile) -> Tensor:

@@ -1,4 +1,5 @@
-"""LayerNorm of rows ``[..., C]``, optionally written as the downsampling's 2x2 pixels.
+"""LayerNorm of rows ``[..., C]``, optionally written as the downsampling's 2x2 pixels, or of the visible rows of a
+dense map.
 
 Bandwidth-bound: every element is read once and written once. A program holds a few whole rows in registers, 16 elements
 per thread, and computes mean and centred squares in two passes without reading twice. Wider rows, of more than 8192
@@ -15,8 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...dtypes import statistics_dtype
+from ...params import Places, RowNorm
 from .gelu import widen
 from .launch import accumulator, cdiv, launch, next_power_of_2, operator
+from .row_places import RowPlaces, map_row, statistics_row
 
 
 class RowTile(NamedTuple):
@@ -37,17 +40,6 @@ def row_tile(channels: int, each: int, widest: int) -> RowTile:
 
 
 @triton.jit
-def dense_row(row, half_width):
-    """Row of ``x [maps, 2h, 2w]`` for a row of ``y [maps, h, w, 2, 2]``; the same row without ``half_width``."""
-    if half_width is None:
-        return row
-    else:
-        pixel = row // 4
-        line = pixel // half_width * 2 + row % 4 // 2
-        return (line * half_width + pixel % half_width) * 2 + row % 2
-
-
-@triton.jit
 def _store_normalized(centred, r, weight, bias, target, columns, valid, C: tl.constexpr):
     """``centred r [weight] [+ bias]`` of the columns that exist."""
     held = columns < C
@@ -62,13 +54,14 @@ def _store_normalized(centred, r, weight, bias, target, columns, valid, C: tl.co
 
 @triton.jit
 def norm_rows_kernel(
-    x, weight, bias, y, mean, rstd, rows, half_width,
-    C: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    x, weight, bias, y, mean, rstd, rows, half_width, patch_of_slot, grid_w,
+    SIDE: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """``y = (x - mean) rstd [weight] [+ bias]``; with half_width the rows of y are in order ``[maps, h, w, 2, 2]``."""
+    """``y = (x - mean) rstd [weight] [+ bias]`` of rows that lie in x as :class:`RowPlaces` says."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     valid = row < rows
-    at = dense_row(row, half_width)
+    at = map_row(row, valid, half_width, patch_of_slot, grid_w, SIDE)
+    kept = statistics_row(row, at, half_width)
     columns = tl.arange(0, BC)
     inside = valid[:, None] & (columns < C)[None, :]
     values = widen(tl.load((x + at * C)[:, None] + columns[None, :], mask=inside, other=0.0))
@@ -76,20 +69,21 @@ def norm_rows_kernel(
     centred = tl.where(inside, values - mu[:, None], 0.0)
     r = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / C + EPS)
     if mean is not None:
-        tl.store(mean + at, mu, mask=valid)
-    tl.store(rstd + at, r, mask=valid)
+        tl.store(mean + kept, mu, mask=valid)
+    tl.store(rstd + kept, r, mask=valid)
     _store_normalized(centred, r, weight, bias, y + row * C, columns, valid, C)
 
 
 @triton.jit
 def norm_wide_rows_kernel(
-    x, weight, bias, y, mean, rstd, rows, half_width,
-    C: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    x, weight, bias, y, mean, rstd, rows, half_width, patch_of_slot, grid_w,
+    SIDE: tl.constexpr, C: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """The same for rows of more than BC columns."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     valid = row < rows
-    at = dense_row(row, half_width)
+    at = map_row(row, valid, half_width, patch_of_slot, grid_w, SIDE)
+    kept = statistics_row(row, at, half_width)
     columns = tl.arange(0, BC)
     source = (x + at * C)[:, None] + columns[None, :]
     total = tl.zeros([BM, BC], ACC)
@@ -103,8 +97,8 @@ def norm_wide_rows_kernel(
         total += tl.where(inside, centred * centred, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(total, axis=1) / C + EPS)
     if mean is not None:
-        tl.store(mean + at, mu, mask=valid)
-    tl.store(rstd + at, r, mask=valid)
+        tl.store(mean + kept, mu, mask=valid)
+    tl.store(rstd + kept, r, mask=valid)
     for first in range(0, C, BC):
         inside = valid[:, None] & (first + columns < C)[None, :]
         centred = widen(tl.load(source + first, mask=inside, other=0.0)) - mu[:, None]
@@ -113,7 +107,7 @@ def norm_wide_rows_kernel(
 
 def _normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
-    y: Tensor, mean: Tensor | None, rstd: Tensor, half_width: int | None,
+    y: Tensor, mean: Tensor | None, rstd: Tensor, places: RowPlaces,
 ) -> None:  # fmt: skip
     rows, channels = rstd.numel(), x.shape[-1]
     tile = row_tile(channels, each=16, widest=8192)
@@ -121,8 +115,8 @@ def _normalize(
     constants = {"ACC": accumulator(x.dtype)} if wide else {}
     launch(
         norm_wide_rows_kernel if wide else norm_rows_kernel, (cdiv(rows, tile.rows),), num_warps=tile.warps,
-        x=x, weight=weight, bias=bias, y=y, mean=mean, rstd=rstd, rows=rows, half_width=half_width,
-        C=channels, EPS=eps, BM=tile.rows, BC=tile.columns, **constants,
+        x=x, weight=weight, bias=bias, y=y, mean=mean, rstd=rstd, rows=rows,
+        C=channels, EPS=eps, BM=tile.rows, BC=tile.columns, **constants, **places.arguments,
     )  # fmt: skip
 
 
@@ -133,7 +127,7 @@ def layer_norm_forward(
     """``x [..., C]``, weight and bias ``[C]`` -> y like x, mean and rstd ``[...]``."""
     y = torch.empty_like(x)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=statistics_dtype(x.dtype)) for _ in range(2))
-    _normalize(x, weight, bias, eps, y, mean, rstd, None)
+    _normalize(x, weight, bias, eps, y, mean, rstd, RowPlaces())
     return y, mean, rstd
 
 
@@ -145,5 +139,13 @@ def space_to_depth_normalize(
     maps, height, width, channels = x.shape
     y = x.new_empty(maps, height // 2, width // 2, 4 * channels)
     rstd = x.new_empty(maps, height, width, dtype=statistics_dtype(x.dtype))
-    _normalize(x, weight, bias, eps, y, None, rstd, width // 2)
+    _normalize(x, weight, bias, eps, y, None, rstd, RowPlaces(width // 2))
+    return y, rstd
+
+
+def gather_normalize(x: Tensor, places: Places, norm: RowNorm) -> tuple[Tensor, Tensor]:
+    """``x [N, Gh*s, Gw*s, C]`` -> LayerNorm of its visible rows ``[P, s, s, C]``, and their rstd ``[P, s, s]``."""
+    shape = (places.patch_of_slot.shape[0], places.side, places.side)
+    y, rstd = x.new_empty(*shape, x.shape[-1]), x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+    _normalize(x, *norm, y, None, rstd, RowPlaces.of(places))
     return y, rstd

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...params import Places
 from .launch import cdiv, launch, next_power_of_2, operator
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -51,6 +52,21 @@ def gather_patches_kernel(
     dense = (patch // grid_w * SIDE + line % SIDE) * grid_w + patch % grid_w
     values = tl.load(source + ((dense * WIDTH)[:, None] + column[None, :]), mask=inside)
     tl.store(target + ((line * WIDTH)[:, None] + column[None, :]), values, mask=inside)
+
+
+@triton.jit
+def put_patches_kernel(
+    source, patch_of_slot, target, lines, grid_w,
+    SIDE: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Back to ``target [images * grid_h, SIDE, grid_w, WIDTH]``; hidden sites keep their values."""
+    line, column = _line_and_column(WIDTH, BM, BN)
+    valid = line < lines
+    inside = valid[:, None] & (column < WIDTH)[None, :]
+    patch = tl.load(patch_of_slot + line // SIDE, mask=valid, other=0).to(tl.int64)
+    dense = (patch // grid_w * SIDE + line % SIDE) * grid_w + patch % grid_w
+    values = tl.load(source + ((line * WIDTH)[:, None] + column[None, :]), mask=inside)
+    tl.store(target + ((dense * WIDTH)[:, None] + column[None, :]), values, mask=inside)
 
 
 @triton.jit
@@ -121,6 +137,15 @@ def gather_patches(x: Tensor, patch_of_slot: Tensor, grid_h: int, grid_w: int) -
         source=source, patch_of_slot=patch_of_slot, grid_w=grid_w, SIDE=side,
     )  # fmt: skip
     return y
+
+
+def put_patches(x: Tensor, places: Places, out: Tensor) -> None:
+    """``x [P*s*s, C]`` -> the visible rows of the map ``out [N, Gh*s, Gw*s, C]``, of x's dtype."""
+    source, target, side = _words(x), _words(out), places.side
+    _move(
+        put_patches_kernel, target, places.patch_of_slot.shape[0] * side, side * source.shape[-1],
+        source=source, patch_of_slot=places.patch_of_slot, grid_w=places.grid[1], SIDE=side,
+    )  # fmt: skip
 
 
 @operator

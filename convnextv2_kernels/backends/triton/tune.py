@@ -114,7 +114,7 @@ class Case:
             return None
         if name == "first":
             out = torch.empty_like(self.a)
-            return lambda: first_product(self.y, self._weights, "gelu", out, True, tiles, tile)
+            return lambda: first_product(self._rows, self._weights, "gelu", out, True, tiles, tile)
         if name == "second":
             return lambda: second_product(self.a, "gelu", self._weights, self.scale, self._rows, tiles, tile)
         scales = self.scale, self.scale

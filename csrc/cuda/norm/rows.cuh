@@ -22,15 +22,18 @@ constexpr int kHeldVectors = N * sizeof(T) < 16 ? 8
 template <class T, int N, bool kSums = false>
 constexpr int kHeldChannels = 32 * N * kHeldVectors<T, N, kSums>;
 
-// Where the other side's row of pixel `row` lies.
+// Where row `row` lies on both sides: `input` in what is normalised (x, dx), `output` in what is written from it (y,
+// grad, z). The statistics lie as the rows are counted. Lanes past the last row ask too, with `exists` false.
 struct SameRow {
-  __device__ __forceinline__ int64_t operator()(int64_t row) const { return row; }
+  __device__ __forceinline__ int64_t input(int64_t row, bool) const { return row; }
+  __device__ __forceinline__ int64_t output(int64_t row) const { return row; }
 };
 
 // Pixels of maps [h, w] by 2x2 blocks: [h/2, w/2, 2, 2]. h is even, so lines pair up across maps too.
 struct BlockedRow {
   int64_t width;
-  __device__ __forceinline__ int64_t operator()(int64_t row) const {
+  __device__ __forceinline__ int64_t input(int64_t row, bool) const { return row; }
+  __device__ __forceinline__ int64_t output(int64_t row) const {
     int64_t line;
     if (row >> 32 == 0 && width >> 32 == 0)
       line = static_cast<uint32_t>(row) / static_cast<uint32_t>(width);  // a fifth of a 64-bit division
@@ -39,6 +42,25 @@ struct BlockedRow {
     const int64_t column = row - line * width;
     return (line / 2 * (width / 2) + column / 2) * 4 + line % 2 * 2 + column % 2;
   }
+};
+
+// Packed rows [slots, s, s] of the visible patches of maps [N, Gh*s, Gw*s].
+struct GatheredRow {
+  const int32_t* patch_of_slot;
+  uint32_t grid_w, side;
+  __device__ __forceinline__ int64_t input(int64_t row, bool exists) const {
+    if (!exists) return 0;
+    const uint32_t area = side * side;
+    int64_t slot;
+    if (row >> 32 == 0)
+      slot = static_cast<uint32_t>(row) / area;
+    else
+      slot = row / area;
+    const uint32_t within = static_cast<uint32_t>(row - slot * area), y = within / side, x = within - y * side;
+    const uint32_t patch = static_cast<uint32_t>(patch_of_slot[slot]), map_row = patch / grid_w;
+    return ((int64_t{map_row} * side + y) * grid_w + (patch - map_row * grid_w)) * side + x;
+  }
+  __device__ __forceinline__ int64_t output(int64_t row) const { return row; }
 };
 
 // Lanes that hold a row; a power of two. Single elements are spread wide to keep accesses together.
@@ -74,7 +96,7 @@ __device__ __forceinline__ void affine(A (&v)[N], const A* weight, const A* bias
   }
 }
 
-// y row map(r) = LN(x row r).
+// y row map.output(r) = LN(x row map.input(r)).
 template <class T, int N, class Map>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 4 : 1)
     norm_forward_kernel(NormForward<T> p, int lanes, Map map) {
@@ -83,7 +105,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 4 : 1)
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int64_t row = (int64_t{blockIdx.x} * kRowThreads + threadIdx.x) / lanes;
   const int64_t held = row < p.rows ? p.channels : 0;  // lanes past the rows hold nothing, but take part in sums
-  const T* x = p.x + row * p.channels;
+  const T* x = p.x + map.input(row, held) * p.channels;
   Packed<T, N> loaded[kVectors];
 #pragma unroll
   for (int m = 0; m < kVectors; ++m) {
@@ -110,7 +132,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 4 : 1)
   }
   const A rstd = rsqrt(group_sum(square, lanes) / static_cast<A>(p.channels) + p.eps);
   if (held == 0) return;
-  T* y = p.y + map(row) * p.channels;
+  T* y = p.y + map.output(row) * p.channels;
 #pragma unroll
   for (int m = 0; m < kVectors; ++m) {
     const int c = (lane + m * lanes) * N;
@@ -133,8 +155,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_forward_wide_kernel(NormF
   using A = Acc<T>;
   __shared__ A shared[32];
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = kRowThreads * N;
-  const T* x = p.x + row * p.channels;
-  T* y = p.y + map(row) * p.channels;
+  const T* x = p.x + map.input(row, true) * p.channels;
+  T* y = p.y + map.output(row) * p.channels;
   A sum = 0, square = 0, v[N];
 #pragma unroll 4
   for (int64_t c = first; c < p.channels; c += step) {

@@ -32,7 +32,7 @@ struct NormPartition {
   }
 };
 
-// dx row r from rows map(r) of grad and x. kSums: the parameters' sums are wanted.
+// dx row map.input(r) from rows map.output(r) of grad and x. kSums: the parameters' sums are wanted.
 template <class T, int N, class Map, bool kSums>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     norm_backward_kernel(NormBackward<T> p, int lanes, int64_t steps, Map map) {
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
   for (int64_t step = 0; step < steps; ++step) {
     const int64_t row = (blockIdx.x * steps + step) * groups + group;
     const int64_t held = row < p.rows ? p.channels : 0;
-    const int64_t source = held ? map(row) * p.channels : 0;
+    const int64_t source = held ? map.output(row) * p.channels : 0;
     Packed<T, N> loaded_grad[kVectors], loaded_x[kVectors];
 #pragma unroll
     for (int m = 0; m < kVectors; ++m) {
@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     }
     sum = group_sum(sum, lanes) / static_cast<A>(p.channels);
     dot = group_sum(dot, lanes) / static_cast<A>(p.channels);
+    T* dx = p.dx + map.input(row, held) * p.channels;
 #pragma unroll
     for (int m = 0; m < kVectors; ++m) {
       const int c = (lane + m * lanes) * N;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
         affine<A, N>(g, p.weight, nullptr, c);
 #pragma unroll
         for (int i = 0; i < N; ++i) g[i] = rstd * (g[i] - sum - (z[i] - mean) * spread * dot);
-        store_packed(p.dx + row * p.channels + c, pack_words<T, N>(g));
+        store_packed(dx + c, pack_words<T, N>(g));
       }
     }
   }
@@ -132,7 +133,8 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward_wide_kernel(Norm
   using A = Acc<T>;
   __shared__ A shared[32];
   const int64_t row = blockIdx.x, first = int64_t{threadIdx.x} * N, step = kRowThreads * N;
-  const T *grad = p.grad + map(row) * p.channels, *x = p.x + map(row) * p.channels;
+  const T *grad = p.grad + map.output(row) * p.channels, *x = p.x + map.output(row) * p.channels;
+  T* dx = p.dx + map.input(row, true) * p.channels;
   const A rstd = p.rstd[row], mean = p.mean ? p.mean[row] : A(0), spread = p.mean ? rstd : A(1);
   A sum = 0, dot = 0, g[N], z[N];
 #pragma unroll 2
@@ -154,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads, 1) norm_backward_wide_kernel(Norm
     affine<A, N>(g, p.weight, nullptr, c);
 #pragma unroll
     for (int i = 0; i < N; ++i) g[i] = rstd * (g[i] - sum - (z[i] - mean) * spread * dot);
-    store_packed(p.dx + row * p.channels + c, pack_words<T, N>(g));
+    store_packed(dx + c, pack_words<T, N>(g));
   }
 }
 
@@ -213,7 +215,8 @@ int64_t launch_norm_backward(const NormBackward<T>& p, const Map& map, const Lau
   return 0;
 }
 
-// dweight and dbias may be null; p.partial is the workspace. A mean only with SameRow: it is kept by pixel.
+// dweight and dbias may be null; p.partial is the workspace. A mean only with SameRow: the sums of wide rows read the
+// statistics in the order of grad.
 template <class T, class Map>
 void norm_backward(const NormBackward<T>& p, const Map& map, Acc<T>* dweight, Acc<T>* dbias, const Launch& launch) {
   with_width<T>(wide_columns<T>(p.channels, {p.grad, p.x, p.dx}, {p.weight}), [&](auto width) {

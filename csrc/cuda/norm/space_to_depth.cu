@@ -21,7 +21,7 @@ void space_to_depth_norm_forward(const SpaceToDepthNorm& p, const Launch& launch
                      .eps = static_cast<A>(p.eps),
                      .y = static_cast<T*>(p.out),
                      .rstd = static_cast<A*>(p.rstd)},
-                    BlockedRow{p.width}, launch);
+                    BlockedRow{.width = p.width}, launch);
   });
 }
 
@@ -46,7 +46,7 @@ void space_to_depth_norm_backward(const SpaceToDepthNorm& p, const Launch& launc
                       .weight = static_cast<const A*>(p.weight),
                       .dx = static_cast<T*>(p.out),
                       .partial = static_cast<A*>(launch.workspace)},
-                     BlockedRow{p.width}, static_cast<A*>(p.dweight), static_cast<A*>(p.dbias), launch);
+                     BlockedRow{.width = p.width}, static_cast<A*>(p.dweight), static_cast<A*>(p.dbias), launch);
   });
 }
 

@@ -59,6 +59,24 @@ __global__ void __launch_bounds__(kThreads)
     if (begin + i * kThreads < s.total) target[begin + i * kThreads] = values[i];
 }
 
+// The reverse of the above: hidden sites stay as they are.
+template <class V>
+__global__ void __launch_bounds__(kThreads)
+    put_patches_kernel(CopyShape s, const int32_t* patch_of_slot, const V* source, V* target) {
+  const int64_t begin = int64_t{blockIdx.x} * kChunk + threadIdx.x;
+  if (begin >= s.total) return;
+  Place at(begin, s.patch);
+  V values[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (begin + i * kThreads < s.total) values[i] = source[begin + i * kThreads];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (begin + i * kThreads < s.total) target[s.dense(patch_of_slot[at.outer], at.inner)] = values[i];
+    at.advance(kThreads, s.patch);
+  }
+}
+
 template <class V>
 __global__ void __launch_bounds__(kThreads)
     scatter_patches_kernel(CopyShape s, const int32_t* slot_of_patch, const V* source, const V* fill, V* target) {
@@ -179,6 +197,9 @@ int64_t gather_patches_workspace(const PatchCopy&) {
 int64_t scatter_patches_workspace(const PatchCopy&) {
   return 0;
 }
+int64_t put_patches_workspace(const PatchCopy&) {
+  return 0;
+}
 int64_t patch_pixels_workspace(const PatchPixels&) {
   return 0;
 }
@@ -190,6 +211,17 @@ void gather_patches(const PatchCopy& p, const Launch& launch) {
     const CopyShape s = copy_shape(p, p.slots, access);
     if (s.total == 0) return;
     CNX_LAUNCH((gather_patches_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
+               static_cast<const V*>(p.source), static_cast<V*>(p.target));
+  });
+}
+
+void put_patches(const PatchCopy& p, const Launch& launch) {
+  const int access = access_bytes(p.side * p.pixel_bytes, {p.source, p.target});
+  with_access(access, [&](auto type) {
+    using V = typename decltype(type)::type;
+    const CopyShape s = copy_shape(p, p.slots, access);
+    if (s.total == 0) return;
+    CNX_LAUNCH((put_patches_kernel<V>), chunks(s.total), kThreads, 0, launch, s, p.patch_of_slot,
                static_cast<const V*>(p.source), static_cast<V*>(p.target));
   });
 }

@@ -19,6 +19,8 @@ struct Threads {
   K(layer_norm_backward, LayerNormBackward)         \
   K(space_to_depth_norm_forward, SpaceToDepthNorm)  \
   K(space_to_depth_norm_backward, SpaceToDepthNorm) \
+  K(gather_norm_forward, GatherNorm)                \
+  K(gather_norm_backward, GatherNorm)               \
   K(grn_forward, GrnForward)                        \
   K(grn_backward, GrnBackward)                      \
   K(gelu_statistics, GeluStatistics)                \
@@ -44,6 +46,7 @@ const KernelTable* find_kernels(const char* isa);
 // Plain memory moves, the same for every instruction set.
 void gather_patches(const PatchCopy&, const Threads&);
 void scatter_patches(const PatchCopy&, const Threads&);
+void put_patches(const PatchCopy&, const Threads&);
 void patch_pixels(const PatchPixels&, const Threads&);
 
 // out[cols, rows] = x[rows, cols]' of float32, in tiles that stay in cache.

@@ -91,6 +91,8 @@ struct Launch {
   K(layer_norm_backward, LayerNormBackward)         \
   K(space_to_depth_norm_forward, SpaceToDepthNorm)  \
   K(space_to_depth_norm_backward, SpaceToDepthNorm) \
+  K(gather_norm_forward, GatherNorm)                \
+  K(gather_norm_backward, GatherNorm)               \
   K(grn_forward, GrnForward)                        \
   K(grn_backward, GrnBackward)                      \
   K(gelu_statistics, GeluStatistics)                \
@@ -104,6 +106,7 @@ struct Launch {
   K(products_weight, ImageProducts)                 \
   K(gather_patches, PatchCopy)                      \
   K(scatter_patches, PatchCopy)                     \
+  K(put_patches, PatchCopy)                         \
   K(patch_pixels, PatchPixels)                      \
   K(layout_from_kept, LayoutFromKept)               \
   K(neighbour_slots, NeighbourSlots)                \

@@ -223,6 +223,7 @@ struct ColumnSum {
 
 // Copies between dense maps and packed patches; plain memory moves, the same for every instruction set.
 // Dense map [N, Gh*s, Gw*s] of pixels of `pixel_bytes`; patch_of_slot and slot_of_patch as in PatchLayout.
+// put_patches is the reverse of gather_patches: it leaves hidden sites as they are.
 struct PatchCopy {
   int64_t images, grid_h, grid_w, side, slots, pixel_bytes;
   const int32_t* patch_of_slot;
@@ -230,6 +231,26 @@ struct PatchCopy {
   const void* source;
   const void* fill;  // one pixel for hidden sites, or null for zero bytes
   void* target;
+};
+
+// LayerNorm of the rows of visible patches, read from a dense map [N, Gh*s, Gw*s, C] and written packed, and its
+// gradient, read packed and written to those places; no other place of the map is touched. Slots are those of
+// patch_of_slot, which may be a part of a layout's. Each patch at most once in backward.
+struct GatherNorm {
+  DType dtype;
+  int64_t grid_h, grid_w, side, slots, channels;
+  const int32_t* patch_of_slot;  // [slots]
+  const void* x;                 // forward: the map; backward: gradient of y, packed
+  const void* weight;            // A [C], or null: normalised without an affine part
+  const void* bias;              // A [C] or null
+  double eps;
+  const void* z;  // backward: the normalised rows, packed
+  void* out;      // forward: y, packed; backward: the gradient of the map
+  void* rstd;     // A [slots, s, s], written by forward, read by backward
+  void* dweight;  // backward: A [C], or null with dbias: not wanted
+  void* dbias;    // backward: A [C] or null
+
+  CNX_HOST_DEVICE int64_t rows() const { return slots * side * side; }
 };
 
 // Rows of 4x4 pixels, channel-major as a conv weight: images[N, C, H, W] -> [slots, side, side, C*16], where `side`

@@ -12,8 +12,9 @@ from convnextv2_kernels.backends import triton
 pytest.importorskip("triton")
 
 from convnextv2_kernels.backends.triton import gemm_backward, gemm_forward, gemm_tiles, plans
+from convnextv2_kernels.backends.triton.patches import gather_patches
 from convnextv2_kernels.backends.triton.plans import Tile
-from convnextv2_kernels.params import WHOLE_BATCH, MLPGradRows, MLPParams, MLPRows, Segments
+from convnextv2_kernels.params import WHOLE_BATCH, MLPGradRows, MLPParams, MLPRows, Places, Segments
 from convnextv2_kernels.settings import current
 
 from .available import needs_kernels
@@ -90,9 +91,9 @@ def test_forward(name, widths, dtype, keep):
     hidden = case.empty(case.rows, case.h)
     tiles = gemm_tiles.partition(case.rows, case.images, case.tile)
     weights = MLPParams(w1, b1, scale, scale, w2, b2)  # gamma and beta have no part in these kernels
-    squares = gemm_forward.first_product(y, weights, "gelu", hidden, keep, tiles, tile)
-    act = "gelu" if keep else "none"
     rows = MLPRows(y, residual, factors, case.images, dtype)
+    squares = gemm_forward.first_product(rows, weights, "gelu", hidden, keep, tiles, tile)
+    act = "gelu" if keep else "none"
     out = gemm_forward.second_product(hidden, act, weights, scale, rows, tiles, tile)
 
     a = F.linear(y.double(), w1.double(), b1.double()).cpu()
@@ -141,6 +142,46 @@ def test_backward(name, widths, dtype, act):
     mean, along = exact_dz.mean(1, keepdim=True), (exact_dz * z).mean(1, keepdim=True)
     close(dx, rstd[:, None] * (exact_dz - mean - z * along), dtype, 4)
     close(parts.sum(0), d.t() @ (h * scale[owner]), dtype, 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("side", "name"), [(1, "flat"), (4, "image"), (2, "ragged")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_map(side, name, dtype):
+    """The first GEMM reads rows at their places in a map of 3x2 patches, the last one writes their gradient there."""
+    c, h = 24, 40
+    slots = torch.tensor([0, 3, 5, 6, 9, 10] if name != "ragged" else [1, 8, 9, 11], dtype=torch.int32)
+    offsets = torch.tensor([4, 5, 8], dtype=torch.int32) if name == "ragged" else None
+    device = triton.DEVICE
+    images = Segments(None if offsets is None else offsets.to(device), side**2, 2)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    places = Places(slots.to(device), (3, 2), side)
+    x = draw(2, 3 * side, 2 * side, c, dtype=F32)  # under autocast the map is wider than the operands
+    packed = gather_patches(x, places.patch_of_slot, 3, 2).view(-1, c)
+    w1, w2 = draw(h, c), draw(c, h)
+    weights, count = MLPParams(w1, draw(h), draw(h), draw(h), w2, draw(c)), places.rows
+    tile, tiles = Tile(16, 32, 16, 4, 2), gemm_tiles.partition(count, images, 16)
+    results, copied = [], MLPRows(packed.to(dtype), None, None, images, dtype)
+    for rows in (copied._replace(x=x, places=places), copied):
+        out = torch.empty(count, h, device=device, dtype=dtype)
+        results.append((out, gemm_forward.first_product(rows, weights, "gelu", out, False, tiles, tile)))
+    assert all(torch.equal(got, want) for got, want in zip(*results, strict=True))
+
+    scales = draw(2, h, dtype=F32), draw(2, h, dtype=F32)
+    rstd, d, z = draw(count, dtype=F32).abs(), draw(count, c), draw(count, c)
+    chunk = MLPGradRows(draw(count, h), d, rstd, rstd, z, rstd, None, images, True)
+    tiles = gemm_tiles.partition(count, images, 16, allow_flat=False)
+    for kept in (chunk, chunk._replace(z=None, rstd=None)):
+        dx = torch.full((2, 3 * side, 2 * side, c), 7.0, device=device, dtype=dtype)
+        expected = gemm_backward.hidden_backward(kept, weights, "gelu", scales, tiles, tile)
+        got = gemm_backward.hidden_backward(kept._replace(places=places, dx=dx), weights, "gelu", scales, tiles, tile)
+        assert got[1] is dx and torch.equal(got[0], expected[0])
+        assert torch.equal(gather_patches(dx, places.patch_of_slot, 3, 2).view(-1, c), expected[1])
+        assert int((dx != 7).any(-1).sum()) == count, "another row was written"
 
 
 @pytest.mark.parametrize(
