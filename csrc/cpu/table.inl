@@ -1,6 +1,7 @@
 // All kernels of one instruction set, and their table.
 #include "conv.inl"
 #include "grn.inl"
+#include "layer_norm_grn.inl"
 #include "mlp.inl"
 #include "norm.inl"
 
