@@ -1,24 +1,30 @@
 // Passes over rows [rows, channels] in segments that know or find the mean and 1/std of each row: z = (x - mean) rstd.
 //
-// Where a pass needs sums along a row, a group of lanes holds it in registers as in rows.cuh, and keeps its columns from
-// row to row; wider rows are held by a whole block. Where it does not, a thread walks down its columns as in
-// columns.cuh. Either way a block works on a part of one segment, and x is read once.
+// Where a pass needs sums along a row, a group of lanes holds it in registers as in rows.cuh, and keeps its columns
+// from row to row; wider rows are held by a whole block. Where it does not, a thread walks down its columns as in
+// columns.cuh. Either way a block works on a part of one segment, and x is read once. Rows of more than kMostHeld
+// channels, which no network has, go through LayerNorm's own kernels.
 #pragma once
 
-#include "rows.cuh"
+#include "rows_grad.cuh"
 
 namespace cnx {
 namespace cuda {
 
-// Vectors of a row that a lane holds at most; kBlock: a block holds a row, of 3072 channels or more.
+// What a block can hold of a row, whatever its type and alignment.
+constexpr int64_t kMostHeld = 3072;
+
+// Vectors of a row that a lane holds at most; kBlock: a block holds the row.
 template <class T, int N, bool kBlock>
-constexpr int kRowVectors = !kBlock           ? kHeldVectors<T, N>
-                            : N == 1          ? 12
-                            : sizeof(T) == 2  ? 2
-                            : sizeof(T) == 4  ? 3
-                                              : 6;
+constexpr int kRowVectors = !kBlock          ? kHeldVectors<T, N>
+                            : N == 1         ? 12
+                            : sizeof(T) == 2 ? 2
+                            : sizeof(T) == 4 ? 3
+                                             : 6;
 template <class T, int N, bool kBlock>
 constexpr int kRowChannels = (kBlock ? kRowThreads : 32) * N * kRowVectors<T, N, kBlock>;
+static_assert(kRowChannels<bf16, 8, true> >= kMostHeld && kRowChannels<float, 4, true> >= kMostHeld &&
+              kRowChannels<double, 2, true> >= kMostHeld && kRowChannels<double, 1, true> >= kMostHeld);
 
 template <bool kValue>
 struct Flag {
@@ -43,18 +49,15 @@ int64_t row_splits(const Segments& segments, int64_t channels) {
   return split_count(segments, each < 16 ? 16 : each);
 }
 
-// f(Flag<kBlock>{}, grid) where a group of lanes or a block can hold a row; whether it can.
+// f(Flag<kBlock>{}, grid): a group of lanes holds a row, or a block.
 template <class T, int N, class F>
-bool with_held_rows(const Segments& segments, int64_t channels, int64_t splits, const F& f) {
+void with_held_rows(const Segments& segments, int64_t channels, int64_t splits, const F& f) {
   if (channels <= kRowChannels<T, N, false>) {
     const int lanes = row_lanes<T, N>(channels);
     f(Flag<false>{}, split_grid(segments, channels, splits, {lanes, kRowThreads / lanes, 1}));
-  } else if (channels <= kRowChannels<T, N, true>) {
-    f(Flag<true>{}, split_grid(segments, channels, splits, {kRowThreads, 1, 1}));
   } else {
-    return false;
+    f(Flag<true>{}, split_grid(segments, channels, splits, {kRowThreads, 1, 1}));
   }
-  return true;
 }
 
 // Sums of K values over the group that holds a row. All threads of a block must call.
@@ -79,12 +82,11 @@ template <class T, int N, bool kBlock>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     normalized_squares_kernel(ColumnGrid grid, NormForward<T> p, Acc<T>* partial) {
   using A = Acc<T>;
-  constexpr int kVectors = kRowVectors<T, N, kBlock>, kRows = 2;
+  constexpr int kVectors = kRowVectors<T, N, kBlock>, kRows = N > 1 ? 2 : 1;
   __shared__ typename RowSums<A, kRows, kBlock>::Shared row_shared;
   RowSums<A, kRows, kBlock> row_sums;
   const ColumnSpan span = column_span<N>(grid);
   const int channels = static_cast<int>(grid.channels), first = static_cast<int>(span.column), step = grid.tile * N;
-  const A share = A(1) / static_cast<A>(channels);
   A sums[kVectors][N] = {};
   for (int start = 0; start < span.rows; start += kRows * grid.lanes) {
     Packed<T, N> loaded[kRows][kVectors];
@@ -285,7 +287,7 @@ __device__ __forceinline__ void pulled(A (&g)[N], const A (&z)[N], const A* coef
 
 // dx = rstd (g - mean(g) - z mean(g z)), g as pulled() makes it.
 template <class T, int N, bool kBlock>
-__global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
+__global__ void __launch_bounds__(kRowThreads, sizeof(T) < 8 && N > 1 ? 2 : 1)
     normalized_gradient_kernel(ColumnGrid grid, NormBackward<T> p, const Acc<T>* coefficients) {
   using A = Acc<T>;
   constexpr int kVectors = kRowVectors<T, N, kBlock>;
