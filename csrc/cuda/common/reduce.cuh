@@ -26,24 +26,6 @@ __device__ __forceinline__ A block_sum(A value, A* shared) {
   return total;
 }
 
-// The same for K values with one barrier: a caller that comes again before another barrier passes other memory.
-template <int K, class A>
-__device__ __forceinline__ void block_sums(A (&values)[K], A (&shared)[32][K]) {
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = group_sum(values[k], 32);
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) shared[threadIdx.x / 32][k] = values[k];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = 0;
-  for (unsigned w = 0; w < blockDim.x / 32; ++w) {
-#pragma unroll
-    for (int k = 0; k < K; ++k) values[k] += shared[w][k];
-  }
-}
-
 // Cuts a workspace into arrays; with a null base it only counts bytes.
 class Workspace {
  public:

@@ -60,52 +60,75 @@ void with_held_rows(const Segments& segments, int64_t channels, int64_t splits, 
   }
 }
 
-// Sums of K values over the group that holds a row. All threads of a block must call.
+// Sums of K values over the group that holds a row; all threads of a block must call. One barrier each: of the two
+// arrays, the one that a sum wrote is free once the next sum has passed its barrier.
 template <class A, int K, bool kBlock>
 struct RowSums {
-  using Shared = A[2][32][K];
+  static constexpr int kWarps = kRowThreads / 32;
+  using Shared = A[2][kWarps][K];
 
   __device__ __forceinline__ void operator()(A (&values)[K], int lanes, Shared& shared) {
-    if constexpr (kBlock) {
-      block_sums(values, shared[turn]);
-      turn ^= 1;
-    } else {
+    for (int offset = (kBlock ? 32 : lanes) / 2; offset > 0; offset /= 2) {
 #pragma unroll
-      for (int k = 0; k < K; ++k) values[k] = group_sum(values[k], lanes);
+      for (int k = 0; k < K; ++k) values[k] += __shfl_xor_sync(0xffffffffu, values[k], offset);
+    }
+    if constexpr (kBlock) {
+      if (threadIdx.x % 32 == 0) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) shared[turn][threadIdx.x / 32][k] = values[k];
+      }
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < K; ++k) values[k] = shared[turn][0][k];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) values[k] += shared[turn][w][k];
+      }
+      turn ^= 1;
     }
   }
   int turn = 0;
 };
+
+// Rows that a group of lanes takes at a time when it sums squares: their parameters are loaded once, and a block's
+// barriers serve them all.
+template <class T, int N, bool kBlock>
+constexpr int kRowsAtOnce = N == 1                     ? 1
+                            : kBlock && sizeof(T) == 2 ? 4
+                                                       : 2;
 
 // Mean and 1/std of every row, and the sums of squares of y = z weight + bias down the columns of each part.
 template <class T, int N, bool kBlock>
 __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     normalized_squares_kernel(ColumnGrid grid, NormForward<T> p, Acc<T>* partial) {
   using A = Acc<T>;
-  constexpr int kVectors = kRowVectors<T, N, kBlock>, kRows = N > 1 ? 2 : 1;
-  __shared__ typename RowSums<A, kRows, kBlock>::Shared row_shared;
+  constexpr int kVectors = kRowVectors<T, N, kBlock>, kRows = kRowsAtOnce<T, N, kBlock>;
+  alignas(16) __shared__ typename RowSums<A, kRows, kBlock>::Shared row_shared;
   RowSums<A, kRows, kBlock> row_sums;
   const ColumnSpan span = column_span<N>(grid);
   const int channels = static_cast<int>(grid.channels), first = static_cast<int>(span.column), step = grid.tile * N;
   A sums[kVectors][N] = {};
-  for (int start = 0; start < span.rows; start += kRows * grid.lanes) {
+  // the rows from `start`; kFull: every group has all of its rows
+  const auto take = [&](int start, auto full) {
+    constexpr bool kFull = decltype(full)::value;
+    const auto held = [&](int r, int m) {  // lanes past the rows hold nothing, but take part in sums
+      return first + m * step < channels && (kFull || start + r * grid.lanes + span.lane < span.rows);
+    };
     Packed<T, N> loaded[kRows][kVectors];
-    int held[kRows];  // lanes past the rows hold nothing, but take part in sums
     A v[N], mean[kRows] = {}, rstd[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const int row = start + r * grid.lanes + span.lane;
-      held[r] = row < span.rows ? channels : 0;
-      const T* x = p.x + (span.begin + row) * grid.channels;
+      const T* x = p.x + (span.begin + start + r * grid.lanes + span.lane) * grid.channels + first;
 #pragma unroll
       for (int m = 0; m < kVectors; ++m)
-        if (first + m * step < held[r]) loaded[r][m] = load_packed<N>(x + first + m * step);
+        if (held(r, m)) loaded[r][m] = load_packed<N>(x + m * step);
     }
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    for (int m = 0; m < kVectors; ++m) {
 #pragma unroll
-      for (int m = 0; m < kVectors; ++m) {
-        if (first + m * step < held[r]) {
+      for (int r = 0; r < kRows; ++r) {
+        if (held(r, m)) {
           unpack(loaded[r][m], v);
 #pragma unroll
           for (int i = 0; i < N; ++i) mean[r] += v[i];
@@ -114,11 +137,12 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
     }
     row_sums(mean, grid.tile, row_shared);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      mean[r] /= static_cast<A>(channels);
+    for (int r = 0; r < kRows; ++r) mean[r] /= static_cast<A>(channels);
 #pragma unroll
-      for (int m = 0; m < kVectors; ++m) {
-        if (first + m * step < held[r]) {
+    for (int m = 0; m < kVectors; ++m) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (held(r, m)) {
           unpack(loaded[r][m], v);
 #pragma unroll
           for (int i = 0; i < N; ++i) rstd[r] += (v[i] - mean[r]) * (v[i] - mean[r]);
@@ -126,10 +150,12 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
       }
     }
     row_sums(rstd, grid.tile, row_shared);
+    A shift[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       rstd[r] = rsqrt(rstd[r] / static_cast<A>(channels) + p.eps);
-      if (first == 0 && held[r] > 0) {
+      shift[r] = -mean[r] * rstd[r];
+      if (first == 0 && held(r, 0)) {
         const int64_t row = span.begin + start + r * grid.lanes + span.lane;
         p.mean[row] = mean[r];
         p.rstd[row] = rstd[r];
@@ -138,24 +164,29 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) == 2 && N > 1 ? 2 : 1)
 #pragma unroll
     for (int m = 0; m < kVectors; ++m) {
       const int c = first + m * step;
-      if (c < held[0]) {  // the later rows are held only where the first is; its parameters are loaded once
+      if (held(0, m)) {  // the later rows are held only where the first is
         A weight[N], bias[N];
         load_parameters(p.weight + c, weight);
         load_parameters(p.bias + c, bias);
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          if (c < held[r]) {
+          if (r == 0 || held(r, m)) {
             unpack(loaded[r][m], v);
 #pragma unroll
             for (int i = 0; i < N; ++i) {
-              const A y = (v[i] - mean[r]) * rstd[r] * weight[i] + bias[i];
+              // one operation less, which 16 bits of x allow: no mean is far above a deviation that they hold
+              const A z = sizeof(T) == 2 ? v[i] * rstd[r] + shift[r] : (v[i] - mean[r]) * rstd[r];
+              const A y = z * weight[i] + bias[i];
               sums[m][i] += y * y;
             }
           }
         }
       }
     }
-  }
+  };
+  int start = 0;
+  for (; start + kRows * grid.lanes <= span.rows; start += kRows * grid.lanes) take(start, Flag<true>{});
+  if (start < span.rows) take(start, Flag<false>{});
   partial += int64_t{span.part} * grid.channels;
   if constexpr (kBlock) {
 #pragma unroll
@@ -291,7 +322,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(T) < 8 && N > 1 ? 2 : 1)
     normalized_gradient_kernel(ColumnGrid grid, NormBackward<T> p, const Acc<T>* coefficients) {
   using A = Acc<T>;
   constexpr int kVectors = kRowVectors<T, N, kBlock>;
-  __shared__ typename RowSums<A, 2, kBlock>::Shared row_shared;
+  alignas(16) __shared__ typename RowSums<A, 2, kBlock>::Shared row_shared;
   RowSums<A, 2, kBlock> row_sums;
   const ColumnSpan span = column_span<N>(grid);
   const int channels = static_cast<int>(grid.channels), first = static_cast<int>(span.column), step = grid.tile * N;
