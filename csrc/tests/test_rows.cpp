@@ -1,9 +1,20 @@
 // LayerNorm, GELU, GRN, GRN of LayerNorm and the MLP's element-wise parts of every instruction set against formulas in
 // double.
+#include <atomic>
+#include <cstdlib>
+
 #include "harness.h"
 
 using namespace cnx;
 using namespace test;
+
+// What kernels allocate, all of which is scratch memory (csrc/cpu/parallel.h).
+static std::atomic<size_t> scratch_bytes;
+extern "C" void* aligned_alloc(size_t alignment, size_t bytes) noexcept {
+  scratch_bytes += bytes;
+  void* memory = nullptr;
+  return posix_memalign(&memory, alignment, bytes) ? nullptr : memory;
+}
 
 namespace {
 
@@ -427,10 +438,58 @@ void test_layer_norm_grn(const KernelTable& k, int64_t channels, bool uneven) {
   check(relative_error(got.dx, dx) < 10 * bound, "its dx", relative_error(got.dx, dx));
 }
 
+// Forward and backward together hold less than an eighth of the rows, whether by segments or by blocks of rows.
+void test_layer_norm_grn_scratch(const KernelTable& k) {
+  const int64_t channels = 64, count = 8, rows = 4096, size = rows * channels;
+  Random random(1);
+  const auto x = random.vector<float>(size), row = random.vector<float>(channels);
+  std::vector<float> y(size), mean(rows), rstd(rows), norm(count * channels), sums(channels);
+  const Segments segments{.rows_per_slot = 1, .count = count, .rows = rows};
+  for (const Threads& threads : {one_thread(), two_threads(), Threads{8, two_threads().run}}) {
+    scratch_bytes = 0;
+    k.layer_norm_grn_forward({.dtype = DType::f32,
+                              .segments = segments,
+                              .channels = channels,
+                              .x = x.data(),
+                              .ln_weight = row.data(),
+                              .ln_bias = row.data(),
+                              .gamma = row.data(),
+                              .beta = row.data(),
+                              .ln_eps = 1e-6,
+                              .eps = 1e-6,
+                              .y = y.data(),
+                              .mean = mean.data(),
+                              .rstd = rstd.data(),
+                              .norm = norm.data()},
+                             threads);
+    k.layer_norm_grn_backward({.dtype = DType::f32,
+                               .segments = segments,
+                               .channels = channels,
+                               .grad = x.data(),
+                               .x = x.data(),
+                               .mean = mean.data(),
+                               .rstd = rstd.data(),
+                               .ln_weight = row.data(),
+                               .ln_bias = row.data(),
+                               .gamma = row.data(),
+                               .norm = norm.data(),
+                               .eps = 1e-6,
+                               .dx = y.data(),
+                               .dln_weight = sums.data(),
+                               .dln_bias = sums.data(),
+                               .dgamma = sums.data(),
+                               .dbeta = sums.data()},
+                              threads);
+    const size_t bytes = scratch_bytes;
+    check(bytes > 0 && bytes < size * sizeof(float) / 8, "scratch memory of GRN of layer norm", double(bytes));
+  }
+}
+
 }  // namespace
 
 int main() {
   return on_every_isa([](const KernelTable& k) {
+    test_layer_norm_grn_scratch(k);
     for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
       test_gelu<float>(k, act, 1.5e-7);
       test_gelu<double>(k, act, 4e-16);
