@@ -6,8 +6,10 @@
 
 namespace cnx {
 
-// Runs body(begin, end, context) over a partition of [begin, end), ranges of at least `grain`.
+// Runs body(begin, end, context) over a partition of [begin, end), ranges of at least `grain`, on about `count`
+// threads.
 struct Threads {
+  int count;
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };
 
