@@ -148,6 +148,12 @@ def spatial(side: int, width: int, dtype: torch.dtype, packed: bool = True, kern
     k.depthwise_conv_backward_weight(x, x, table, kernel)
 
 
+def layer_norm_grn(x: torch.Tensor, gain: torch.Tensor, images: Segments) -> None:
+    both = NormParams(gain, gain)
+    y, *statistics = k.layer_norm_grn_forward(x, both, gain, gain, images, 1e-6, 1e-6)
+    k.layer_norm_grn_backward(y, x, tuple(statistics), both, gain, images, 1e-6)
+
+
 def rows(width: int, dtype: torch.dtype) -> None:
     """Norms, GRN, and copies."""
     stat = F64 if dtype == F64 else F32
@@ -160,6 +166,7 @@ def rows(width: int, dtype: torch.dtype) -> None:
     images = Segments(None, 1, 64)
     _, norm = k.grn_forward(x, gain, gain, images, True, 1e-6)
     k.grn_backward(x, x, gain, norm, images, True, 1e-6)
+    layer_norm_grn(x, gain, images)
     k.column_sum(x.view(-1, width))
     slots = meta(19 * 64, dtype=torch.int32)
     packed = k.gather_patches(meta(64, 56, 56, width, dtype=dtype), slots, (7, 7))
@@ -192,6 +199,10 @@ def everything() -> None:
     rows(96, BF16)
     wide, gain = meta(64, 9000, dtype=BF16), meta(9000)
     k.layer_norm_backward(wide, *k.layer_norm_forward(wide, gain, gain, 1e-6), gain)
+    layer_norm_grn(wide, gain, Segments(None, 1, 64))
+    for width in (384, 768, 2816):
+        layer_norm_grn(meta(1216, width, dtype=BF16), meta(width), Segments(None, 1, 64))
+    layer_norm_grn(meta(19 * 64, 64, 96, dtype=BF16), meta(96), Segments(meta(65, dtype=torch.int32), 64, 64))
 
 
 def other_dtypes() -> None:

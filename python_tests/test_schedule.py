@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import convnextv2_kernels as ck
 from convnextv2_kernels import PatchLayout, schedule
@@ -354,6 +355,34 @@ def test_gathered_rows_exist_for_a_chunk_only(ln, monkeypatch):
         few, many = beyond(4), beyond(12)
     # eight more images: a packed copy of their rows would be 196608 bytes
     assert all(abs(a - b) <= 4096 for a, b in zip(few, many, strict=True)), (few, many)
+
+
+class Calls(TorchDispatchMode):
+    """Operators whose results hold ``numel`` elements or more."""
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel, self.names = numel, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        results = [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(t, torch.Tensor)]
+        if any(t.numel() >= self.numel and not t._is_view() for t in results):
+            self.names.append(func.name().split("::")[1])
+        return out
+
+
+@pytest.mark.parametrize("at", [("uniform", 4), ("ragged", 4), ("dense_7x7", None)])
+@parametrize_backends()
+def test_layer_norm_grn_forms_no_rows_but_its_results(backend, at):
+    """One operator each way; what its kernels hold meanwhile is bounded by csrc/tests/test_rows.cpp."""
+    sample = make_sample("layer_norm_grn", at=at, c=6).cast(F32, backend.device)
+    x = sample.tensors["x"]
+    with ck.use_backend(backend.name), Calls(x.numel()) as forward:
+        out = sample()
+    with Calls(x.numel()) as backward:
+        torch.autograd.grad(out, [t for t in sample.tensors.values() if t is not None], torch.randn_like(x))
+    assert (forward.names, backward.names) == (["layer_norm_grn_forward"], ["layer_norm_grn_backward"])
 
 
 def test_a_new_policy_or_chunk_size_applies_at_once():

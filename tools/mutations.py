@@ -90,6 +90,24 @@ MUTATIONS = (
         "scale = in<Acc<T>>(p.scale) + blocks[b].segment * channels; walk_block<T, 0>",
         "scale = in<Acc<T>>(p.scale); walk_block<T, 0>",
     ),
+    Mutation(
+        "cpu GRN of LayerNorm: only the last block of rows of a segment",
+        CPU,
+        "add_to(each, part.get(), sums.get());",
+        "std::swap_ranges(part.get(), part.get() + each, sums.get());",
+    ),
+    Mutation(
+        "cpu GRN of LayerNorm: the weight's gradient without that of the norm",
+        CPU,
+        "add(0, scale * gz + kappa * (w * zz + b * z));",
+        "add(0, scale * gz);",
+    ),
+    Mutation(
+        "cpu GRN of LayerNorm: the gradient of the norm without LayerNorm's bias",
+        CPU,
+        "lanes.store(factors + 2 * channels + c, b * w * kappa);",
+        "lanes.store(factors + 2 * channels + c, w * kappa);",
+    ),
     Mutation("cpu LayerNorm without eps", CPU, "std::sqrt(variance + static_cast<Acc<T>>(eps))", "std::sqrt(variance)"),
     Mutation(
         "cpu wrong tap of the weight gradient",

@@ -70,6 +70,16 @@ def grn_backward(rows: int, channels: int, itemsize: int) -> int:
     return maps(rows, channels, itemsize, 3)
 
 
+def layer_norm_grn_forward(rows: int, channels: int, itemsize: int) -> int:
+    """Reads x; writes y, mean and 1/std. x is read twice, as by :func:`grn_forward`."""
+    return layer_norm_forward(rows, channels, itemsize)
+
+
+def layer_norm_grn_backward(rows: int, channels: int, itemsize: int) -> int:
+    """Reads the gradient, x, mean and 1/std, all twice; writes the gradient of x."""
+    return layer_norm_backward(rows, channels, itemsize)
+
+
 def gelu_statistics(rows: int, channels: int, itemsize: int, keeps_h: bool) -> int:
     """Reads a; writes h where it is wanted."""
     return maps(rows, channels, itemsize, 2 if keeps_h else 1)

@@ -56,7 +56,32 @@ def norm_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
             peer=True,
         ),
     ]
+    cases += _layer_norm_grn_cases(ops, shape, itemsize)
     return cases + (_space_to_depth_cases(ops, shape, itemsize) if shape.side > 1 else [])
+
+
+def _layer_norm_grn_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:
+    c, rows, n, label = shape.width, shape.rows, shape.images, shape.label
+    images = (None, 1, n)
+
+    def forward(d, sets):
+        parameters = [d.parameters(c) for _ in range(4)]
+        run = ops.layer_norm_grn_forward.default
+        return [lambda t=t: run(t, *parameters, *images, EPS, EPS) for t in d.features(sets, rows, c)]
+
+    def backward(d, sets):
+        mean, rstd, norm = d.statistics(rows) - 1, d.statistics(rows), d.statistics(n, c)
+        parameters = [d.parameters(c) for _ in range(3)]
+        run = ops.layer_norm_grn_backward.default
+        pairs = zip(d.features(sets, rows, c), d.features(sets, rows, c), strict=True)
+        return [lambda g=g, t=t: run(g, t, mean, rstd, *parameters, norm, *images, EPS) for g, t in pairs]
+
+    # of 3 maps that two passes move the bound counts 2, and of 5 backward 3
+    size = (rows, c, itemsize)
+    return [
+        Case(f"layer_norm_grn_forward {label}", moved.layer_norm_grn_forward(*size), forward, ROW_TARGET * 2 / 3),
+        Case(f"layer_norm_grn_backward {label}", moved.layer_norm_grn_backward(*size), backward, ROW_TARGET * 3 / 5),
+    ]
 
 
 def _space_to_depth_cases(ops, shape: StageShape, itemsize: int) -> list[Case]:

@@ -200,6 +200,28 @@ def grn_backward(grad, x, gamma, norm, *settings):
     statistic(norm, x, segments_ * x.shape[-1], "norm")
 
 
+def layer_norm_grn_forward(x, ln_weight, ln_bias, gamma, beta, *settings):
+    offsets, rows_per_slot, segments_, ln_eps, eps = settings
+    segments(offsets, x, rows(x, "x"), rows_per_slot, segments_)
+    check_eps(ln_eps, "ln_eps")
+    check_eps(eps)
+    for name, t in (("ln_weight", ln_weight), ("ln_bias", ln_bias), ("gamma", gamma), ("beta", beta)):
+        statistic(t, x, x.shape[-1], name)
+
+
+def layer_norm_grn_backward(grad, x, mean, rstd, ln_weight, ln_bias, *rest):
+    gamma, norm, offsets, rows_per_slot, segments_, eps = rest
+    count = rows(x, "x")
+    segments(offsets, x, count, rows_per_slot, segments_)
+    check_eps(eps)
+    like(grad, x, "grad")
+    statistic(mean, x, count, "mean")
+    statistic(rstd, x, count, "rstd")
+    for name, t in (("ln_weight", ln_weight), ("ln_bias", ln_bias), ("gamma", gamma)):
+        statistic(t, x, x.shape[-1], name)
+    statistic(norm, x, segments_ * x.shape[-1], "norm")
+
+
 def column_sum(x):
     rows(x, "x", 2)
 

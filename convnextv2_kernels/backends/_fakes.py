@@ -102,6 +102,17 @@ def _(grad, x, gamma, norm, offsets, rows_per_slot, segments, gelu, eps):
     return x.new_empty(x.shape), _stat(x, x.shape[-1]), _stat(x, x.shape[-1])
 
 
+@_fake("layer_norm_grn_forward")
+def _(x, ln_weight, ln_bias, gamma, beta, offsets, rows_per_slot, segments, ln_eps, eps):
+    row = x.shape[:-1]
+    return x.new_empty(x.shape), _stat(x, *row), _stat(x, *row), _stat(x, segments, x.shape[-1])
+
+
+@_fake("layer_norm_grn_backward")
+def _(grad, x, mean, rstd, ln_weight, ln_bias, gamma, norm, offsets, rows_per_slot, segments, eps):
+    return x.new_empty(x.shape), *(_stat(x, x.shape[-1]) for _ in range(4))
+
+
 @_fake("column_sum")
 def _(x):
     return _stat(x, x.shape[-1])

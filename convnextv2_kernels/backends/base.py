@@ -127,6 +127,36 @@ class KernelBackend(Backend):
         """Gradients of x, gamma and beta."""
         return self.operators.grn_backward.default(grad, x, gamma, norm, *segments, gelu, eps)
 
+    def layer_norm_grn_forward(
+        self,
+        x: Tensor,
+        layer_norm: NormParams,
+        gamma: Tensor,
+        beta: Tensor,
+        segments: Segments,
+        ln_eps: float,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``x [..., C]`` -> GRN(LN(x)), like x; LayerNorm's mean and 1/std ``[...]``; GRN's norm ``[segments, C]``.
+        LN(x) is never stored."""
+        return self.operators.layer_norm_grn_forward.default(x, *layer_norm, gamma, beta, *segments, ln_eps, eps)
+
+    def layer_norm_grn_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        statistics: tuple[Tensor, Tensor, Tensor],
+        layer_norm: NormParams,
+        gamma: Tensor,
+        segments: Segments,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of x, LayerNorm's weight and bias, gamma and beta. ``statistics``: mean, 1/std and norm."""
+        mean, rstd, norm = statistics
+        return self.operators.layer_norm_grn_backward.default(
+            grad, x, mean, rstd, *layer_norm, gamma, norm, *segments, eps
+        )
+
     def column_sum(self, x: Tensor) -> Tensor:
         """``[M, C] -> [C]``, a statistic."""
         return self.operators.column_sum.default(x)

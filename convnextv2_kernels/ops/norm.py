@@ -9,7 +9,7 @@ from .. import backends
 from ..backends import reference
 from ..dtypes import as_statistics
 from ..layout import PatchLayout
-from ..params import Segments
+from ..params import NormParams, Segments
 from . import _checks as check
 from ._dispatch import dispatch, no_autocast, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
@@ -65,33 +65,26 @@ class _GlobalResponseNorm(torch.autograd.Function):
 
 
 class _LayerNormGRN(torch.autograd.Function):
-    """GRN(LN(x)): saves x and the statistics of both norms; LN(x) is recomputed in backward."""
+    """GRN(LN(x)): saves x and the statistics of both norms."""
 
     @staticmethod
     def forward(ctx, x, ln_weight, ln_bias, gamma, beta, images, both_eps, backend):
-        k = backends.get(backend)
-        ln_eps, eps = both_eps
         w, b, g, b2 = as_statistics(ln_weight, ln_bias, gamma.reshape(-1), beta.reshape(-1), like=x)
-        y, mean, rstd = k.layer_norm_forward(x, w, b, ln_eps)
-        out, norm = k.grn_forward(y, g, b2, images, False, eps)
-        ctx.save_for_backward(x, mean, rstd, ln_weight, ln_bias, gamma, norm, images.offsets)
-        ctx.segments, ctx.eps = images[1:], eps
+        y, *statistics = backends.get(backend).layer_norm_grn_forward(x, NormParams(w, b), g, b2, images, *both_eps)
+        ctx.save_for_backward(x, *statistics, ln_weight, ln_bias, gamma, images.offsets)
+        ctx.segments, ctx.eps = images[1:], both_eps[1]
         ctx.backend, ctx.beta = backend, (beta.dtype, beta.shape)
-        return out
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, mean, rstd, ln_weight, ln_bias, gamma, norm, offsets = ctx.saved_tensors
-        k = backends.get(ctx.backend)
+        x, *statistics, ln_weight, ln_bias, gamma, offsets = ctx.saved_tensors
         w, b, g = as_statistics(ln_weight, ln_bias, gamma.reshape(-1), like=x)
-        shape = (*mean.shape, 1)
-        # the same arithmetic as forward up to rounding: (x - mean) * rstd * w + b
-        y = ((x.to(mean.dtype) - mean.view(shape)) * rstd.view(shape) * w + b).to(x.dtype)
-        dy, dgamma, dbeta = k.grn_backward(
-            grad.contiguous(), y, g, norm, Segments(offsets, *ctx.segments), False, ctx.eps
+        images = Segments(offsets, *ctx.segments)
+        dx, dw, db, dgamma, dbeta = backends.get(ctx.backend).layer_norm_grn_backward(
+            grad.contiguous(), x, tuple(statistics), NormParams(w, b), g, images, ctx.eps
         )
-        dx, dw, db = k.layer_norm_backward(dy, x, mean, rstd, w)
         dw, db = dw.to(ln_weight.dtype), db.to(ln_bias.dtype)
         return dx, dw, db, _like(dgamma, gamma.dtype, gamma.shape), _like(dbeta, *ctx.beta), None, None, None
 
@@ -200,7 +193,8 @@ def layer_norm_grn(
     ln_eps: float = 1e-6,
     eps: float = 1e-6,
 ) -> Tensor:
-    """GRN(LN(x)), fused; ``ln_weight``, ``ln_bias``: ``[C]``, the rest as :func:`global_response_norm`."""
+    """GRN(LN(x)), fused: two passes over x, and two over its gradient and x, of which only the statistics of both norms
+    are kept. ``ln_weight``, ``ln_bias``: ``[C]``, the rest as :func:`global_response_norm`."""
     _check_grn(x, gamma, beta, layout, scope, eps)
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)

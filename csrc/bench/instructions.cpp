@@ -21,7 +21,7 @@ extern "C" __attribute__((noinline)) void cnx_counted_call(const std::function<v
 namespace {
 
 // A name, two words of which the second is the vector width, and every kernel.
-constexpr size_t kKernels = 13;
+constexpr size_t kKernels = 15;
 static_assert(sizeof(KernelTable) == (2 + kKernels) * sizeof(void*), "a kernel was added: it needs a count() below");
 
 // Kernels that spend most of their time in functions of the C library (memcpy, erfc, exp) depend on its version too.
@@ -200,6 +200,46 @@ void count_mlp(const KernelTable& k, int64_t hidden) {
         },
         work);
   }
+  T* dx = data.blank<T>(size);
+  A *mean = data.blank<A>(rows), *rstd = data.blank<A>(rows);
+  A *dweight = data.blank<A>(hidden), *dbias = data.blank<A>(hidden);
+  count("layer_norm_grn_forward " + shape, [&] {
+    k.layer_norm_grn_forward({.dtype = dtype,
+                              .segments = segments,
+                              .channels = hidden,
+                              .x = x,
+                              .ln_weight = gamma,
+                              .ln_bias = beta,
+                              .gamma = beta,
+                              .beta = gamma,
+                              .ln_eps = 1e-6,
+                              .eps = 1e-6,
+                              .y = y,
+                              .mean = mean,
+                              .rstd = rstd,
+                              .norm = norm},
+                             one_thread());
+  });
+  count("layer_norm_grn_backward " + shape, [&] {
+    k.layer_norm_grn_backward({.dtype = dtype,
+                               .segments = segments,
+                               .channels = hidden,
+                               .grad = grad,
+                               .x = x,
+                               .mean = mean,
+                               .rstd = rstd,
+                               .ln_weight = gamma,
+                               .ln_bias = beta,
+                               .gamma = beta,
+                               .norm = norm,
+                               .eps = 1e-6,
+                               .dx = dx,
+                               .dln_weight = dweight,
+                               .dln_bias = dbias,
+                               .dgamma = dgamma,
+                               .dbeta = dbeta},
+                              one_thread());
+  });
   const Work work = exact ? Work::c_library : Work::own;
   for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
     const std::string what = (act == Activation::gelu ? ", gelu, " : ", gelu_tanh, ") + shape;

@@ -78,9 +78,13 @@ struct Full {
     const vh h = narrow(v);
     __builtin_memcpy(p, &h, sizeof h);
   }
+  template <class V>
+  static CNX_INLINE V keep(V v) {
+    return v;
+  }
 };
 
-// The first n lanes; the others read as zero and are not written.
+// The first n lanes; the others read as zero and are not written. keep(v): v with zeros in the others.
 struct Tail {
   int n;
 #if CNX_MASKED && CNX_VECTOR_BYTES == 64
@@ -92,6 +96,8 @@ struct Tail {
   CNX_INLINE void store(float* p, vf v) const { _mm512_mask_storeu_ps(p, (__mmask16)mask, (__m512)v); }
   CNX_INLINE void store(double* p, vd v) const { _mm512_mask_storeu_pd(p, (__mmask8)mask, (__m512d)v); }
   CNX_INLINE void store(bf16* p, vf v) const { _mm256_mask_storeu_epi16(p, (__mmask16)mask, (__m256i)narrow(v)); }
+  CNX_INLINE vf keep(vf v) const { return (vf)_mm512_maskz_mov_ps((__mmask16)mask, (__m512)v); }
+  CNX_INLINE vd keep(vd v) const { return (vd)_mm512_maskz_mov_pd((__mmask8)mask, (__m512d)v); }
 #else
   explicit CNX_INLINE Tail(int lanes) : n(lanes) {}
   template <class V, class P>
@@ -112,6 +118,12 @@ struct Tail {
   CNX_INLINE void store(bf16* p, vf v) const {
     const vh h = narrow(v);
     for (int i = 0; i < n; ++i) p[i].bits = h[i];
+  }
+  template <class V>
+  CNX_INLINE V keep(V v) const {
+    V kept{};
+    for (int i = 0; i < n; ++i) kept[i] = v[i];
+    return kept;
   }
 #endif
 };

@@ -2,6 +2,7 @@
 #include "conv.inl"
 #include "gather.inl"
 #include "grn.inl"
+#include "layer_norm_grn.inl"
 #include "mlp.inl"
 #include "norm.inl"
 

@@ -86,20 +86,22 @@ class Random {
 
 // Cuts the range over two std::threads, so that a sanitizer sees real concurrency.
 inline cnx::Threads two_threads() {
-  return {[](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  const auto run = [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
     const int64_t middle = begin + (end - begin) / 2;
     std::thread first([=] {
       if (begin < middle) body(begin, middle, context);
     });
     body(middle, end, context);
     first.join();
-  }};
+  };
+  return {2, run};
 }
 
 inline cnx::Threads one_thread() {
-  return {[](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  const auto run = [](int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
     body(begin, end, context);
-  }};
+  };
+  return {1, run};
 }
 
 template <class A>

@@ -2,6 +2,7 @@
 // rounded inputs.
 #include "../cuda/common/gelu.cuh"
 #include "cuda_buffers.h"
+#include "cuda_segments.h"
 
 using namespace test;
 
@@ -39,64 +40,6 @@ void test_gelus() {
   test_gelu<tanh, float>("float tanh GELU", 1.5e-7, 3e-7);
   test_gelu<tanh, double>("double tanh GELU", 4e-16, 1e-15);
   test_gelu<tanh, bf16>("bfloat16 tanh GELU", 1e-6, 2e-6);
-}
-
-struct Case {
-  const char* name;
-  std::vector<int32_t> offsets;  // ragged when not empty
-  int64_t per_slot, count, rows;
-
-  Segments segments() const {
-    return {
-        .offsets = offsets.empty() ? nullptr : offsets.data(), .rows_per_slot = per_slot, .count = count, .rows = rows};
-  }
-  int64_t owner(int64_t row) const {
-    if (offsets.empty()) return row / (rows / count);
-    int64_t s = 0;
-    while (row >= (offsets[s + 1] - offsets[0]) * per_slot) ++s;
-    return s;
-  }
-};
-
-const std::vector<Case>& cases() {
-  static const std::vector<Case> all = {
-      {"three equal", {}, 1, 3, 3 * 21},
-      {"one long", {}, 1, 1, 700},
-      {"ragged", {3, 3, 8, 8, 30}, 13, 4, 27 * 13},
-      {"rows 0", {}, 1, 2, 0},
-      {"ragged rows 0", {5, 5, 5}, 4, 2, 0},
-      {"no segments", {}, 1, 0, 0},
-  };
-  return all;
-}
-
-// What GRN is made of, in double.
-struct Statistics {
-  std::vector<double> norm, scale, kappa, dgamma;
-};
-
-template <class A>
-Statistics statistics(int64_t count, int64_t channels, const std::vector<double>& squares, const std::vector<double>& t,
-                      const Buffer<A>& gamma, double eps) {
-  Statistics s{std::vector<double>(count * channels), std::vector<double>(count * channels),
-               std::vector<double>(count * channels), std::vector<double>(channels)};
-  for (int64_t n = 0; n < count; ++n) {
-    double sum = 0, dot = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = n * channels + c;
-      s.norm[i] = std::sqrt(squares[i]);
-      sum += s.norm[i];
-      dot += gamma[c] * t[i] * s.norm[i];
-    }
-    const double m = sum / channels + eps;
-    for (int64_t c = 0; c < channels; ++c) {
-      const int64_t i = n * channels + c;
-      s.scale[i] = 1 + gamma[c] * s.norm[i] / m;
-      s.kappa[i] = s.norm[i] > 0 ? (gamma[c] * t[i] / m - dot / (channels * m * m)) / s.norm[i] : 0;
-      s.dgamma[c] += s.norm[i] / m * t[i];
-    }
-  }
-  return s;
 }
 
 template <class T>

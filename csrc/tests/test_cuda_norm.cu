@@ -1,10 +1,13 @@
-// LayerNorm and its downsampling form of the CUDA backend, run by the emulation, against formulas in double on the
-// rounded inputs.
+// LayerNorm, its downsampling form and GRN of it, of the CUDA backend, run by the emulation, against formulas in double
+// on the rounded inputs.
 #include "cuda_buffers.h"
+#include "cuda_segments.h"
 
 using namespace test;
 
 namespace {
+
+constexpr int64_t kMostHeldChannels = 3072;  // past it LN(x) is rounded once more: kMostHeld
 
 // A mean a thousand times the deviation must not cancel in the variance.
 void test_large_mean(int64_t channels) {
@@ -233,6 +236,114 @@ void test_gather_norm(int64_t side, int64_t channels, bool misaligned, bool affi
   if (affine) compare(dbias, e.dbias, summed, "gathered norm dbias");
 }
 
+// GRN of LayerNorm and its gradient. NaN in a segment must stay there; its rows are left out of the comparison.
+template <class T>
+void test_layer_norm_grn(const Case& k, int64_t channels, bool misaligned, int64_t poisoned = -1) {
+  using A = Acc<T>;
+  const int64_t rows = k.rows, size = rows * channels, stats = k.count * channels;
+  const double ln_eps = 1e-6, eps = 1e-6;
+  // z as the kernel has it is rounded once more, and kappa magnifies what t cancels
+  const double rounding = 2 * kRounding<T>, summed = 8 * kRounding<A>, gradient = rounding + 40 * kRounding<A>;
+  Random random(channels + rows);
+  Buffer<T> x(size, misaligned), grad(size, misaligned), y(size, misaligned), dx(size, misaligned);
+  Buffer<A> weight(channels), bias(channels), gamma(channels), beta(channels), mean(rows), rstd(rows), norm(stats);
+  Buffer<A> dweight(channels), dbias(channels), dgamma(channels), dbeta(channels);
+  x.random(random, 2);
+  grad.random(random);
+  for (Buffer<A>* p : {&weight, &bias, &gamma, &beta}) p->random(random);
+  if (channels > 2) weight.data()[2] = bias.data()[2] = 0;  // a channel whose norm is 0
+
+  std::vector<double> z(size), v(size), r(rows), squares(stats), t(stats);
+  for (int64_t i = 0; i < rows; ++i) {
+    double mu = 0, variance = 0;
+    for (int64_t c = 0; c < channels; ++c) mu += x[i * channels + c] / channels;
+    for (int64_t c = 0; c < channels; ++c) variance += std::pow(x[i * channels + c] - mu, 2) / channels;
+    r[i] = 1 / std::sqrt(variance + ln_eps);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = i * channels + c, own = k.owner(i) * channels + c;
+      z[at] = (x[at] - mu) * r[i];
+      v[at] = z[at] * weight[c] + bias[c];
+      squares[own] += v[at] * v[at];
+      t[own] += grad[at] * v[at];
+    }
+  }
+  const Statistics s = statistics(k.count, channels, squares, t, gamma, eps);
+  std::vector<double> y_expected(size), dx_expected(size), dw(channels), db(channels), dbeta_expected(channels);
+  for (int64_t i = 0; i < rows; ++i) {
+    double g_mean = 0, gz_mean = 0;
+    std::vector<double> g(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = i * channels + c, own = k.owner(i) * channels + c;
+      y_expected[at] = v[at] * s.scale[own] + beta[c];
+      const double dv = grad[at] * s.scale[own] + v[at] * s.kappa[own];
+      dw[c] += dv * z[at];
+      db[c] += dv;
+      dbeta_expected[c] += grad[at];
+      g[c] = dv * weight[c];
+      g_mean += g[c] / channels;
+      gz_mean += g[c] * z[at] / channels;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      dx_expected[i * channels + c] = r[i] * (g[c] - g_mean - z[i * channels + c] * gz_mean);
+  }
+  const auto leave_out = [&](Buffer<T>& got, std::vector<double>& expected) {
+    for (int64_t i = 0; i < size; ++i) {
+      if (k.owner(i / channels) != poisoned) continue;
+      check(std::isnan(got[i]), "NaN fills its segment", double(i));
+      got.data()[i] = from_acc<T>(0);
+      expected[i] = 0;
+    }
+  };
+  for (int64_t i = 0; i < rows; ++i)
+    if (k.owner(i) == poisoned)
+      for (int64_t c = 0; c < channels; ++c) x.data()[i * channels + c] = from_acc<T>(NAN);
+
+  RUN(layer_norm_grn_forward, (LayerNormGrnForward{.dtype = kDType<T>,
+                                                   .segments = k.segments(),
+                                                   .channels = channels,
+                                                   .x = x.data(),
+                                                   .ln_weight = weight.data(),
+                                                   .ln_bias = bias.data(),
+                                                   .gamma = gamma.data(),
+                                                   .beta = beta.data(),
+                                                   .ln_eps = ln_eps,
+                                                   .eps = eps,
+                                                   .y = y.data(),
+                                                   .mean = mean.data(),
+                                                   .rstd = rstd.data(),
+                                                   .norm = norm.data()}));
+  RUN(layer_norm_grn_backward, (LayerNormGrnBackward{.dtype = kDType<T>,
+                                                     .segments = k.segments(),
+                                                     .channels = channels,
+                                                     .grad = grad.data(),
+                                                     .x = x.data(),
+                                                     .mean = mean.data(),
+                                                     .rstd = rstd.data(),
+                                                     .ln_weight = weight.data(),
+                                                     .ln_bias = bias.data(),
+                                                     .gamma = gamma.data(),
+                                                     .norm = norm.data(),
+                                                     .eps = eps,
+                                                     .dx = dx.data(),
+                                                     .dln_weight = dweight.data(),
+                                                     .dln_bias = dbias.data(),
+                                                     .dgamma = dgamma.data(),
+                                                     .dbeta = dbeta.data()}));
+  if (poisoned >= 0) {
+    leave_out(y, y_expected);
+    leave_out(dx, dx_expected);
+  }
+  compare(y, y_expected, channels > kMostHeldChannels ? 2 * rounding : rounding, "layer norm grn");
+  if (channels > 1) compare(dx, dx_expected, channels > kMostHeldChannels ? 2 * gradient : gradient, "its dx");
+  compare(dbeta, dbeta_expected, summed, "its dbeta");
+  if (poisoned >= 0) return;
+  compare(rstd, r, summed, "its rstd");
+  compare(norm, s.norm, channels > kMostHeldChannels ? rounding : summed, "its norm");
+  if (channels > 1) compare(dweight, dw, gradient, "its dln_weight");
+  compare(dbias, db, gradient, "its dln_bias");
+  compare(dgamma, s.dgamma, gradient, "its dgamma");
+}
+
 template <class T>
 void test_type(const char* name) {
   for (int64_t channels : {1, 5, 16, 40, 67, 96, 200, 264, 776, 1032, 1283, 2816})
@@ -253,6 +364,18 @@ void test_type(const char* name) {
   for (int64_t channels : {5, 40, 1032})
     for (int64_t side : {1, 3, 4})
       for (bool affine : {false, true}) test_gather_norm<T>(side, channels, channels == 40 && affine, affine);
+  for (const Case& k : cases())
+    for (int64_t channels : {1, 5, 40, 96, 264, 776, 1283, 1408, 3080})
+      for (bool misaligned : {false, true}) {
+        if ((channels > 300 && k.rows > 300) || (misaligned && channels % 2)) continue;
+        const int before = failures();
+        test_layer_norm_grn<T>(k, channels, misaligned);
+        if (failures() > before)
+          std::printf("  in %s, %s, %d channels, misaligned %d\n", name, k.name, int(channels), misaligned);
+      }
+  test_layer_norm_grn<T>({"many splits", {}, 1, 1, 30000}, 8, false);
+  for (int64_t channels : {5, 40, 1408, 3080})
+    test_layer_norm_grn<T>({"poisoned", {0, 2, 3, 9}, 1, 3, 9}, channels, false, 1);
   std::printf("%s: done\n", name);
 }
 

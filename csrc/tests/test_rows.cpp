@@ -1,10 +1,21 @@
-// LayerNorm, GELU, GRN and the MLP's element-wise parts of every instruction set against formulas in double.
+// LayerNorm, GELU, GRN, GRN of LayerNorm and the MLP's element-wise parts of every instruction set against formulas in
+// double.
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 
 #include "harness.h"
 
 using namespace cnx;
 using namespace test;
+
+// What kernels allocate, all of which is scratch memory (csrc/cpu/parallel.h).
+static std::atomic<size_t> scratch_bytes;
+extern "C" void* aligned_alloc(size_t alignment, size_t bytes) noexcept {
+  scratch_bytes += bytes;
+  void* memory = nullptr;
+  return posix_memalign(&memory, alignment, bytes) ? nullptr : memory;
+}
 
 namespace {
 
@@ -368,10 +379,189 @@ void test_gather_norm(const KernelTable& k, int64_t channels) {
   check(relative_error(got_dw, dw) < bound && relative_error(got_db, db) < bound, "gathered layer norm dw", channels);
 }
 
+// With `offsets` uneven segments, the first of them empty; else so many equal ones that they are summed in groups. Two
+// threads take few segments block by block, and one thread takes every segment on its own: the bits are the same.
+template <class A>
+void test_layer_norm_grn(const KernelTable& k, int64_t channels, bool uneven) {
+  Random random(channels + 11);
+  const std::vector<int32_t> offsets = {3, 3, 8, 9};
+  const int64_t count = uneven ? 3 : 70, per_slot = uneven ? 21 : 1, rows = uneven ? 6 * per_slot : 3 * count;
+  const int64_t size = rows * channels;
+  const double ln_eps = 1e-6, eps = 1e-3;
+  const auto x = random.vector<A>(size), grad = random.vector<A>(size);
+  auto weight = random.vector<A>(channels), bias = random.vector<A>(channels);
+  const auto gamma = random.vector<A>(channels), beta = random.vector<A>(channels);
+  if (channels > 4) weight[3] = bias[3] = 0;  // a channel of zero norm
+  const auto segment = [&](int64_t r) { return uneven ? (r / per_slot < 5 ? 1 : 2) : r / 3; };
+
+  std::vector<double> z(size), y(size), norm(count * channels), t(norm), scale(norm), kappa(norm);
+  std::vector<double> mean(rows), rstd(rows), out(size), dx(size);
+  std::vector<double> dweight(channels), dbias(channels), dgamma(channels), dbeta(channels);
+  for (int64_t r = 0; r < rows; ++r) {
+    double variance = 0;
+    for (int64_t c = 0; c < channels; ++c) mean[r] += x[r * channels + c] / double(channels);
+    for (int64_t c = 0; c < channels; ++c) variance += std::pow(x[r * channels + c] - mean[r], 2) / channels;
+    rstd[r] = 1 / std::sqrt(variance + ln_eps);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = r * channels + c, at = segment(r) * channels + c;
+      z[i] = (x[i] - mean[r]) * rstd[r];
+      y[i] = z[i] * weight[c] + bias[c];
+      norm[at] += y[i] * y[i];
+      t[at] += grad[i] * y[i];
+    }
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    double sum = 0, dot = 0;
+    for (int64_t i = n * channels; i < (n + 1) * channels; ++i) {
+      norm[i] = std::sqrt(norm[i]);
+      sum += norm[i];
+      dot += gamma[i % channels] * t[i] * norm[i];
+    }
+    const double m = sum / channels + eps;
+    for (int64_t i = n * channels; i < (n + 1) * channels; ++i) {
+      const double g = gamma[i % channels];
+      scale[i] = 1 + g * norm[i] / m;
+      kappa[i] = norm[i] > 0 ? (g * t[i] / m - dot / (channels * m * m)) / norm[i] : 0;
+      dgamma[i % channels] += norm[i] / m * t[i];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = segment(r) * channels;
+    double d_mean = 0, dz_mean = 0;
+    const auto dy = [&](int64_t c) {
+      const int64_t i = r * channels + c;
+      return grad[i] * scale[at + c] + y[i] * kappa[at + c];
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = r * channels + c;
+      out[i] = y[i] * scale[at + c] + beta[c];
+      dweight[c] += dy(c) * z[i];
+      dbias[c] += dy(c);
+      dbeta[c] += grad[i];
+      d_mean += dy(c) * weight[c] / channels;
+      dz_mean += dy(c) * weight[c] * z[i] / channels;
+    }
+    for (int64_t c = 0; c < channels; ++c)
+      dx[r * channels + c] = rstd[r] * (dy(c) * weight[c] - d_mean - z[r * channels + c] * dz_mean);
+  }
+
+  struct Results {
+    std::vector<A> y, mean, rstd, norm, dx, dweight, dbias, dgamma, dbeta;
+    bool operator==(const Results&) const = default;
+  };
+  const Segments segments{
+      .offsets = uneven ? offsets.data() : nullptr, .rows_per_slot = per_slot, .count = count, .rows = rows};
+  const auto run = [&](const Threads& threads) {
+    Results got;
+    for (auto* rows_of : {&got.y, &got.dx}) rows_of->assign(size, A(NAN));
+    for (auto* row : {&got.mean, &got.rstd}) row->assign(rows, A(NAN));
+    for (auto* sums : {&got.dweight, &got.dbias, &got.dgamma, &got.dbeta}) sums->assign(channels, A(NAN));
+    got.norm.assign(count * channels, A(NAN));
+    k.layer_norm_grn_forward({.dtype = dtype_of<A>(),
+                              .segments = segments,
+                              .channels = channels,
+                              .x = x.data(),
+                              .ln_weight = weight.data(),
+                              .ln_bias = bias.data(),
+                              .gamma = gamma.data(),
+                              .beta = beta.data(),
+                              .ln_eps = ln_eps,
+                              .eps = eps,
+                              .y = got.y.data(),
+                              .mean = got.mean.data(),
+                              .rstd = got.rstd.data(),
+                              .norm = got.norm.data()},
+                             threads);
+    k.layer_norm_grn_backward({.dtype = dtype_of<A>(),
+                               .segments = segments,
+                               .channels = channels,
+                               .grad = grad.data(),
+                               .x = x.data(),
+                               .mean = got.mean.data(),
+                               .rstd = got.rstd.data(),
+                               .ln_weight = weight.data(),
+                               .ln_bias = bias.data(),
+                               .gamma = gamma.data(),
+                               .norm = got.norm.data(),
+                               .eps = eps,
+                               .dx = got.dx.data(),
+                               .dln_weight = got.dweight.data(),
+                               .dln_bias = got.dbias.data(),
+                               .dgamma = got.dgamma.data(),
+                               .dbeta = got.dbeta.data()},
+                              threads);
+    return got;
+  };
+  const Results got = run(one_thread());
+  check(got == run(two_threads()), "GRN of layer norm depends on the threads", double(channels));
+  const double bound = sizeof(A) == 4 ? 5e-6 : 1e-12;
+  const auto compare = [&](const std::vector<A>& values, const std::vector<double>& expected, const char* what) {
+    check(relative_error(values, expected) < bound, what, relative_error(values, expected));
+  };
+  compare(got.y, out, "GRN of layer norm");
+  compare(got.norm, norm, "its norm");
+  if (channels > 1) compare(got.mean, mean, "its mean");
+  if (channels > 1) compare(got.rstd, rstd, "its rstd");
+  compare(got.dbeta, dbeta, "its dbeta");
+  compare(got.dgamma, dgamma, "its dgamma");
+  compare(got.dbias, dbias, "its dbias");
+  if (channels == 1) return;  // the exact gradients are 0 up to eps
+  compare(got.dweight, dweight, "its dweight");
+  check(relative_error(got.dx, dx) < 10 * bound, "its dx", relative_error(got.dx, dx));
+}
+
+// Forward and backward together hold less than an eighth of the rows, whether by segments or by blocks of rows.
+void test_layer_norm_grn_scratch(const KernelTable& k) {
+  const int64_t channels = 64, count = 8, rows = 4096, size = rows * channels;
+  Random random(1);
+  const auto x = random.vector<float>(size), row = random.vector<float>(channels);
+  std::vector<float> y(size), mean(rows), rstd(rows), norm(count * channels), sums(channels);
+  const Segments segments{.rows_per_slot = 1, .count = count, .rows = rows};
+  for (const Threads& threads : {one_thread(), two_threads(), Threads{8, two_threads().run}}) {
+    scratch_bytes = 0;
+    k.layer_norm_grn_forward({.dtype = DType::f32,
+                              .segments = segments,
+                              .channels = channels,
+                              .x = x.data(),
+                              .ln_weight = row.data(),
+                              .ln_bias = row.data(),
+                              .gamma = row.data(),
+                              .beta = row.data(),
+                              .ln_eps = 1e-6,
+                              .eps = 1e-6,
+                              .y = y.data(),
+                              .mean = mean.data(),
+                              .rstd = rstd.data(),
+                              .norm = norm.data()},
+                             threads);
+    k.layer_norm_grn_backward({.dtype = DType::f32,
+                               .segments = segments,
+                               .channels = channels,
+                               .grad = x.data(),
+                               .x = x.data(),
+                               .mean = mean.data(),
+                               .rstd = rstd.data(),
+                               .ln_weight = row.data(),
+                               .ln_bias = row.data(),
+                               .gamma = row.data(),
+                               .norm = norm.data(),
+                               .eps = 1e-6,
+                               .dx = y.data(),
+                               .dln_weight = sums.data(),
+                               .dln_bias = sums.data(),
+                               .dgamma = sums.data(),
+                               .dbeta = sums.data()},
+                              threads);
+    const size_t bytes = scratch_bytes;
+    check(bytes > 0 && bytes < size * sizeof(float) / 8, "scratch memory of GRN of layer norm", double(bytes));
+  }
+}
+
 }  // namespace
 
 int main() {
   return on_every_isa([](const KernelTable& k) {
+    test_layer_norm_grn_scratch(k);
     for (Activation act : {Activation::gelu, Activation::gelu_tanh}) {
       test_gelu<float>(k, act, 1.5e-7);
       test_gelu<double>(k, act, 4e-16);
@@ -387,6 +577,10 @@ int main() {
       test_layer_norm<double>(k, channels);
       test_gather_norm<float>(k, channels);
       test_gather_norm<double>(k, channels);
+      for (bool uneven : {true, false}) {
+        test_layer_norm_grn<float>(k, channels, uneven);
+        test_layer_norm_grn<double>(k, channels, uneven);
+      }
     }
   });
 }

@@ -94,8 +94,8 @@ inline void check_matrix(const Tensor& t, const char* name) {
 }
 
 // NaN fails too.
-inline void check_eps(double eps) {
-  CNX_CHECK(eps >= 0 && std::isfinite(eps), "eps must be a finite number >= 0, got ", eps);
+inline void check_eps(double eps, const char* name = "eps") {
+  CNX_CHECK(eps >= 0 && std::isfinite(eps), name, " must be a finite number >= 0, got ", eps);
 }
 
 inline void check_from(int64_t value, int64_t least, int64_t most, const char* name) {

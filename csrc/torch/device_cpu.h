@@ -19,9 +19,10 @@ namespace binding {
 
 // at::parallel_for: the number of threads is what torch.set_num_threads says.
 inline Threads torch_threads() {
-  return {[](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  const auto run = [](int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
     torch_parallel_for(begin, end, grain, body, context);
-  }};
+  };
+  return {static_cast<int>(torch::stable::get_num_threads()), run};
 }
 
 struct Cpu {

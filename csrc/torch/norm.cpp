@@ -1,4 +1,4 @@
-// Operators of LayerNorm, of its form that downsamples, and of the stand-alone GRN.
+// Operators of LayerNorm, of its form that downsamples, of the stand-alone GRN, and of GRN of LayerNorm.
 #include "device_cpu.h"
 #include "device_cuda.h"
 
@@ -24,6 +24,14 @@ CNX_SCHEMAS(m) {
   m.def(
       "grn_backward(Tensor grad, Tensor x, Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot,"
       " int segments, bool gelu, float eps) -> (Tensor dx, Tensor dgamma, Tensor dbeta)");
+  m.def(
+      "layer_norm_grn_forward(Tensor x, Tensor ln_weight, Tensor ln_bias, Tensor gamma, Tensor beta, Tensor? offsets,"
+      " int rows_per_slot, int segments, float ln_eps, float eps)"
+      " -> (Tensor y, Tensor mean, Tensor rstd, Tensor norm)");
+  m.def(
+      "layer_norm_grn_backward(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor ln_weight, Tensor ln_bias,"
+      " Tensor gamma, Tensor norm, Tensor? offsets, int rows_per_slot, int segments, float eps)"
+      " -> (Tensor dx, Tensor dln_weight, Tensor dln_bias, Tensor dgamma, Tensor dbeta)");
   // CUDA only
   m.def("normalized_backward_input(Tensor dz, Tensor z, Tensor rstd) -> Tensor");
 }
@@ -225,6 +233,86 @@ std::tuple<Tensor, Tensor, Tensor> grn_backward(const Tensor& grad, const Tensor
 }
 
 template <class D>
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_grn_forward(const Tensor& x, const Tensor& ln_weight,
+                                                                  const Tensor& ln_bias, const Tensor& gamma,
+                                                                  const Tensor& beta, const OptionalTensor& offsets,
+                                                                  int64_t rows_per_slot, int64_t segments,
+                                                                  double ln_eps, double eps) {
+  check_rows<D>(x, "x");
+  check_eps(ln_eps, "ln_eps");
+  check_eps(eps);
+  const Segments rows = segments_of<D>(offsets, x, rows_per_slot, segments);
+  const int64_t channels = last_size(x);
+  check_stat(ln_weight, x, channels, "ln_weight");
+  check_stat(ln_bias, x, channels, "ln_bias");
+  check_stat(gamma, x, channels, "gamma");
+  check_stat(beta, x, channels, "beta");
+  Tensor y = new_features(x, sizes(x)), mean = new_stat(x, leading_sizes(x)), rstd = new_stat(x, leading_sizes(x)),
+         norm = new_stat(x, {segments, channels});
+  D::layer_norm_grn_forward(
+      {
+          .dtype = D::dtype_of(x),
+          .segments = rows,
+          .channels = channels,
+          .x = x.const_data_ptr(),
+          .ln_weight = ln_weight.const_data_ptr(),
+          .ln_bias = ln_bias.const_data_ptr(),
+          .gamma = gamma.const_data_ptr(),
+          .beta = beta.const_data_ptr(),
+          .ln_eps = ln_eps,
+          .eps = eps,
+          .y = y.mutable_data_ptr(),
+          .mean = mean.mutable_data_ptr(),
+          .rstd = rstd.mutable_data_ptr(),
+          .norm = norm.mutable_data_ptr(),
+      },
+      x);
+  return {y, mean, rstd, norm};
+}
+
+template <class D>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_grn_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& mean, const Tensor& rstd, const Tensor& ln_weight,
+    const Tensor& ln_bias, const Tensor& gamma, const Tensor& norm, const OptionalTensor& offsets,
+    int64_t rows_per_slot, int64_t segments, double eps) {
+  check_rows<D>(x, "x");
+  check_eps(eps);
+  check_like(grad, x, "grad");
+  const Segments rows = segments_of<D>(offsets, x, rows_per_slot, segments);
+  const int64_t channels = last_size(x);
+  check_stat(mean, x, rows.rows, "mean");
+  check_stat(rstd, x, rows.rows, "rstd");
+  check_stat(ln_weight, x, channels, "ln_weight");
+  check_stat(ln_bias, x, channels, "ln_bias");
+  check_stat(gamma, x, channels, "gamma");
+  check_stat(norm, x, product({segments, channels}, "the size of norm"), "norm");
+  Tensor dx = new_features(x, sizes(x)), dln_weight = new_stat(x, {channels}), dln_bias = new_stat(x, {channels}),
+         dgamma = new_stat(x, {channels}), dbeta = new_stat(x, {channels});
+  D::layer_norm_grn_backward(
+      {
+          .dtype = D::dtype_of(x),
+          .segments = rows,
+          .channels = channels,
+          .grad = grad.const_data_ptr(),
+          .x = x.const_data_ptr(),
+          .mean = mean.const_data_ptr(),
+          .rstd = rstd.const_data_ptr(),
+          .ln_weight = ln_weight.const_data_ptr(),
+          .ln_bias = ln_bias.const_data_ptr(),
+          .gamma = gamma.const_data_ptr(),
+          .norm = norm.const_data_ptr(),
+          .eps = eps,
+          .dx = dx.mutable_data_ptr(),
+          .dln_weight = dln_weight.mutable_data_ptr(),
+          .dln_bias = dln_bias.mutable_data_ptr(),
+          .dgamma = dgamma.mutable_data_ptr(),
+          .dbeta = dbeta.mutable_data_ptr(),
+      },
+      x);
+  return {dx, dln_weight, dln_bias, dgamma, dbeta};
+}
+
+template <class D>
 Tensor normalized_backward_input(const Tensor& dz, const Tensor& z, const Tensor& rstd) {
   check_rows<D>(z, "z");
   check_like(dz, z, "dz");
@@ -253,6 +341,8 @@ void implement(Library& m) {
   m.impl("space_to_depth_normalize_backward", TORCH_BOX(&space_to_depth_normalize_backward<D>));
   m.impl("grn_forward", TORCH_BOX(&grn_forward<D>));
   m.impl("grn_backward", TORCH_BOX(&grn_backward<D>));
+  m.impl("layer_norm_grn_forward", TORCH_BOX(&layer_norm_grn_forward<D>));
+  m.impl("layer_norm_grn_backward", TORCH_BOX(&layer_norm_grn_backward<D>));
 }
 
 template <class D>

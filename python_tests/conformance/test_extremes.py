@@ -29,6 +29,39 @@ def test_channels_of_zero_norm(backend, op, scope, dtype):
     assert torch.equal(out[..., 2:4], exact.tensors["beta"].reshape(-1)[2:4].expand_as(out[..., 2:4]))
 
 
+@pytest.mark.parametrize("scope", ("image", "batch"))
+@parametrize_backends_and_dtypes(DTYPES)
+def test_channels_of_zero_norm_behind_layer_norm(backend, scope, dtype):
+    """Where LayerNorm's weight and bias are zero; its gradients are those of the identity there."""
+    sample = make_sample("layer_norm_grn", c=6, scope=scope, at=("ragged", 4))
+    for name in ("ln_weight", "ln_bias"):
+        sample.tensors[name][2:4] = 0.0
+    check(sample, backend.name, dtype, backend.device)
+    exact = sample.cast(dtype, backend.device)
+    out = exact.run(backend.name)["out"]
+    assert torch.equal(out[..., 2:4], exact.tensors["beta"].reshape(-1)[2:4].expand_as(out[..., 2:4]))
+
+
+@pytest.mark.parametrize("shift", (-100.0, 30.0))
+@parametrize_backends_and_dtypes(DTYPES)
+def test_layer_norm_of_a_large_bias_before_grn(backend, dtype, shift):
+    """The bias outweighs the normalised rows in every sum that is made of sums of both."""
+    sample = make_sample("layer_norm_grn", c=24, at=("ragged", 4))
+    sample.tensors["ln_bias"] += shift
+    check(sample, backend.name, dtype, backend.device)
+
+
+@parametrize_backends_and_dtypes(DTYPES)
+def test_a_bias_that_cancels_the_normalised_rows_before_grn(backend, dtype):
+    """All rows are nearly the same, and the bias takes away what they share: GRN sees the remainders."""
+    sample = make_sample("layer_norm_grn", c=24, at=("ragged", 4))
+    x = sample.tensors["x"]
+    x.copy_(x[:1, :1, :1] + 0.03 * x)
+    z = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+    sample.tensors["ln_bias"].copy_(-(sample.tensors["ln_weight"] * z).mean((0, 1, 2)))
+    check(sample, backend.name, dtype, backend.device)
+
+
 @pytest.mark.parametrize("op", ("global_response_norm", "gelu_grn"))
 @parametrize_backends_and_dtypes((F32, F64, BF16, F16), reference=True)
 def test_everything_zero(backend, op, dtype):

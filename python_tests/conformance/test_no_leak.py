@@ -121,6 +121,23 @@ def test_images_do_not_see_each_other(backend, op):
     assert not torch.equal(dirty["out"][second], clean["out"][second])
 
 
+@pytest.mark.parametrize("bad", ("x", "cotangent"))
+@parametrize_backends(reference=True)
+def test_a_bad_image_of_uneven_ones_stays_alone(backend, bad):
+    """NaN in one row of an image, or of its cotangent: the others keep every bit of their output and gradient."""
+    sample = make_sample("layer_norm_grn", at=("empty_image", 2)).cast(F32, backend.device)
+    image = sample.constants["layout"].image_of_slot
+    where = int(image.max())
+    cotangent = cotangent_of(sample.run(backend.name)["out"], F32).to(backend.device)
+    clean = sample.run(backend.name, cotangent)
+    x = sample.tensors["x"].detach().clone()
+    (x if bad == "x" else cotangent)[image == where, 0, 0, 0] = float("nan")
+    dirty = sample._replace(tensors=sample.tensors | {"x": x.requires_grad_()}).run(backend.name, cotangent)
+    for name in ("out", "x"):
+        assert torch.equal(dirty[name][image != where], clean[name][image != where])
+    assert dirty["x"][image == where].isnan().all()
+
+
 @parametrize_backends(reference=True)
 def test_a_bad_cotangent_of_a_visible_site_stays_off_the_fill(backend):
     """The gradient of ``fill`` sums hidden sites only, whatever the values at visible ones."""

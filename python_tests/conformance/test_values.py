@@ -91,6 +91,7 @@ WIDE = {
     "depthwise_conv_layer_norm": [{"c": 320, "k": 7, "at": ("ragged", 4)}],
     "layer_norm": [{"c": 2000, "at": ("uniform", 2)}],
     "gelu_grn": [{"c": 1280, "at": ("ragged", 2)}],
+    "layer_norm_grn": [{"c": 320, "at": ("uniform", 4)}, {"c": 2816, "at": ("ragged", 1)}],
     "downsample": [{"c": 192, "out_c": 384, "at": ("ragged", 2)}],
     "patch_embed": [{"c": 320, "in_chans": 3, "at": ("uniform", 8)}],
     "convnextv2_block": [

@@ -83,7 +83,8 @@ class TritonBackend(FusedMLP):
 
     @functools.cached_property
     def operators(self):
-        from . import conv, conv_grad, grn, norm, norm_grad, patches, reduce  # noqa: F401  (each registers its own)
+        # each registers its own
+        from . import conv, conv_grad, grn, layer_norm_grn, norm, norm_grad, patches, reduce  # noqa: F401
         from .launch import NAMESPACE
 
         return getattr(torch.ops, NAMESPACE)

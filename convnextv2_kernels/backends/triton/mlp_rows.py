@@ -23,7 +23,7 @@ _READ_BY_ONE = 32768  # partial sums of a segment that a single program adds
 
 
 @triton.jit
-def _added(source, stride, parts, columns, held, ACC: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr):
+def added_parts(source, stride, parts, columns, held, ACC: tl.constexpr, BP: tl.constexpr, BH: tl.constexpr):
     """Sums of the parts, ``stride`` apart, ``[BH]``."""
     part = tl.arange(0, BP)
     total = tl.zeros([BP, BH], ACC)
@@ -48,7 +48,7 @@ def finish_statistics_kernel(
     for first in range(0, H, BH):
         columns = first + tl.arange(0, BH)
         held = columns < H
-        value = tl.sqrt(_added(source, H, parts, columns, held, ACC, BP, BH))
+        value = tl.sqrt(added_parts(source, H, parts, columns, held, ACC, BP, BH))
         tl.store(norm + columns, value, mask=held)
         total += value
     mean = tl.sum(total, axis=0) / H + EPS
@@ -80,13 +80,13 @@ def finish_gradient_kernel(
     for first in range(0, H, BH):
         columns = first + tl.arange(0, BH)
         held = columns < H
-        t = _added(source, stride, parts, columns, held, ACC, BP, BH)
+        t = added_parts(source, stride, parts, columns, held, ACC, BP, BH)
         tl.store(kappa + columns, t, mask=held)
         value = tl.load(norm + columns, mask=held, other=0.0)
         total += value
         dot += tl.load(gamma + columns, mask=held, other=0.0) * t * value
         if PAIR:
-            other = _added(source + H, stride, parts, columns, held, ACC, BP, BH)
+            other = added_parts(source + H, stride, parts, columns, held, ACC, BP, BH)
             tl.store(terms + tl.cast(count, tl.int64) * H + columns, other, mask=held)
     mean = tl.sum(total, axis=0) / H + EPS
     pull = tl.sum(dot, axis=0) / H / mean / mean
@@ -104,7 +104,7 @@ def finish_gradient_kernel(
         tl.store(kappa + columns, tl.where(value != 0, pulled, 0.0), mask=held)
 
 
-def _finisher(parts: Tensor, channels: int) -> tuple[Tensor, dict]:
+def finisher(parts: Tensor, channels: int) -> tuple[Tensor, dict]:
     """``[count, parts, W]`` with so few parts that a segment's one program can add them, and that program's tiles."""
     if parts.shape[1] * parts.shape[2] > _READ_BY_ONE:
         parts = add_partials(parts).unsqueeze(1)
@@ -117,7 +117,7 @@ def finish_statistics(squares: Tensor, gamma: Tensor, eps: float) -> tuple[Tenso
     """Partial sums of squares ``A[segments, parts, H]`` -> norm and scale, ``A[segments, H]``."""
     count, _, channels = squares.shape
     norm, scale = (squares.new_empty(count, channels) for _ in range(2))
-    squares, tile = _finisher(squares, channels)
+    squares, tile = finisher(squares, channels)
     launch(
         finish_statistics_kernel, (count,), squares=squares, gamma=gamma, norm=norm, scale=scale, **tile,
         H=channels, EPS=eps, ACC=accumulator(squares.dtype),
@@ -141,7 +141,7 @@ def gradient_statistics(
     count, channels = norm.shape
     scale, kappa = (torch.empty_like(norm) for _ in range(2))
     terms = norm.new_empty(2 if pair else 1, count, channels)
-    sums, tile = _finisher(sums, channels)
+    sums, tile = finisher(sums, channels)
     launch(
         finish_gradient_kernel, (count,), sums=sums, norm=norm, gamma=gamma, scale=scale, kappa=kappa, terms=terms,
         count=count, **tile, H=channels, PAIR=pair, EPS=eps, ACC=accumulator(norm.dtype),

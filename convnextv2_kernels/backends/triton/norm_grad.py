@@ -165,6 +165,11 @@ def normalized_backward(dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> 
     return _added(*_backward(dy, z, None, rstd, weight, torch.empty_like(z)))
 
 
+def normalized_gradient(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    """dx from the gradient of z and from x."""
+    return _backward(g, x, mean, rstd, None, x.shape[-1], parameters=False)[0]
+
+
 def normalized_backward_input(dy: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
     """dx alone, without a weight."""
     return _backward(dy, z, None, rstd, None, torch.empty_like(z), parameters=False)[0]

@@ -22,7 +22,7 @@ from .gelu import activate, widen
 from .launch import accumulator, cdiv, launch, next_power_of_2, operator
 from .segments import segment_bounds
 
-_MOST_SPLITS = 1024  # per segment; also the most partial sums that one program adds
+MOST_SPLITS = 1024  # per segment; also the most partial sums that one program adds
 _WIDTHS = (128, 256, 64, 512, 32, 1024)
 # sizes that change between calls: kernels are not recompiled for each
 SIZES = ["M", "rows_per_slot", "count", "splits"]
@@ -39,25 +39,26 @@ class RowPass(NamedTuple):
 def _split_count(rows: int) -> int:
     """Number of parts of a segment with so many rows."""
     each = 64 if rows <= 1024 else 128 if rows <= 16384 else 256
-    return max(1, min(cdiv(rows, each), _MOST_SPLITS))
+    return max(1, min(cdiv(rows, each), MOST_SPLITS))
 
 
-def _tile(rows: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Rows and columns of a tile: the first shape whose padding is within an eighth of the smallest."""
-    elements = 1024 if dtype == torch.float64 else 2048
+def _tile(rows: int, channels: int, dtype: torch.dtype, sums: int) -> tuple[int, int]:
+    """Rows and columns of a tile: the first shape whose padding is within an eighth of the smallest. Half as large for
+    a pass that keeps more than 2 sums of each element."""
+    elements = (1024 if dtype == torch.float64 else 2048) // (2 if sums > 2 else 1)
     tiles = [(elements // columns, columns) for columns in _WIDTHS if columns <= elements]
     padded = [cdiv(max(rows, 1), r) * r * cdiv(channels, c) * c for r, c in tiles]
     return next(t for t, p in zip(tiles, padded, strict=True) if 8 * p <= 9 * min(padded))
 
 
-def row_pass(x: Tensor, segments: Segments) -> RowPass:
-    """The partition of a pass over ``x [..., H]`` in segments."""
+def row_pass(x: Tensor, segments: Segments, sums: int = 2) -> RowPass:
+    """The partition of a pass over ``x [..., H]`` in segments, with at most so many sums of each column."""
     offsets, rows_per_slot, count = segments
     channels = x.shape[-1]
     rows = x.numel() // channels
     each = rows // count if count else 0
     splits = _split_count(each)
-    block = _tile(each, channels, x.dtype)
+    block = _tile(each, channels, x.dtype, sums)
     arguments = {
         "offsets": offsets, "rows_per_slot": rows_per_slot, "M": rows, "count": count, "splits": splits,
         "H": channels, "NARROW": x.dtype == torch.bfloat16, "BM": block[0], "BN": block[1],
@@ -176,7 +177,7 @@ def _add(partials: Tensor, groups: int, each: int, out: Tensor, second: Tensor |
 def _few(partials: Tensor) -> Tensor:
     """Few enough partial sums for one program to add: very many are first added in groups."""
     lead, splits, width = partials.shape
-    if splits <= _MOST_SPLITS:
+    if splits <= MOST_SPLITS:
         return partials
     each = cdiv(splits, 64)
     merged = partials.new_empty(lead, cdiv(splits, each), width)

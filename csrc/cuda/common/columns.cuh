@@ -36,17 +36,25 @@ inline ColumnTile column_tile(int64_t vectors) {
 template <class T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
 
-// Parts of a segment, each the work of one block per tile: 8 to 32 rows per thread.
-template <class T>
-int64_t column_splits(const Segments& segments, int64_t channels) {
-  const int lanes = column_tile(channels % kWide<T> ? channels : channels / kWide<T>).lanes;
-  const int64_t rows = segments.count ? ceil_div(segments.rows, segments.count) : 0;
-  const int64_t each = lanes * (rows > 4096 * int64_t{lanes} ? 32 : rows > 128 * int64_t{lanes} ? 16 : 8);
-  const int64_t splits = rows ? ceil_div(rows, each) : 1;
+inline int64_t mean_rows(const Segments& segments) {
+  return segments.count ? ceil_div(segments.rows, segments.count) : 0;
+}
+
+// Parts of about `each` rows that a segment is cut into.
+inline int64_t split_count(const Segments& segments, int64_t each) {
+  const int64_t rows = mean_rows(segments), splits = rows ? ceil_div(rows, each) : 1;
   if (!segments.offsets) return splits;
   int64_t power = 1;  // ragged segments are cut on the device, by a shift
   while (power < splits) power *= 2;
   return power;
+}
+
+// Parts of a segment, each the work of one block per tile: 8 to 32 rows per thread.
+template <class T>
+int64_t column_splits(const Segments& segments, int64_t channels) {
+  const int lanes = column_tile(channels % kWide<T> ? channels : channels / kWide<T>).lanes;
+  const int64_t rows = mean_rows(segments);
+  return split_count(segments, lanes * (rows > 4096 * int64_t{lanes} ? 32 : rows > 128 * int64_t{lanes} ? 16 : 8));
 }
 
 struct ColumnGrid {
@@ -58,10 +66,7 @@ struct ColumnGrid {
   unsigned blocks() const { return static_cast<unsigned>(segments.count) * splits * tiles; }
 };
 
-template <class T>
-ColumnGrid column_grid(const Segments& segments, int64_t channels, int vector) {
-  const ColumnTile shape = column_tile(channels / vector);
-  const int64_t splits = column_splits<T>(segments, channels);
+inline ColumnGrid split_grid(const Segments& segments, int64_t channels, int64_t splits, const ColumnTile& shape) {
   const int64_t rows = segments.count ? segments.rows / segments.count : 0;
   int shift = 0;
   while (int64_t{1} << shift < splits) ++shift;
@@ -74,6 +79,11 @@ ColumnGrid column_grid(const Segments& segments, int64_t channels, int vector) {
           shift,
           shape.tile,
           shape.lanes};
+}
+
+template <class T>
+ColumnGrid column_grid(const Segments& segments, int64_t channels, int vector) {
+  return split_grid(segments, channels, column_splits<T>(segments, channels), column_tile(channels / vector));
 }
 
 // Whether 16 bytes' worth of features, and of parameters, can be read at a time.

@@ -6,8 +6,10 @@
 
 namespace cnx {
 
-// Runs body(begin, end, context) over a partition of [begin, end), ranges of at least `grain`.
+// Runs body(begin, end, context) over a partition of [begin, end), ranges of at least `grain`, on about `count`
+// threads.
 struct Threads {
+  int count;
   void (*run)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 };
 
@@ -23,6 +25,8 @@ struct Threads {
   K(gather_norm_backward, GatherNorm)               \
   K(grn_forward, GrnForward)                        \
   K(grn_backward, GrnBackward)                      \
+  K(layer_norm_grn_forward, LayerNormGrnForward)    \
+  K(layer_norm_grn_backward, LayerNormGrnBackward)  \
   K(gelu_statistics, GeluStatistics)                \
   K(gelu_scale, GeluScale)                          \
   K(mlp_backward_statistics, MlpBackwardStatistics) \

@@ -95,6 +95,8 @@ struct Launch {
   K(gather_norm_backward, GatherNorm)               \
   K(grn_forward, GrnForward)                        \
   K(grn_backward, GrnBackward)                      \
+  K(layer_norm_grn_forward, LayerNormGrnForward)    \
+  K(layer_norm_grn_backward, LayerNormGrnBackward)  \
   K(gelu_statistics, GeluStatistics)                \
   K(gelu_scale, GeluScale)                          \
   K(mlp_backward_statistics, MlpBackwardStatistics) \

@@ -154,6 +154,44 @@ struct GrnBackward {
   void* dbeta;   // A [C]
 };
 
+// y = GRN(LN(x)) and back, from x and statistics alone: z = (x - mean) * rstd of each row, y = z * ln_weight + ln_bias.
+struct LayerNormGrnForward {
+  DType dtype;
+  Segments segments;
+  int64_t channels;
+  const void* x;
+  const void* ln_weight;  // A [C]
+  const void* ln_bias;    // A [C]
+  const void* gamma;      // A [C]
+  const void* beta;       // A [C]
+  double ln_eps;
+  double eps;
+  void* y;
+  void* mean;  // A [rows]
+  void* rstd;  // A [rows]
+  void* norm;  // A [count, C], of LN(x)
+};
+
+struct LayerNormGrnBackward {
+  DType dtype;
+  Segments segments;
+  int64_t channels;
+  const void* grad;
+  const void* x;
+  const void* mean;       // A [rows]
+  const void* rstd;       // A [rows]
+  const void* ln_weight;  // A [C]
+  const void* ln_bias;    // A [C]
+  const void* gamma;      // A [C]
+  const void* norm;       // A [count, C]
+  double eps;
+  void* dx;
+  void* dln_weight;  // A [C]
+  void* dln_bias;    // A [C]
+  void* dgamma;      // A [C]
+  void* dbeta;       // A [C]
+};
+
 // The four row passes of the MLP, on hidden rows T [rows, H] in segments (images). a is the first GEMM's output,
 // h = activation(a), the GRN output is h * scale + beta. Where the second GEMM takes beta into its bias, beta is null.
 struct GeluStatistics {

@@ -31,6 +31,9 @@ BUDGETS = {
     "conv_weight_grad_generic": 128,
     "gradient_rows_kernel": 104,
     "grn_gradient_kernel": 104,
+    "layer_norm_grn_gradient_kernel": 96,
+    "normalized_squares_kernel": 192,  # float64; 128 in 16 bits: two rows, or four, and the sums of their columns
+    "normalized_gradient_kernel": 255,  # float64 by single elements; 128 in 16 bits and aligned float32
 }
 DEFAULT_BUDGET = 80
 
