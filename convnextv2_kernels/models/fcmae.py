@@ -46,6 +46,8 @@ class FCMAE(nn.Module):
         feature_dtype: dtype of the feature maps, see :class:`.backbone.Backbone`.
         grn: GRN of every block of encoder and decoder, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
         encoding: ``"sparse"``, or ``"masked_dense"``: the same numbers on whole maps, by :mod:`.masked_dense`.
+        layer_scale: initial layer scale of every block of the encoder, or None for none, as in V2. The decoder follows
+            the encoder: with ``grn="none"`` and 1e-6 both have blocks of ConvNeXt V1.
 
     Raises:
         ValueError: an argument out of range.
@@ -66,6 +68,7 @@ class FCMAE(nn.Module):
         feature_dtype: torch.dtype | None = None,
         grn: str | GRNVariant = "default",
         encoding: str = "sparse",
+        layer_scale: float | None = None,
     ):
         super().__init__()
         if check_positive("patch_size", patch_size) % _STRIDE:
@@ -89,13 +92,19 @@ class FCMAE(nn.Module):
         self.grn = GRNVariant.of(grn)
 
         self.encoder = SparseEncoder(
-            in_chans, depths, dims, grn_scope=grn_scope, feature_dtype=feature_dtype, grn=self.grn
+            in_chans,
+            depths,
+            dims,
+            grn_scope=grn_scope,
+            feature_dtype=feature_dtype,
+            grn=self.grn,
+            layer_scale=layer_scale,
         )
         dim = check_positive("decoder_embed_dim", decoder_embed_dim)
         self.proj = nn.Conv2d(dims[-1], dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.empty(1, dim, 1, 1))
         depth = check_positive("decoder_depth", decoder_depth)
-        self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn) for _ in range(depth))
+        self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn, layer_scale=layer_scale) for _ in range(depth))
         self.pred = nn.Conv2d(dim, _STRIDE * _STRIDE * in_chans, kernel_size=1)
         init_linear_map(self.proj)
         init_linear_map(self.pred)

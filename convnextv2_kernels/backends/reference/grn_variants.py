@@ -82,8 +82,8 @@ def convnextv2_block(
     ln_bias: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None,
@@ -97,8 +97,9 @@ def convnextv2_block(
     normalizer: str,
     skip: bool,
     visible: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """The block of :func:`.mlp.convnextv2_block` around any GRN; on a dense map with ``visible``, the masked dense
+    """The block of :func:`.mlp.convnextv2_block` around any GRN, or none; on a dense map with ``visible``, the masked dense
     block.
 
     The mask comes after the convolution (paper A.2) and the block, and after GELU, where hidden sites would be in GRN's
@@ -107,8 +108,11 @@ def convnextv2_block(
     y = layer_norm(_masked(depthwise_conv2d(x, dw_weight, dw_bias, layout), visible), ln_weight, ln_bias, eps)
     a = F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))
     h = _masked(F.gelu(a, approximate=gelu_form(act)), visible)
-    h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, visible)
+    if gamma is not None and beta is not None:
+        h = global_response_norm(h, gamma, beta, layout, scope, grn_eps, aggregation, normalizer, skip, visible)
     y = linear(h, w2, b2, dtype).to(x.dtype)
+    if layer_scale is not None:
+        y = y * layer_scale.to(y.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
     return x + _masked(y, visible)
