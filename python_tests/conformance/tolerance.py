@@ -102,7 +102,8 @@ def allowed_times(sample: Sample) -> float:
     """
     if "x" in sample.tensors and sample.tensors["x"].numel() < 8:
         return 8.0
-    normalised = [sample.tensors[name].numel() for name in ("ln_weight", "gamma") if name in sample.tensors]
+    affine = (sample.tensors.get(name) for name in ("ln_weight", "gamma"))
+    normalised = [t.numel() for t in affine if t is not None]
     if sample.op == "layer_norm":
         normalised.append(sample.tensors["x"].shape[-1])
     return 8.0 if min(normalised, default=8) < 8 else 2.0
