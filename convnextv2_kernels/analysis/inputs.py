@@ -27,6 +27,7 @@ from ..data.threads import in_threads
 from ..data.value_range import choose_range, differing_range
 from ..errors import UserError, describe_error
 from ..models import get_config
+from ..sizes import V1_NAMES
 from ..train.distributed import resolve_device
 from ..train.setup import prepare_output
 from .networks import Network, load_network, untrained_network
@@ -123,7 +124,8 @@ def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
         if not networks and args.model is None:
             raise ValueError("--random without a checkpoint needs --model")
         like = networks[0].model if networks else get_config(args.model)
-        networks.append(untrained_network(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device))
+        v1 = networks[0].model.layer_scale is not None if networks else args.model in V1_NAMES
+        networks.append(untrained_network(like.depths, like.dims, seed=args.seed, device=device, v1=v1))
     return networks
 
 

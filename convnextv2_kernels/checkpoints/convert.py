@@ -54,8 +54,9 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
     Raises:
         TypeError: ``sd`` is not a mapping.
         ValueError: unknown ``to``; ``conv_mlp`` for a format other than timm's; ``sd`` has keys or shapes that no
-            ConvNeXt has, is of a version that the format has no names for, has shapes that contradict each other, lacks parameters, or contains anything but dense
-            floating-point tensors; it records a GRN that only this library has, and ``to`` is another's format.
+            ConvNeXt has, is of a version that the format has no names for, has shapes that contradict each other,
+            lacks parameters, or contains anything but dense floating-point tensors; it records a GRN
+            that only this library has, and ``to`` is another's format.
     """
     if not isinstance(sd, Mapping):
         raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")

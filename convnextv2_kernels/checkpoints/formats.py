@@ -92,9 +92,7 @@ _TRANSFORMERS = {
 }
 _TRANSFORMERS_V1 = {
     name: own.replace("convnextv2.", "convnext.") for name, own in _TRANSFORMERS.items() if ".grn." not in name
-} | {
-    "stages.{stage}.{block}.gamma": "convnext.encoder.stages.{stage}.layers.{block}.layer_scale_parameter",
-}
+} | {"stages.{stage}.{block}.gamma": "convnext.encoder.stages.{stage}.layers.{block}.layer_scale_parameter"}
 _MMPRETRAIN = {
     "downsample_layers.{stage}.{i}.{kind}": "backbone.downsample_layers.{stage}.{i}.{kind}",
     "stages.{stage}.{block}.dwconv.{kind}": "backbone.stages.{stage}.{block}.depthwise_conv.{kind}",
@@ -163,7 +161,9 @@ class Format:
         self.name = name
         self._to_own = [(_regex(canonical), own) for canonical, own in table.items()]
         self._to_canonical = [(_regex(own), canonical) for canonical, own in table.items()]
-        depthwise = [own.replace("{kind}", "weight") for canonical, own in table.items() if _DEPTHWISE.fullmatch(canonical)]
+        depthwise = [
+            own.replace("{kind}", "weight") for canonical, own in table.items() if _DEPTHWISE.fullmatch(canonical)
+        ]
         # without the names of groups, which may be there once only
         either = "|".join(_regex(own).pattern for own in depthwise)
         self.depthwise = re.compile(rf"(?P<prefix>.*\.)?(?:{re.sub('[?]P<.*?>', '?:', either)})", re.DOTALL)

@@ -69,8 +69,9 @@ def load_checkpoint(
 
     Args:
         model: this library's ``ConvNeXtV2``, ``SparseEncoder`` or ``FCMAE``; a model of timm (``features_only``
-            included), transformers, mmpretrain or torchvision; or any module with official names, dense or sparse. May be wrapped by
-            DistributedDataParallel or torch.compile, or be part of a larger module, if no other ConvNeXt is.
+            included), transformers, mmpretrain or torchvision; or any module with official names, dense or sparse. May
+            be wrapped by DistributedDataParallel or torch.compile, or be part of a larger module, if no other ConvNeXt
+            is.
         path_or_state_dict: a file (``.safetensors``, or of ``torch.save``), a folder with ``model.safetensors`` or
             ``pytorch_model.bin``, or the content of such a file. No code from a file is run.
         skip_head: keep the head of the model unchanged.
@@ -80,9 +81,9 @@ def load_checkpoint(
         FileNotFoundError: no such file.
         TypeError: an argument has the wrong type.
         ValueError: a file that is damaged, could run code or costs more than it holds; keys that are missing, unknown
-            or of another shape, all in one message; a V1 file for a V2 model, or the reverse; several networks; no averaged weights for ``use_ema``; parameters
-            that are no dense tensors with values; a file that records another GRN (:class:`.nn.GRNVariant`) than the
-            model's, whose names and shapes are the same.
+            or of another shape, all in one message; a V1 file for a V2 model, or the reverse; several networks; no
+            averaged weights for ``use_ema``; parameters that are no dense tensors with values; a file that records
+            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -23,8 +23,9 @@ _SPARSE_BIAS = re.compile(r"(stages\..*\.dwconv|downsample_layers\.[1-3]\.1)\.bi
 def to_canonical(name: str, tensor: Tensor) -> Tensor:
     """View in the canonical shape of the parameter with this canonical name; writing to it writes to ``tensor``.
 
-    Accepts, besides the canonical shape: biases ``(1, C)``, layer scale ``(C, 1, 1)``, GRN of any rank, linear maps as 1x1 convolutions, and
-    MinkowskiEngine's kernels ``(K*K, C)`` (depthwise) and ``(K*K, in, out)``, whose offset is ``kw * K + kh``.
+    Accepts, besides the canonical shape: biases ``(1, C)``, layer scale ``(C, 1, 1)``, GRN of any rank, linear maps as
+    1x1 convolutions, and MinkowskiEngine's kernels ``(K*K, C)`` (depthwise) and ``(K*K, in, out)``, whose offset is
+    ``kw * K + kh``.
 
     Raises:
         ValueError: a tensor of any other shape.

@@ -90,8 +90,8 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     alone.
 
     Raises:
-        ValueError: anything but the parameters of a ConvNeXt V2 or V1 or a part of it; several networks. The message calls
-            the state_dict ``what``.
+        ValueError: anything but the parameters of a ConvNeXt V2 or V1 or a part of it; several networks. The message
+            calls the state_dict ``what``.
     """
     if len(state_dict) > MAX_KEYS:
         raise ValueError(f"{what} has {len(state_dict)} keys, of which at most {MAX_KEYS} are read")

@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         check_drop_path_rate(drop_path_rate, "drop_path_rate")
         check_scope(grn_scope, "grn_scope")
         self.grn = GRNVariant.of(grn)
+        self.layer_scale = layer_scale
         self.in_chans = check_positive("in_chans", in_chans)
         self.depths = tuple(depths)
         self.dims = tuple(dims)
@@ -62,9 +63,7 @@ class Backbone(nn.Module):
         # On the CPU even if parameters are created on the meta device, which cannot be read back.
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
-            nn.ModuleList(
-                ConvNeXtV2Block(dim, next(rates), grn_scope, self.grn, layer_scale) for _ in range(depth)
-            )
+            nn.ModuleList(ConvNeXtV2Block(dim, next(rates), grn_scope, self.grn, layer_scale) for _ in range(depth))
             for depth, dim in zip(depths, dims, strict=True)
         )
 

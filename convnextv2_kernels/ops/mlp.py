@@ -106,14 +106,11 @@ def as_kernels_take(params: MLPParameters, layer_scale: Tensor | None, x: Tensor
 
 
 def scale_branch(
-    y: Tensor,
-    layer_scale: Tensor,
-    residual: Tensor | None,
-    drop_path_scale: Tensor | None,
-    layout: PatchLayout | None,
+    y: Tensor, layer_scale: Tensor, residual: Tensor | None, drop_path_scale: Tensor | None, layout: PatchLayout | None
 ) -> Tensor:
-    """``residual + drop_path_scale * layer_scale * y`` in the statistics dtype, returned in the dtype of y: for GEMMs in
-    float16, which cannot hold the product of a weight and a layer scale that starts at 1e-6."""
+    """``residual + drop_path_scale * layer_scale * y`` in the statistics dtype, returned in the dtype of y.
+
+    For GEMMs in float16, which cannot hold the product of a weight and a layer scale that starts at 1e-6."""
     stat = statistics_dtype(y.dtype)
     out = y.to(stat) * layer_scale.to(stat)
     if drop_path_scale is not None:

@@ -14,7 +14,7 @@ from ..errors import FileError, UserError
 from ..layout import mask_fault, num_kept
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
-from ..sizes import size_text
+from ..sizes import V1_NAMES, block_of, size_text
 from .checkpoint import list_checkpoints
 from .checkpoint_checks import check_config, require
 from .config import (
@@ -84,6 +84,7 @@ def make_config(
         model=options.model,
         img_size=options.img_size,
         grn=str(GRNVariant.of(options.grn)),
+        layer_scale=block_of(options.model).get("layer_scale"),
         lr=options.lr,
         seed=options.seed,
         backend=options.backend,
@@ -97,12 +98,17 @@ def make_config(
 
 
 def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
-    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can."""
+    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can, or V1 is asked for a GRN."""
     plain = f"--encoding {encoding}" if encoding != "sparse" else f"--grn {options.grn}"
     try:
-        needs_plain = encoding != "sparse" or str(GRNVariant.of(options.grn)) not in ("default", "none")
+        grn = str(GRNVariant.of(options.grn))
     except ValueError as error:
         raise UserError(in_options(str(error))) from error
+    if options.model in V1_NAMES and grn != "none":
+        raise UserError(
+            f"--grn {options.grn} must be none for --model {options.model}, a ConvNeXt V1, which has no GRN."
+        )
+    needs_plain = encoding != "sparse" or grn not in ("default", "none")
     if needs_plain and options.backend not in ("auto", "reference"):
         raise UserError(
             f"{plain} runs in plain PyTorch only, and --backend is {options.backend}; take --backend auto or reference."

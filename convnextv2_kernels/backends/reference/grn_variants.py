@@ -99,8 +99,8 @@ def convnextv2_block(
     visible: Tensor | None = None,
     layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """The block of :func:`.mlp.convnextv2_block` around any GRN, or none; on a dense map with ``visible``, the masked dense
-    block.
+    """The block of :func:`.mlp.convnextv2_block` around any GRN, or none; on a dense map with ``visible``, the masked
+    dense block.
 
     The mask comes after the convolution (paper A.2) and the block, and after GELU, where hidden sites would be in GRN's
     statistics: GELU(b1) is not 0. GEMMs run in ``dtype``.
