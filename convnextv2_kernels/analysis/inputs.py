@@ -28,6 +28,7 @@ from ..data.threads import in_threads
 from ..data.value_range import choose_range, differing_range
 from ..errors import UserError, describe_error
 from ..models import get_config
+from ..sizes import V1_NAMES
 from ..train.distributed import resolve_device
 from ..train.setup import prepare_output
 from .features import OtherNetwork
@@ -138,7 +139,8 @@ def open_networks(args: Namespace, decoder: bool = False) -> list[Network]:
         if not own and args.model is None:
             raise ValueError("--random without a checkpoint needs --model")
         like = own[0] if own else get_config(args.model)
-        networks.append(untrained_network(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device))
+        v1 = own[0].layer_scale is not None if own else args.model in V1_NAMES
+        networks.append(untrained_network(tuple(like.depths), tuple(like.dims), seed=args.seed, device=device, v1=v1))
     return networks
 
 

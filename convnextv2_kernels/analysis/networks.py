@@ -14,11 +14,11 @@ from torch import nn
 from .._console import visible
 from .._files import open_regular, parse_json
 from ..checkpoints import load_checkpoint
-from ..checkpoints.state import architecture, count_blocks, read_checkpoint, require_consistent, shown, unwrap
+from ..checkpoints.state import architecture, count_blocks, is_v1, read_checkpoint, require_consistent, shown, unwrap
 from ..checkpoints.storage import CheckpointFile, read_checkpoint_file
 from ..data.value_range import Range, range_of
 from ..models import FCMAE, ConvNeXtV2Features, get_config
-from ..sizes import size_of
+from ..sizes import V1_BLOCK, V1_NAMES, size_of
 
 IMG_SIZE = (224, 224)
 MASK_RATIO = 0.6
@@ -56,21 +56,22 @@ def load_network(
 
     Args:
         path: a file or folder as :func:`convnextv2_kernels.load_checkpoint` takes it.
-        model_name: ``convnextv2_<size>`` that the weights are expected to be, or None.
+        model_name: ``convnextv2_<size>``, or ``convnext_<size>`` of V1, that the weights are expected to be, or None.
         use_ema: take the averaged weights of a training checkpoint.
         decoder: build the whole FCMAE; otherwise only the four stages.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a damaged file, no ConvNeXt V2, not ``model_name``, or without the requested part.
+        ValueError: a damaged file, no ConvNeXt, not ``model_name``, or without the requested part.
     """
     file, what = read_checkpoint_file(path), visible(str(path))
     weights = unwrap(file.content, use_ema, what)
     state = read_checkpoint(weights, what)
     settings = _settings(file)
     depths, dims = architecture(state.tensors)
-    if model_name is not None and tuple(get_config(model_name)) != (depths, dims):
-        this = size_of(depths, dims) or f"a network of depths {depths} and widths {dims}"
+    v1 = is_v1(state.tensors)
+    if model_name is not None and (get_config(model_name), model_name in V1_NAMES) != ((depths, dims), v1):
+        this = size_of(depths, dims, v1) or f"a network of depths {depths} and widths {dims}"
         raise ValueError(f"{what}: this is {this}, expected {model_name}")
     if (in_chans := state.tensors["downsample_layers.0.0.weight"].shape[1]) != 3:
         raise ValueError(f"{what} is a network for images of {in_chans} channels, expected 3")
@@ -78,6 +79,7 @@ def load_network(
         raise ValueError(f"{what} has no decoder: reconstructions need a checkpoint of FCMAE training")
     require_consistent(state)
     grn, scope = settings.get("grn", "default"), settings.get("grn_scope", "image")
+    block: dict[str, Any] = dict(V1_BLOCK) if v1 else {"grn": grn}
     model: nn.Module
     try:
         size, ratio = _pair(settings.get("img_size", IMG_SIZE)), float(settings.get("mask_ratio", MASK_RATIO))
@@ -92,16 +94,16 @@ def load_network(
                 decoder_depth=count_blocks(state.tensors, r"decoder\.(\d+)\.") or settings.get("decoder_depth", 1),
                 decoder_embed_dim=state.tensors["proj.weight"].shape[0],
                 grn_scope=scope,
-                grn=grn,
+                **block,
                 # masked dense encoding has the numbers of the sparse one
                 encoding="dense" if settings.get("encoding") == "dense" else "sparse",
                 decoder=settings.get("decoder", "convnext"),
             )
         else:
-            model = ConvNeXtV2Features(depths=depths, dims=dims, grn=grn)
+            model = ConvNeXtV2Features(depths=depths, dims=dims, **block)
             # A backbone of maps has GRN per image only; the scope holds no parameters.
-            for block in (block for stage in model.stages for block in stage):
-                block.grn.scope = scope
+            for layer in (layer for stage in model.stages for layer in stage):
+                layer.grn.scope = scope
     except (TypeError, ValueError, OverflowError, ImportError) as error:
         raise ValueError(f"{what} cannot be rebuilt from its settings: {shown(str(error))}") from error
     try:
@@ -113,10 +115,10 @@ def load_network(
         "sha256": digest_of_file(file.path),
         "format": state.format.name,
         "averaged_weights": use_ema,
-        "model": size_of(depths, dims),
+        "model": size_of(depths, dims, v1),
         "depths": list(depths),
         "dims": list(dims),
-        "grn": grn,
+        "grn": block["grn"],
         "grn_scope": scope,
         "step": step if isinstance(step := file.content.get("step"), int) else None,
         "norm_pix_loss": model.norm_pix_loss if decoder else None,
@@ -131,14 +133,15 @@ def untrained_network(
     label: str = "untrained",
     seed: int = 0,
     device: str | torch.device = "cpu",
+    v1: bool = False,
 ) -> Network:
-    """A network with initial weights drawn from ``seed``; GRN starts as the identity."""
+    """A network of V2, or of V1, with initial weights drawn from ``seed``; GRN starts as the identity."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ConvNeXtV2Features(depths=depths, dims=dims)
+        model = ConvNeXtV2Features(depths=depths, dims=dims, **(V1_BLOCK if v1 else {}))
     about = {
         "checkpoint": None,
-        "model": size_of(depths, dims),
+        "model": size_of(depths, dims, v1),
         "depths": list(depths),
         "dims": list(dims),
         "seed": seed,

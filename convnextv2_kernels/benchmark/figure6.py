@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models import CONFIGS
+from ..sizes import V2_NAMES
 from . import memory, minkowski
 from .baseline import MEMORY_FORMATS, POINTWISE, Baseline
 from .correctness import check_variants
@@ -59,7 +59,7 @@ class Figure6Settings(Settings):
 
     batch_size: int = 64
     repeats: int = 20
-    models: tuple[str, ...] = tuple(CONFIGS)
+    models: tuple[str, ...] = V2_NAMES
     compile: bool = True
     peak: bool = True
 

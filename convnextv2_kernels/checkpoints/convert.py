@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .._console import visible
-from .formats import FORMATS, WRITABLE, layer_names, other_decoder
+from .formats import V1, WRITABLE, block_of, layer_names, other_decoder, written_as
 from .shapes import from_canonical
 from .state import State, listing, read_checkpoint, require_consistent, shown, unwrap
 from .storage import SUFFIXES, read_checkpoint_file, write_file
 
 _KEEPS_GRN = ("official", "fcmae")  # formats of this library, whose networks have variants of GRN
 
-# Stem widths of atto, femto, pico and nano, the sizes that timm builds with 1x1 convolutions.
+# Stem widths of atto, femto, pico and nano, of V2 and of V1, the sizes that timm builds with 1x1 convolutions.
 _CONV_MLP_WIDTHS = (40, 48, 64, 80)
 
 
@@ -32,7 +32,7 @@ class Conversion(NamedTuple):
 
 
 def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None = None) -> dict[str, Tensor]:
-    """ConvNeXt V2 parameters under the names and in the shapes of another code base.
+    """ConvNeXt V2 or V1 parameters under the names and in the shapes of another code base.
 
     Args:
         sd: state_dict of any format below, or of a part of such a model: timm's ``features_only``, transformers' base
@@ -41,7 +41,8 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
             prefix such as ``model.`` that all keys of the network have.
         to: ``"official"`` (dense code, ``models/convnextv2.py``), ``"official-sparse"`` (``models/fcmae.py``, on
             MinkowskiEngine), ``"fcmae"`` (this library's FCMAE: the same with the dense names in the encoder),
-            ``"timm"``, ``"transformers"`` or ``"mmpretrain"``.
+            ``"timm"``, ``"transformers"``, ``"mmpretrain"`` or, for V1 alone, ``"torchvision"``; V1 has no
+            ``"official-sparse"``.
         conv_mlp: timm's pointwise layers as 1x1 convolutions ``(out, in, 1, 1)`` or linear maps ``(out, in)``. By
             default as in ``sd`` if that is timm's, else as timm builds it: convolutions for atto, femto, pico, nano.
 
@@ -53,9 +54,9 @@ def convert_state_dict(sd: Mapping[str, Any], to: str, *, conv_mlp: bool | None 
     Raises:
         TypeError: ``sd`` is not a mapping.
         ValueError: unknown ``to``; ``conv_mlp`` for a format other than timm's; ``sd`` has keys or shapes that no
-            ConvNeXt V2 has, or shapes that contradict each other, lacks parameters, or contains anything but dense
-            floating-point tensors; it records a GRN, or has a layer in its place or a decoder, that only this library
-            has, and ``to`` is another's format.
+            ConvNeXt has, is of a version that the format has no names for, has shapes that contradict each other,
+            lacks parameters, or contains anything but dense floating-point tensors; it records a GRN, or has a layer
+            in its place or a decoder, that only this library has, and ``to`` is another's format.
     """
     if not isinstance(sd, Mapping):
         raise TypeError(f"sd must be a state_dict, got {type(sd).__name__}")
@@ -71,7 +72,12 @@ def convert(
     if to not in WRITABLE:
         raise ValueError(f"to must be one of {', '.join(WRITABLE)}, got {to!r}")
     require_consistent(state)
+    block = block_of(state.tensors)
+    if (target := written_as(to, state.tensors)) is None:
+        raise ValueError(f"{state.what} is {block}, which {to} does not have")
     kept = _grn_settings(settings or {})
+    if to not in _KEEPS_GRN and (block, kept.get("grn")) == (V1, "none"):
+        del kept["grn"]  # its names say so
     if kept.get("grn") and to not in _KEEPS_GRN:
         raise ValueError(f"{state.what} was trained with the GRN {shown(kept['grn'])!r}, which {to} does not have")
     if layer_names(state.tensors) and to not in _KEEPS_GRN:
@@ -82,7 +88,7 @@ def convert(
         conv_mlp = _conv_mlp(state)
     elif to != "timm":
         raise ValueError(f"conv_mlp is for to='timm' only, got conv_mlp={conv_mlp} with to={to!r}")
-    own = FORMATS[to].own
+    own = target.own
     converted = {
         key: from_canonical(name, tensor, to, conv_mlp)
         for name, tensor in state.tensors.items()

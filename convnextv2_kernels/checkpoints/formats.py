@@ -1,6 +1,7 @@
-"""The names that each code base gives the parameters of ConvNeXt V2.
+"""The names that each code base gives the parameters of ConvNeXt V2 and V1.
 
-A parameter's canonical name is its name in the official dense code, or in FCMAE for the parts that only FCMAE has. The
+A parameter's canonical name is its name in the official dense code, or in FCMAE for the parts that only FCMAE has. V1
+differs in its blocks: a layer scale ``stages.{stage}.{block}.gamma`` and no GRN. The
 tables pair canonical names with each format's own and are read in both directions; names are patterns with fields in
 braces.
 """
@@ -33,7 +34,10 @@ _VALUES = {
         *(f"spatial.conv.bn.{x}" for x in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
     ),
 }
-_DEPTHWISE = ("stages.{stage}.{block}.dwconv.weight", "stages.{stage}.{block}.dwconv.{kind}")
+_DEPTHWISE = re.compile(r"stages\.({stage}|[0-3])\.{block}\.dwconv\.(weight|{kind})")
+GRN = re.compile(r"(stages\.[0-3]|decoder)\.\d+\.grn\.(gamma|beta)")
+LAYER_SCALE = re.compile(r"(stages\.[0-3]|decoder)\.\d+\.gamma")
+V2, V1 = "a ConvNeXt V2 (GRN)", "a ConvNeXt V1 (layer scale, no GRN)"
 _FIELD = re.compile(r"{(\w+)}")
 _BLOCK = "0|[1-9][0-9]*"
 # Fields whose values cannot be listed; "other" are names in a decoder that is no row of blocks (models/decoders.py).
@@ -48,6 +52,7 @@ _ENCODER = {
         "stages.{stage}.{block}.pwconv{j}.{kind}",
         "stages.{stage}.{block}.grn.{grn}",
         "stages.{stage}.{block}.grn.layer.{layer}",
+        "stages.{stage}.{block}.gamma",
     )
 }
 _DECODER = {
@@ -61,6 +66,7 @@ _DECODER = {
         "decoder.{block}.pwconv{j}.{kind}",
         "decoder.{block}.grn.{grn}",
         "decoder.{block}.grn.layer.{layer}",
+        "decoder.{block}.gamma",
         "decoder.{other}",
     )
 }
@@ -76,7 +82,7 @@ _OFFICIAL_SPARSE = {
     "stages.{stage}.{block}.norm.{kind}": "encoder.stages.{stage}.{block}.norm.ln.{kind}",
     "stages.{stage}.{block}.pwconv{j}.{kind}": "encoder.stages.{stage}.{block}.pwconv{j}.linear.{kind}",
     "stages.{stage}.{block}.grn.{grn}": "encoder.stages.{stage}.{block}.grn.{grn}",
-    **_DECODER,
+    **{name: own for name, own in _DECODER.items() if name != "decoder.{block}.gamma"},
 }
 _TIMM = {
     "downsample_layers.0.{i}.{kind}": "stem.{i}.{kind}",
@@ -86,6 +92,7 @@ _TIMM = {
     "stages.{stage}.{block}.pwconv{j}.{kind}": "stages.{stage}.blocks.{block}.mlp.fc{j}.{kind}",
     "stages.{stage}.{block}.grn.gamma": "stages.{stage}.blocks.{block}.mlp.grn.weight",
     "stages.{stage}.{block}.grn.beta": "stages.{stage}.blocks.{block}.mlp.grn.bias",
+    "stages.{stage}.{block}.gamma": "stages.{stage}.blocks.{block}.gamma",
     "norm.{kind}": "head.norm.{kind}",
     "head.{kind}": "head.fc.{kind}",
 }
@@ -101,16 +108,37 @@ _TRANSFORMERS = {
     "norm.{kind}": "convnextv2.layernorm.{kind}",
     "head.{kind}": "classifier.{kind}",
 }
+_TRANSFORMERS_V1 = {
+    name: own.replace("convnextv2.", "convnext.") for name, own in _TRANSFORMERS.items() if ".grn." not in name
+} | {"stages.{stage}.{block}.gamma": "convnext.encoder.stages.{stage}.layers.{block}.layer_scale_parameter"}
 _MMPRETRAIN = {
     "downsample_layers.{stage}.{i}.{kind}": "backbone.downsample_layers.{stage}.{i}.{kind}",
     "stages.{stage}.{block}.dwconv.{kind}": "backbone.stages.{stage}.{block}.depthwise_conv.{kind}",
     "stages.{stage}.{block}.norm.{kind}": "backbone.stages.{stage}.{block}.norm.{kind}",
     "stages.{stage}.{block}.pwconv{j}.{kind}": "backbone.stages.{stage}.{block}.pointwise_conv{j}.{kind}",
     "stages.{stage}.{block}.grn.{grn}": "backbone.stages.{stage}.{block}.grn.{grn}",
+    "stages.{stage}.{block}.gamma": "backbone.stages.{stage}.{block}.gamma",
     "norm.{kind}": "backbone.norm3.{kind}",
     "head.{kind}": "head.fc.{kind}",
 }
-
+# Of V1 alone. Stages and what is between them take turns in one list.
+_TORCHVISION = {
+    "downsample_layers.0.{i}.{kind}": "features.0.{i}.{kind}",
+    **{f"downsample_layers.{n}.{{i}}.{{kind}}": f"features.{2 * n}.{{i}}.{{kind}}" for n in (1, 2, 3)},
+    **{
+        f"stages.{n}.{{block}}.{name}": f"features.{2 * n + 1}.{{block}}.{own}"
+        for n in range(4)
+        for name, own in {
+            "dwconv.{kind}": "block.0.{kind}",
+            "norm.{kind}": "block.2.{kind}",
+            "pwconv1.{kind}": "block.3.{kind}",
+            "pwconv2.{kind}": "block.5.{kind}",
+            "gamma": "layer_scale",
+        }.items()
+    },
+    "norm.{kind}": "classifier.0.{kind}",
+    "head.{kind}": "classifier.2.{kind}",
+}
 
 _FEATURE_NORMS = {"hidden_states_norms.{output}.{kind}": "hidden_states_norms.{output}.{kind}"}
 
@@ -126,15 +154,19 @@ _TABLES = {
     "timm": _TIMM,
     "transformers": _TRANSFORMERS,
     "mmpretrain": _MMPRETRAIN,
+    "torchvision": _TORCHVISION,
 }
 WRITABLE = tuple(_TABLES)
-# Parts of a model with names of their own.
+# Parts of a model with names of their own, and V1 where its names are others.
 _TABLES |= {
+    "transformers V1": _TRANSFORMERS_V1,
     "official-sparse encoder": _without("encoder.", _OFFICIAL_SPARSE),
     "timm features_only": {
         name: own.replace("stem.", "stem_").replace("stages.", "stages_") for name, own in _TIMM.items()
     },
-    "transformers base model": _without("convnextv2.", _TRANSFORMERS) | _FEATURE_NORMS,
+    "transformers base model": _without("convnextv2.", _TRANSFORMERS)
+    | _without("convnext.", _TRANSFORMERS_V1)
+    | _FEATURE_NORMS,
     "mmpretrain backbone": _without("backbone.", _MMPRETRAIN),
 }
 
@@ -147,8 +179,12 @@ class Format:
         self.name = name
         self._to_own = [(_regex(canonical), own) for canonical, own in table.items()]
         self._to_canonical = [(_regex(own), canonical) for canonical, own in table.items()]
-        depthwise = next(own for canonical, own in table.items() if canonical in _DEPTHWISE).replace("{kind}", "weight")
-        self.depthwise = re.compile(rf"(?P<prefix>.*\.)?{_regex(depthwise).pattern}", re.DOTALL)
+        depthwise = [
+            own.replace("{kind}", "weight") for canonical, own in table.items() if _DEPTHWISE.fullmatch(canonical)
+        ]
+        # without the names of groups, which may be there once only
+        either = "|".join(_regex(own).pattern for own in depthwise)
+        self.depthwise = re.compile(rf"(?P<prefix>.*\.)?(?:{re.sub('[?]P<.*?>', '?:', either)})", re.DOTALL)
 
     def canonical(self, key: str) -> str | None:
         """Canonical name of a key of this format, ``None`` if the format has no such key."""
@@ -204,8 +240,10 @@ def complete(names: Iterable[str]) -> list[str]:
     """Canonical names of a complete checkpoint with as many blocks: four stages and the parts found in ``names``.
 
     Every block has the same layer in GRN's place. The names in a decoder that is no row of blocks are not listed."""
-    names = list(names)
+    names = set(names)
     parts = {part_of(name) for name in names} | {f"stages.{stage}" for stage in _VALUES["stage"]}
+    kinds = [kind for kind in (GRN, LAYER_SCALE) if any(map(kind.fullmatch, names))]
+    absent = [kind for kind in (GRN, LAYER_SCALE) if kind not in kinds]
     if "head" in parts:
         parts.add("norm")
     blocks: dict[str, set[str]] = {}
@@ -226,7 +264,24 @@ def complete(names: Iterable[str]) -> list[str]:
                 owner, block, _ = name.partition(".{block}")
                 depth = max(1, len(blocks.get(owner, ()))) if block else 1
                 whole += [name.replace("{block}", str(index)) for index in range(depth)]
-    return whole
+    return [name for name in whole if not any(kind.fullmatch(name) for kind in absent)]
+
+
+def block_of(names: Iterable[str]) -> str:
+    """In words what these canonical names have in their blocks: :data:`V2`, :data:`V1` or neither of the two."""
+    names = list(names)
+    grn, scale = (any(map(kind.fullmatch, names)) for kind in (GRN, LAYER_SCALE))
+    if grn != scale:
+        return V2 if grn else V1
+    return "a ConvNeXt with both GRN and layer scale" if grn else "a ConvNeXt with neither GRN nor layer scale"
+
+
+def written_as(to: str, names: Iterable[str]) -> Format | None:
+    """The format called ``to`` of a network with these canonical names, None if its code base has no such block."""
+    stages = [name for name in names if name.startswith("stages.")]
+    needed = [name for kind in (GRN, LAYER_SCALE) if (name := next(filter(kind.fullmatch, stages), None))]
+    found = (FORMATS[name] for name in (to, f"{to} V1") if name in FORMATS)
+    return next((known for known in found if all(map(known.own, needed))), None)
 
 
 def _regex(pattern: str) -> re.Pattern[str]:

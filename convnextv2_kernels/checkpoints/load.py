@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .._console import visible
 from ..sizes import size_of
-from .formats import part_of
-from .state import State, architecture, listing, read_checkpoint, read_state, shown, unwrap
+from .formats import block_of, part_of
+from .state import State, architecture, is_v1, listing, read_checkpoint, read_state, shown, unwrap
 from .storage import read_checkpoint_file
 
 
@@ -59,7 +59,7 @@ def load_checkpoint(
     skip_head: bool = False,
     use_ema: bool = False,
 ) -> LoadReport:
-    """Copy a ConvNeXt V2 checkpoint of any known format into a model of any code base.
+    """Copy a ConvNeXt V2 or V1 checkpoint of any known format into a model of any code base.
 
     Both formats are recognised by names alone, see :func:`convert_state_dict`. Everything is checked before the first
     value is copied: an error leaves the model unchanged. Values are cast to the model's dtype and device.
@@ -69,8 +69,9 @@ def load_checkpoint(
 
     Args:
         model: this library's ``ConvNeXtV2``, ``SparseEncoder`` or ``FCMAE``; a model of timm (``features_only``
-            included), transformers or mmpretrain; or any module with official names, dense or sparse. May be wrapped by
-            DistributedDataParallel or torch.compile, or be part of a larger module, if no other ConvNeXt is.
+            included), transformers, mmpretrain or torchvision; or any module with official names, dense or sparse. May
+            be wrapped by DistributedDataParallel or torch.compile, or be part of a larger module, if no other ConvNeXt
+            is.
         path_or_state_dict: a file (``.safetensors``, or of ``torch.save``), a folder with ``model.safetensors`` or
             ``pytorch_model.bin``, or the content of such a file. No code from a file is run.
         skip_head: keep the head of the model unchanged.
@@ -80,9 +81,9 @@ def load_checkpoint(
         FileNotFoundError: no such file.
         TypeError: an argument has the wrong type.
         ValueError: a file that is damaged, could run code or costs more than it holds; keys that are missing, unknown
-            or of another shape, all in one message; several networks; no averaged weights for ``use_ema``; parameters
-            that are no dense tensors with values; a file that records another GRN (:class:`.nn.GRNVariant`) than the
-            model's, whose names and shapes are the same.
+            or of another shape, all in one message; a V1 file for a V2 model, or the reverse; several networks; no
+            averaged weights for ``use_ema``; parameters that are no dense tensors with values; a file that records
+            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -97,7 +98,7 @@ def load_checkpoint(
     source = read_checkpoint(unwrap(content, use_ema, what), what)
     target = read_state(model.state_dict(), "model")
     _require_size(source, target)
-    if isinstance(settings, Mapping):
+    if isinstance(settings, Mapping) and not (is_v1(source.tensors) and settings.get("grn") == "none"):
         _require_grn(model, settings, what)
     common = {part_of(name) for name in source.keys} & {part_of(name) for name in target.keys}
     if skip_head:
@@ -128,12 +129,16 @@ def load_checkpoint(
 
 
 def _require_size(source: State, target: State) -> None:
-    """Two published sizes are told by their names: what differs would fill pages."""
+    """Two versions, or two published sizes, are told by their names: what differs would fill pages."""
+    given, wanted = block_of(source.tensors), block_of(target.tensors)
+    if given != wanted:
+        raise MisfitError(f"{source.what} does not fit the model: it is {given}, and the model is {wanted}")
     if any(f"stages.{stage}.0.dwconv.weight" not in target.tensors for stage in range(4)):
         return  # a backbone of fewer stages
-    given, wanted = (size_of(*architecture(state.tensors)) for state in (source, target))
-    if given and wanted and given != wanted:
-        raise MisfitError(f"{source.what} does not fit the model: it is {given}, and the model is {wanted}")
+    v1 = is_v1(source.tensors)
+    size, other = (size_of(*architecture(state.tensors), v1) for state in (source, target))
+    if size and other and size != other:
+        raise MisfitError(f"{source.what} does not fit the model: it is {size}, and the model is {other}")
 
 
 def _require_grn(model: nn.Module, settings: Mapping[str, Any], what: str) -> None:

@@ -12,7 +12,7 @@ from math import isqrt
 
 from torch import Tensor
 
-from .formats import other_decoder
+from .formats import LAYER_SCALE, other_decoder
 
 _VECTOR = re.compile(r".*\.bias|(.*\.)?norm\.weight|hidden_states_norms\..*|downsample_layers\.(0\.1|[1-3]\.0)\.weight")
 _LINEAR = re.compile(r".*\.pwconv[12]\.weight|head\.weight")
@@ -23,8 +23,9 @@ _SPARSE_BIAS = re.compile(r"(stages\..*\.dwconv|downsample_layers\.[1-3]\.1)\.bi
 def to_canonical(name: str, tensor: Tensor) -> Tensor:
     """View in the canonical shape of the parameter with this canonical name; writing to it writes to ``tensor``.
 
-    Accepts, besides the canonical shape: biases ``(1, C)``, GRN of any rank, linear maps as 1x1 convolutions, and
-    MinkowskiEngine's kernels ``(K*K, C)`` (depthwise) and ``(K*K, in, out)``, whose offset is ``kw * K + kh``.
+    Accepts, besides the canonical shape: biases ``(1, C)``, layer scale ``(C, 1, 1)``, GRN of any rank, linear maps as
+    1x1 convolutions, and MinkowskiEngine's kernels ``(K*K, C)`` (depthwise) and ``(K*K, in, out)``, whose offset is
+    ``kw * K + kh``.
 
     Raises:
         ValueError: a tensor of any other shape.
@@ -36,6 +37,10 @@ def to_canonical(name: str, tensor: Tensor) -> Tensor:
         rank = 4
         if view.dim() and view.numel() == shape[-1]:
             view = view.reshape(1, 1, 1, -1)
+    elif LAYER_SCALE.fullmatch(name):
+        rank = 1
+        if view.dim() == 3 and shape[1:] == (1, 1):
+            view = view[:, 0, 0]
     elif _VECTOR.fullmatch(name):
         rank = 1
         if view.dim() == 2 and shape[0] == 1:
@@ -69,6 +74,8 @@ def from_canonical(name: str, tensor: Tensor, to: str, conv_mlp: bool) -> Tensor
     is_grn = ".grn." in name
     if to in ("timm", "mmpretrain") and is_grn:
         tensor = tensor.flatten()
+    elif to == "torchvision" and LAYER_SCALE.fullmatch(name):
+        tensor = tensor[:, None, None]
     elif to == "timm" and conv_mlp and ".pwconv" in name and name.endswith(".weight"):
         tensor = tensor[:, :, None, None]
     elif to == "official-sparse" and not name.startswith("decoder."):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._console import visible
-from .formats import WRITABLE, Format, complete, networks_in
+from .formats import V1, V2, WRITABLE, Format, block_of, complete, networks_in
 from .pickles import StandIn
 from .shapes import contradictions, to_canonical
 
@@ -91,8 +91,8 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     alone.
 
     Raises:
-        ValueError: anything but the parameters of a ConvNeXt V2 or a part of it; several networks. The message calls
-            the state_dict ``what``.
+        ValueError: anything but the parameters of a ConvNeXt V2 or V1 or a part of it; several networks. The message
+            calls the state_dict ``what``.
     """
     if len(state_dict) > MAX_KEYS:
         raise ValueError(f"{what} has {len(state_dict)} keys, of which at most {MAX_KEYS} are read")
@@ -101,7 +101,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     networks = networks_in(bare.values())
     if not networks:
         raise ValueError(
-            f"{what} is no ConvNeXt V2, expected names as in {', '.join(WRITABLE)}, got "
+            f"{what} is no ConvNeXt, expected names as in {', '.join(WRITABLE)}, got "
             f"{listing(map(str, state_dict)) or 'nothing at all'}"
         )
     if len(networks) > 1:
@@ -111,7 +111,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
     inside = [key for key in state_dict if not prefix or bare.get(key, "").startswith(prefix)]
     known = {key: found.canonical(bare[key][len(prefix) :]) if key in bare else None for key in inside}
     if unknown := [str(key) for key, name in known.items() if name is None]:
-        raise ValueError(f"{what} has keys that are not of a ConvNeXt V2 with {found.name} names: {listing(unknown)}")
+        raise ValueError(f"{what} has keys that are not of a ConvNeXt with {found.name} names: {listing(unknown)}")
     names = {key: name for key, name in known.items() if name is not None}
     keys = {name: key for key, name in names.items()}
     if twice := [key for key, name in names.items() if keys[name] != key]:
@@ -125,7 +125,7 @@ def read_state(state_dict: Mapping[str, Any], what: str) -> State:
         except ValueError:
             misshaped.append(f"{key} {list(state_dict[key].shape)}")
     if misshaped:
-        raise ValueError(f"{what} has shapes that no ConvNeXt V2 has: {listing(misshaped)}")
+        raise ValueError(f"{what} has shapes that no ConvNeXt has: {listing(misshaped)}")
     outside = tuple(str(key) for key in state_dict if key not in names)
     return State(found, tensors, keys, state_dict, prefix, outside, what)
 
@@ -138,8 +138,10 @@ def read_checkpoint(state_dict: Mapping[str, Any], what: str) -> State:
     """
     state = read_state(state_dict, what)
     own = state.format.own
+    if (block := block_of(state.tensors)) not in (V1, V2):
+        raise ValueError(f"{what} is {block}, expected one of the two (V2 has GRN, V1 has layer scale)")
     if missing := [own(name) or name for name in complete(state.tensors) if name not in state.tensors]:
-        raise ValueError(f"{what} lacks parameters of a ConvNeXt V2 with {state.format.name} names: {listing(missing)}")
+        raise ValueError(f"{what} lacks parameters of a ConvNeXt with {state.format.name} names: {listing(missing)}")
     return state
 
 
@@ -158,6 +160,11 @@ def require_consistent(state: State) -> None:
     claimed, held = sum(tensor.nbytes for tensor in state.tensors.values()), sum(storages.values())
     if claimed > held:
         raise ValueError(f"{state.what} has parameters that share memory: {claimed} bytes of them in {held} bytes")
+
+
+def is_v1(tensors: Iterable[str]) -> bool:
+    """Whether these canonical names are of ConvNeXt V1."""
+    return block_of(tensors) == V1
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -240,7 +240,7 @@ def _add_networks(parser: argparse.ArgumentParser, random: bool, timm: bool = Fa
         metavar="NAME",
         help="name of a network in plots; once for each checkpoint, in order (default: the end of its path)",
     )
-    parser.add_argument("--model", metavar="NAME", help="convnextv2_<size> that the checkpoints are expected to be")
+    parser.add_argument("--model", metavar="NAME", help="size that the checkpoints are expected to be, as of pretrain")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of training checkpoints")
     if random:
         parser.add_argument(

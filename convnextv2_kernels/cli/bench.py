@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import mask_fault, num_kept
-from ..models import CONFIGS
+from ..sizes import V2_NAMES
 from .exit_codes import USAGE, UserError, exit_code, printing_is_optional, require_packages
 from .types import PATCH, file_path, model_name, positive_int, seconds, share_or_zero, short_name, side
 
@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
         "disagree, and nothing was timed. --figure6, with a --help of its own: the paper's Figure 6, every size "
         "against masked dense PyTorch. Ops, scaling and comparisons: `python -m bench` in a clone of the repository.",
     )
-    sizes = ", ".join(short_name(name) for name in CONFIGS)
+    sizes = ", ".join(short_name(name) for name in V2_NAMES)
     add = parser.add_argument
     add("--models", nargs="+", type=model_name, metavar="SIZE", help=f"of {sizes} (default: atto tiny)")
     add("--batch-size", type=positive_int, metavar="N", help="images per step (default: 8)")
@@ -235,7 +235,7 @@ def build_figure6_parser() -> argparse.ArgumentParser:
         "resumes where it was stopped, and measures a size again that was measured with less effort. Exit code 1: "
         "results disagree; that size and those after it were not timed.",
     )
-    sizes = ", ".join(short_name(name) for name in CONFIGS)
+    sizes = ", ".join(short_name(name) for name in V2_NAMES)
     add = parser.add_argument
     add("--models", nargs="+", type=model_name, metavar="SIZE", help=f"of {sizes} (default: all)")
     add("--batch-size", type=positive_int, metavar="N", help="images per step (default: 64, on a CPU 8)")
@@ -263,7 +263,7 @@ def _figure6(argv: Sequence[str]) -> int:
     from ..benchmark import machine
 
     device = args.device = args.device or machine.default_device()
-    args.models = tuple(dict.fromkeys(args.models or CONFIGS))
+    args.models = tuple(dict.fromkeys(args.models or V2_NAMES))
     for name, defaults in (("batch_size", BATCH), ("repeats", REPEATS), ("dtype", DTYPE)):
         setattr(args, name, getattr(args, name) or defaults[device])
     again = "the same command without --restart" if args.restart else "the same command"
@@ -319,9 +319,9 @@ def _run_figure6(args: argparse.Namespace, mode: str) -> int:
                 result["left_out"][model] = found
                 continue
             sizes[model] = {**found, "effort": effort, "git": code}
-            result["sizes"] = [sizes[name] for name in CONFIGS if name in sizes]
+            result["sizes"] = [sizes[name] for name in V2_NAMES if name in sizes]
             _write_figure6(path, result)
-    result["sizes"] = [sizes[name] for name in CONFIGS if name in sizes]
+    result["sizes"] = [sizes[name] for name in V2_NAMES if name in sizes]
     _write_figure6(path, result)
     report.print_steps(console, result, result["sizes"])
     for name, reason in result["left_out"].items():

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import settings
 from ..data import MAX_PIXELS
-from ..models import CONFIGS
+from ..sizes import V1_NAMES, V2_NAMES
 from ..train.recipes import Resolved
 from .types import (
     BACKENDS,
@@ -72,7 +72,8 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--model",
         metavar="NAME",
-        help=f"{MODEL_PREFIX} followed by {', '.join(map(short_name, CONFIGS))} (default: {PLACES['model']})",
+        help=f"{MODEL_PREFIX} followed by {', '.join(map(short_name, V2_NAMES))}; or V1 (layer scale, no GRN): "
+        f"{', '.join(V1_NAMES)} (default: {PLACES['model']})",
     )
     group.add_argument(
         "--img-size",
@@ -83,10 +84,10 @@ def add_model(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument(
         "--grn",
         metavar="WORDS",
-        help="the block's GRN, for ablations (paper Tables 2 and 16): default; none, as in ConvNeXt V1; words of l2, "
-        "l1, mean (aggregation), divisive, standardize, inverse (normalisation), no-skip, affine (scale and shift "
-        "alone), aggregate-only, normalize-only, separated by commas; or another layer in its place: lrn, bn, ln, se, "
-        "cbam (the last two are timm's). All but the first two run as plain PyTorch (default: default)",
+        help="the block's GRN, for ablations (paper Tables 2 and 16): default; none; words of l2, l1, mean "
+        "(aggregation), divisive, standardize, inverse (normalisation), no-skip, affine (scale and shift alone), "
+        "aggregate-only, normalize-only, separated by commas; or another layer in its place: lrn, bn, ln, se, cbam "
+        "(the last two are timm's). All but the first two run as plain PyTorch (default: default; V1 has none)",
     )
     return group
 
@@ -260,7 +261,10 @@ def require_warmup(parser: argparse.ArgumentParser, resolved: Resolved) -> None:
 def places(given: dict[str, Any]) -> dict[str, Any]:
     """The values of :data:`PLACES`, backend and device, as given or by default."""
     defaults = {**PLACES, "backend": settings.current.backend, "device": "auto"}
-    return {name: given.get(name) if given.get(name) is not None else value for name, value in defaults.items()}
+    found = {name: given.get(name) if given.get(name) is not None else value for name, value in defaults.items()}
+    if given.get("grn") is None and found["model"] in V1_NAMES:
+        found["grn"] = "none"
+    return found
 
 
 def output_of(given: dict[str, Any], default: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import backends
 from ..data import MAX_PIXELS
-from ..models import CONFIGS
+from ..sizes import V2_NAMES
 
 BACKENDS = ("auto", *(name for name in backends.NAMES if name != "auto"))
 MODEL_PREFIX = "convnextv2_"
@@ -111,10 +111,10 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def model_name(text: str) -> str:
-    """The full name of a size, which may be given without :data:`MODEL_PREFIX`."""
+    """The full name of a size of V2, which may be given without :data:`MODEL_PREFIX`."""
     name = text if text.startswith(MODEL_PREFIX) else MODEL_PREFIX + text
-    if name not in CONFIGS:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CONFIGS)}, got {text!r}")
+    if name not in V2_NAMES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(V2_NAMES)}, got {text!r}")
     return name
 
 

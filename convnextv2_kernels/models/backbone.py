@@ -1,4 +1,4 @@
-"""The four stages of ConvNeXt V2, on packed visible patches or on dense maps."""
+"""The four stages of ConvNeXt V2 or V1, on packed visible patches or on dense maps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Backbone(nn.Module):
     images, hence float32 under autocast, where only GEMMs run in 16 bits. bfloat16 under
     autocast halves the bytes of every map, and rounds the residual stream at every block.
 
-    ``grn`` is the GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text.
+    ``grn`` is the GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text; ``layer_scale`` the
+    initial layer scale of every block, or None for none. ConvNeXt V1 is "none" and 1e-6.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Backbone(nn.Module):
         grn_scope: str = "image",
         feature_dtype: torch.dtype | None = None,
         grn: str | GRNVariant = "default",
+        layer_scale: float | None = None,
     ):
         super().__init__()
         check_stages(depths, dims)
@@ -52,6 +54,7 @@ class Backbone(nn.Module):
         check_drop_path_rate(drop_path_rate, "drop_path_rate")
         check_scope(grn_scope, "grn_scope")
         self.grn = GRNVariant.of(grn)
+        self.layer_scale = layer_scale
         self.in_chans = check_positive("in_chans", in_chans)
         self.depths = tuple(depths)
         self.dims = tuple(dims)
@@ -60,9 +63,7 @@ class Backbone(nn.Module):
         # On the CPU even if parameters are created on the meta device, which cannot be read back.
         rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         self.stages = nn.ModuleList(
-            nn.ModuleList(
-                ConvNeXtV2Block(dim, drop_path=next(rates), scope=grn_scope, grn=self.grn) for _ in range(depth)
-            )
+            nn.ModuleList(ConvNeXtV2Block(dim, next(rates), grn_scope, self.grn, layer_scale) for _ in range(depth))
             for depth, dim in zip(depths, dims, strict=True)
         )
 
@@ -103,7 +104,7 @@ class SparseEncoder(Backbone):
         depths, dims: blocks and width of each of the four stages.
         drop_path_rate: drop path of the last block.
         grn_scope: see :class:`convnextv2_kernels.nn.GlobalResponseNorm`.
-        feature_dtype, grn: see :class:`Backbone`.
+        feature_dtype, grn, layer_scale: see :class:`Backbone`.
     """
 
     def forward(self, images: Tensor, layout: PatchLayout | Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The dense ConvNeXt V2 classifier, and its stages as a backbone."""
+"""The dense classifier of ConvNeXt V2 and V1, and its stages as a backbone."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class ConvNeXtV2(Backbone):
         feature_dtype: dtype of the feature maps, see :class:`.backbone.Backbone`; the head receives the
             dtype of the images.
         grn: GRN of every block, a :class:`~convnextv2_kernels.nn.GRNVariant` or its text; "none" leaves it out.
+        layer_scale: initial layer scale of every block, or None for none; 1e-6 and ``grn="none"`` are ConvNeXt V1.
 
     Raises:
         ValueError: an argument out of range.
@@ -44,8 +45,11 @@ class ConvNeXtV2(Backbone):
         head_init_scale: float = 1.0,
         feature_dtype: torch.dtype | None = None,
         grn: str | GRNVariant = "default",
+        layer_scale: float | None = None,
     ):
-        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn)
+        super().__init__(
+            in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn, layer_scale=layer_scale
+        )
         self.num_classes = num_classes if num_classes == 0 else check_positive("num_classes", num_classes)
         self.norm = LayerNorm(dims[-1])
         self.head: nn.Module = nn.Identity()
@@ -90,8 +94,11 @@ class ConvNeXtV2Features(Backbone):
         feature_dtype: torch.dtype | None = None,
         out_indices: Sequence[int] = (0, 1, 2, 3),
         grn: str | GRNVariant = "default",
+        layer_scale: float | None = None,
     ):
-        super().__init__(in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn)
+        super().__init__(
+            in_chans, depths, dims, drop_path_rate, feature_dtype=feature_dtype, grn=grn, layer_scale=layer_scale
+        )
         self.out_indices = tuple(out_indices)
         if not self.out_indices or self.out_indices != tuple(sorted(set(self.out_indices) & {0, 1, 2, 3})):
             raise ValueError(f"out_indices must be ascending stages from 0 to 3, got {tuple(out_indices)}")

@@ -51,6 +51,8 @@ class FCMAE(nn.Module):
             images that are masked once, which leak into hidden sites; both by :mod:`.masked_dense`.
         decoder: ``"convnext"``, blocks at stride 32; or ``"unet"``, ``"unet-no-skip"``, ``"transformer"`` (Table 1a),
             see :mod:`.decoders`.
+        layer_scale: initial layer scale of every block of the encoder, or None for none, as in V2. A decoder of
+            ConvNeXt blocks follows the encoder: with ``grn="none"`` and 1e-6 both have blocks of ConvNeXt V1.
 
     Raises:
         ValueError: an argument out of range.
@@ -72,6 +74,7 @@ class FCMAE(nn.Module):
         grn: str | GRNVariant = "default",
         encoding: str = "sparse",
         decoder: str = "convnext",
+        layer_scale: float | None = None,
     ):
         super().__init__()
         if check_positive("patch_size", patch_size) % _STRIDE:
@@ -98,7 +101,13 @@ class FCMAE(nn.Module):
         self.grn = GRNVariant.of(grn)
 
         self.encoder = SparseEncoder(
-            in_chans, depths, dims, grn_scope=grn_scope, feature_dtype=feature_dtype, grn=self.grn
+            in_chans,
+            depths,
+            dims,
+            grn_scope=grn_scope,
+            feature_dtype=feature_dtype,
+            grn=self.grn,
+            layer_scale=layer_scale,
         )
         dim = check_positive("decoder_embed_dim", decoder_embed_dim)
         self.proj = nn.Conv2d(dims[-1], dim, kernel_size=1)
@@ -107,7 +116,8 @@ class FCMAE(nn.Module):
         self.decoder: nn.Module
         self._pixels, width = _STRIDE, dim  # side of the square that a decoded site predicts, and its channels
         if decoder == "convnext":
-            self.decoder = nn.ModuleList(ConvNeXtV2Block(dim, grn=self.grn) for _ in range(depth))
+            blocks = (ConvNeXtV2Block(dim, grn=self.grn, layer_scale=layer_scale) for _ in range(depth))
+            self.decoder = nn.ModuleList(blocks)
         else:
             self.decoder = other = build_decoder(decoder, dim, depth, dims, self.grn)
             self._pixels, width = other.stride, other.out_dim

@@ -1,4 +1,4 @@
-"""The ConvNeXt V2 block."""
+"""The block of ConvNeXt V2, and of V1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layout import PatchLayout
-from ..ops._checks import check_drop_path_rate, check_positive
+from ..ops._checks import check_drop_path_rate, check_layer_scale, check_positive
 from ..ops._grn_variant import GRNVariant
 from ..ops.block import BlockParameters, block_around
 from .hidden_layers import HiddenLayer, hidden_layer
@@ -24,13 +24,19 @@ class ConvNeXtV2Block(nn.Module):
     The children have the official names and only hold parameters; the block computes with all of
     them at once.
 
+    With ``grn="none"`` and a ``layer_scale`` it is the block of ConvNeXt V1, ``x + gamma * (W2 GELU(...) + b2)``, and
+    its state_dict has the official names of V1: ``gamma``, and nothing of GRN.
+
     Args:
         dim: C; the hidden width is 4C.
         drop_path: probability with which, in training, an image skips the block's branch; the
             branch of the other images is divided by ``1 - drop_path``.
         scope: see :class:`GlobalResponseNorm`.
         grn: an ablation of GRN, see :class:`.GRNVariant`, or its text, or another layer in its place. With one that is
-            neither "default" nor "none" the block is computed in plain PyTorch, and differentiated by it.
+            neither "default" nor "none" the block is computed in plain PyTorch, and differentiated by it. "none" alone
+            leaves layer scale out too; its state_dict then has GRN's parameters, which are zero.
+        layer_scale: initial value of ``gamma [C]``, which multiplies the branch before drop path (1e-6 in V1), or None
+            for no layer scale, as in V2.
 
     Attributes:
         given_drop_path: ``[N]`` factors of 0 or ``1 / (1 - drop_path)``, one per image, used instead of random ones
@@ -40,7 +46,14 @@ class ConvNeXtV2Block(nn.Module):
         ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, drop_path: float = 0.0, scope: str = "image", grn: str | GRNVariant = "default"):
+    def __init__(
+        self,
+        dim: int,
+        drop_path: float = 0.0,
+        scope: str = "image",
+        grn: str | GRNVariant = "default",
+        layer_scale: float | None = None,
+    ):
         super().__init__()
         self.given_drop_path: Tensor | None = None
         check_positive("dim", dim)
@@ -48,10 +61,13 @@ class ConvNeXtV2Block(nn.Module):
         self.dwconv = SubmanifoldDepthwiseConv2d(dim)
         self.norm = LayerNorm(dim)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.grn = hidden_layer(4 * dim, scope, grn)
+        scale = check_layer_scale(layer_scale)
+        variant = GRNVariant.of(grn)
+        self.grn = hidden_layer(4 * dim, scope, variant, affine=variant.enabled or scale is None)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         init_linear_map(self.pwconv1)
         init_linear_map(self.pwconv2)
+        self.gamma = None if scale is None else nn.Parameter(torch.full((dim,), scale))
 
     def forward(self, x: Tensor, layout: PatchLayout | None = None, visible: Tensor | None = None) -> Tensor:
         """``x [P, s, s, C]`` packed, or dense ``[N, H, W, C]`` without a layout -> the same shape and dtype.
@@ -76,6 +92,7 @@ class ConvNeXtV2Block(nn.Module):
             grn_eps=grn.eps,
             grn=grn.variant,
             visible=visible,
+            layer_scale=self.gamma,
         )
 
     def _around(self, layer: HiddenLayer, x: Tensor, layout: PatchLayout | None, visible: Tensor | None) -> Tensor:
@@ -89,6 +106,7 @@ class ConvNeXtV2Block(nn.Module):
             self._drop_path_scale(x, layout),
             norm.eps,
             visible,
+            self.gamma,
         )
 
     def _parameters_in_order(self) -> BlockParameters:

@@ -34,9 +34,11 @@ REDUCTION = 1 / 16
 _COUNT_ROWS = ("lrn", "bn", "cbam")  # PyTorch's functions of these ask whether there are any rows
 
 
-def hidden_layer(dim: int, scope: str = "image", grn: str | GRNVariant = "default") -> GlobalResponseNorm | HiddenLayer:
+def hidden_layer(
+    dim: int, scope: str = "image", grn: str | GRNVariant = "default", affine: bool = True
+) -> GlobalResponseNorm | HiddenLayer:
     """The layer between GELU and the second linear map of a block with ``dim`` hidden channels: GRN by any formula, or
-    one of this module's.
+    one of this module's. ``affine``: of :class:`.GlobalResponseNorm`.
 
     Raises:
         ValueError: an argument out of range.
@@ -44,7 +46,7 @@ def hidden_layer(dim: int, scope: str = "image", grn: str | GRNVariant = "defaul
     """
     variant = GRNVariant.of(grn)
     if variant.layer == "grn":
-        return GlobalResponseNorm(dim, scope=scope, variant=variant)
+        return GlobalResponseNorm(dim, scope=scope, variant=variant, affine=affine)
     return _LAYERS[variant.layer](dim, scope, variant)
 
 

@@ -89,24 +89,36 @@ class GlobalResponseNorm(nn.Module):
         variant: an ablation, see :class:`.GRNVariant`, or its text. One that is neither "default" nor "none" is
             computed in plain PyTorch. With "none" the layer is the identity, whatever its parameters hold; they start
             at zero and need no gradient.
+        affine: whether there are parameters; False, for "none" only, leaves gamma and beta None.
 
     Raises:
         ValueError: an argument out of range.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, scope: str = "image", variant: str | GRNVariant = "default"):
+    def __init__(
+        self,
+        dim: int,
+        eps: float = 1e-6,
+        scope: str = "image",
+        variant: str | GRNVariant = "default",
+        affine: bool = True,
+    ):
         super().__init__()
         self.dim = check_positive("dim", dim)
         self.eps = eps
         self.scope = check_scope(scope)
         self.variant = GRNVariant.of(variant)
         trained = self.variant.enabled
-        self.gamma = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained)
-        self.beta = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained)
+        if trained and not affine:
+            raise ValueError(f"affine must be True for the GRN variant '{self.variant}', got {affine!r}")
+        self.gamma = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained) if affine else None
+        self.beta = nn.Parameter(torch.empty(1, 1, 1, dim), requires_grad=trained) if affine else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """beta zero; gamma zero, or one without skip."""
+        if self.gamma is None or self.beta is None:
+            return
         nn.init.constant_(self.gamma, 0.0 if self.variant.skip else 1.0)
         nn.init.zeros_(self.beta)
 
@@ -117,6 +129,8 @@ class GlobalResponseNorm(nn.Module):
         Raises:
             RuntimeError: a variant that only the reference has, and another backend is forced.
         """
+        if self.gamma is None or self.beta is None:
+            return x
         return ops.global_response_norm(
             x, self.gamma, self.beta, layout, scope=self.scope, eps=self.eps, variant=self.variant
         )

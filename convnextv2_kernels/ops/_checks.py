@@ -218,6 +218,15 @@ def check_drop_path_rate(rate: float, name: str = "drop_path") -> float:
     return float(rate)
 
 
+def check_layer_scale(value: float | None) -> float | None:
+    """The first value of a layer scale, or None for none."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value == 0:
+        raise ValueError(f"layer_scale must be a finite number other than 0, or None for none, got {value!r}")
+    return float(value)
+
+
 def check_stages(depths: Sequence[int], dims: Sequence[int]) -> None:
     """Four positive depths and four positive widths."""
     for name, values in (("depths", depths), ("dims", dims)):

@@ -18,11 +18,12 @@ from . import _checks as check
 from . import _operators
 from ._dispatch import composite, dispatch, no_autocast, once_differentiable, require_reference
 from ._grn_variant import GRNVariant
-from .mlp import check_mlp
+from .conv import depthwise_conv_layer_norm
+from .mlp import as_kernels_take, check_mlp, pointwise_mlp, scale_branch
 
 # dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2
 BlockParameters: TypeAlias = tuple[
-    Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor
 ]
 
 
@@ -67,6 +68,7 @@ def _check(
     drop_path_scale: Tensor | None,
     layout: PatchLayout | None,
     settings: tuple[str, str, float, float | None, str | None],
+    layer_scale: Tensor | None,
 ) -> None:
     dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2 = params
     scope, act, eps, grn_eps, save = settings
@@ -74,7 +76,8 @@ def _check(
     check.check_depthwise_weight(dw_weight, dw_bias, x, "dw_")
     check.check_param(ln_weight, "ln_weight", (x.shape[-1],), x)
     check.check_param(ln_bias, "ln_bias", (x.shape[-1],), x)
-    check_mlp(x, (w1, b1, gamma, beta, w2, b2), x.shape[-1], layout, drop_path_scale, scope, act)
+    mlp = (w1, b1, gamma, beta, w2, b2)
+    check_mlp(x, mlp, x.shape[-1], layout, drop_path_scale, (scope, act), layer_scale)
     check.check_eps(eps)
     check.check_grn_eps(*((eps, "eps") if grn_eps is None else (grn_eps, "grn_eps")))
     if save not in (None, *SAVE_POLICIES):
@@ -89,8 +92,8 @@ def convnextv2_block(
     ln_bias: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None = None,
@@ -102,8 +105,12 @@ def convnextv2_block(
     save: str | None = None,
     grn: str | GRNVariant = "default",
     visible: Tensor | None = None,
+    *,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """The ConvNeXt V2 block ``x + drop_path_scale * MLP(LN(conv(x)))`` (paper Figure 5) as one autograd node.
+
+    With gamma and beta None and a ``layer_scale`` it is the block of ConvNeXt V1 (Liu et al. 2022, Figure 4).
 
     Args:
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
@@ -118,6 +125,8 @@ def convnextv2_block(
             :class:`~convnextv2_kernels.nn.ConvNeXtV2Block`, runs it.
         visible: ``[N, H, W, 1]``, 1 at visible and 0 at hidden sites of a dense map that is zero at hidden sites: the
             masked dense block, in plain PyTorch. The result is zero at hidden sites too.
+        layer_scale: ``[C]``, multiplies the MLP's result, or None; gamma, beta: both None for no GRN; see
+            :func:`pointwise_mlp`.
 
     Returns:
         The shape and dtype of x. Unless they are saved, hidden activations exist only for a chunk of images at a time.
@@ -125,19 +134,23 @@ def convnextv2_block(
     Raises:
         ValueError: ``grn`` is another layer than GRN.
         RuntimeError: a variant of GRN or a mask that only the reference has, and another backend is forced.
+        ValueError: a variant of GRN without gamma and beta.
     """
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
-    tensors = (x, *params, drop_path_scale)
+    tensors = (x, *params, drop_path_scale, layer_scale)
     settings = (scope, act, eps, grn_eps, save)
     if not check.known(tensors, layout, settings):
-        _check(x, params, drop_path_scale, layout, settings)
+        _check(x, params, drop_path_scale, layout, settings, layer_scale)
         check.remember(tensors, layout, settings)
     grn_eps = eps if grn_eps is None else grn_eps
     dtype = gemm_dtype(x)
     variant = GRNVariant.of(grn)
     if variant.layer != "grn":
         raise ValueError(f"grn must be a formula of GRN here, got {str(variant)!r}, a layer with parameters of its own")
-    if not variant.enabled:
+    if gamma is None or beta is None:
+        if variant.enabled and variant != GRNVariant():
+            raise ValueError(f"gamma and beta must be tensors for the GRN variant '{variant}', got None")
+    elif not variant.enabled:
         params = (*params[:6], *variant.affine(gamma, beta), w2, b2)
     if visible is not None:
         check.check_visible(visible, x, layout)
@@ -146,14 +159,30 @@ def convnextv2_block(
         require_reference(f"{what} in plain PyTorch")
         with no_autocast(x):
             return reference.grn_variants.convnextv2_block(
-                x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype, *variant.formula, visible
+                x,
+                *params,
+                layout,
+                drop_path_scale,
+                scope,
+                act,
+                eps,
+                grn_eps,
+                dtype,
+                *variant.formula,
+                visible,
+                layer_scale,
             )
+    if layer_scale is not None and dtype == torch.float16:
+        y = depthwise_conv_layer_norm(x, dw_weight, dw_bias, ln_weight, ln_bias, layout, eps=eps)
+        y = pointwise_mlp(y, *params[4:], layout, scope=scope, act=act, eps=grn_eps)
+        return scale_branch(y, layer_scale, x, drop_path_scale, layout)
 
     def kernel(backend: str) -> Tensor:
         images = Segments.of(x, layout)
         return _Block.apply(
             x.contiguous(),
-            *params,
+            *params[:4],
+            *as_kernels_take(params[4:], layer_scale, x),
             None if layout is None else layout.conv_neighbours(dw_weight.shape[-1], x.shape[1]),
             drop_path_scale,
             images.offsets,
@@ -172,7 +201,7 @@ def convnextv2_block(
         "convnextv2_block",
         x,
         reference=lambda: reference.mlp.convnextv2_block(
-            x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype
+            x, *params, layout, drop_path_scale, scope, act, eps, grn_eps, dtype, layer_scale
         ),
         kernel=kernel,
         gemm_dtype=dtype,
@@ -187,6 +216,7 @@ def block_around(
     drop_path_scale: Tensor | None,
     eps: float,
     visible: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """:func:`convnextv2_block` around any layer in GRN's place, in plain PyTorch.
 
@@ -197,6 +227,9 @@ def block_around(
     if visible is not None:
         check.check_visible(visible, x, layout)
     dtype = gemm_dtype(x)
+    if layer_scale is not None:
+        check.check_param(layer_scale, "layer_scale", (x.shape[-1],), x)
     with no_autocast(x):
-        settings = ("gelu", eps, dtype)
-        return reference.grn_variants.block_around(hidden_layer, x, params, layout, drop_path_scale, settings, visible)
+        return reference.grn_variants.block_around(
+            hidden_layer, x, params, layout, drop_path_scale, ("gelu", eps, dtype), visible, layer_scale
+        )

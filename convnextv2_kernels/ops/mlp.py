@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import schedule
 from ..backends import reference
-from ..dtypes import gemm_dtype
+from ..dtypes import as_statistics, gemm_dtype, statistics_dtype
 from ..layout import PatchLayout
 from ..params import GatheredMLPBackwardArgs, GatheredMLPForwardArgs, MLPBackwardArgs, MLPForwardArgs, Segments
 from . import _checks as check
@@ -17,7 +17,7 @@ from . import _operators
 from ._dispatch import composite, dispatch, once_differentiable
 
 # w1, b1, gamma, beta, w2, b2
-MLPParameters: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+MLPParameters: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
 
 
 class _PointwiseMLP(torch.autograd.Function):
@@ -60,10 +60,10 @@ def check_mlp(
     out_channels: int,
     layout: PatchLayout | None,
     drop_path_scale: Tensor | None,
-    scope: str,
-    act: str,
+    settings: tuple[str, str],
+    layer_scale: Tensor | None,
 ) -> None:
-    """The arguments that :func:`pointwise_mlp` and the block share."""
+    """The arguments that :func:`pointwise_mlp` and the block share; ``settings`` are scope and act."""
     w1, b1, gamma, beta, w2, b2 = params
     c = x.shape[-1]
     check.check_float(w1, "w1")
@@ -74,10 +74,17 @@ def check_mlp(
         raise ValueError(f"w1 has shape {list(w1.shape)}, expected [hidden, {c}] with hidden >= 1")
     check.check_param(w1, "w1", (hidden, c), x)
     check.check_param(b1, "b1", (hidden,), x)
-    check.check_param(gamma, "gamma", hidden, x)
-    check.check_param(beta, "beta", hidden, x)
+    if (gamma is None) != (beta is None):
+        given, missing = ("gamma", "beta") if beta is None else ("beta", "gamma")
+        raise ValueError(f"{missing} must be a tensor where {given} is, or both None (no GRN), got None")
+    if gamma is not None and beta is not None:
+        check.check_param(gamma, "gamma", hidden, x)
+        check.check_param(beta, "beta", hidden, x)
     check.check_param(w2, "w2", (out_channels, hidden), x)
     check.check_param(b2, "b2", (out_channels,), x)
+    if layer_scale is not None:
+        check.check_param(layer_scale, "layer_scale", (out_channels,), x)
+    scope, act = settings
     check.check_scope(scope)
     check.check_drop_path_scale(drop_path_scale, x.shape[0] if layout is None else layout.num_images, x)
     check.check_act(act)
@@ -90,12 +97,39 @@ def _out_channels(w2: Tensor) -> int:
     return w2.shape[0]
 
 
+def as_kernels_take(params: MLPParameters, layer_scale: Tensor | None, x: Tensor) -> tuple[Tensor, ...]:
+    """The MLP's parameters with layer scale folded into w2 and b2, and zeros for gamma and beta where there is no GRN.
+
+    The products are formed, and differentiated, in the statistics dtype: GEMM operands are rounded once."""
+    w1, b1, gamma, beta, w2, b2 = params
+    if gamma is None or beta is None:
+        # two tensors: torch.compile refuses one tensor given twice to an autograd function
+        gamma, beta = w1.new_zeros(w1.shape[0]), w1.new_zeros(w1.shape[0])
+    if layer_scale is not None:
+        w2, b2, scale = as_statistics(w2, b2, layer_scale, like=x)
+        w2, b2 = w2 * scale[:, None], b2 * scale
+    return w1, b1, gamma, beta, w2, b2
+
+
+def scale_branch(
+    y: Tensor, layer_scale: Tensor, residual: Tensor | None, drop_path_scale: Tensor | None, layout: PatchLayout | None
+) -> Tensor:
+    """``residual + drop_path_scale * layer_scale * y`` in the statistics dtype, returned in the dtype of y.
+
+    For GEMMs in float16, which cannot hold the product of a weight and a layer scale that starts at 1e-6."""
+    stat = statistics_dtype(y.dtype)
+    out = y.to(stat) * layer_scale.to(stat)
+    if drop_path_scale is not None:
+        out = out * reference.norm.spread_over_rows(drop_path_scale.reshape(-1, 1).to(stat), y, layout)
+    return (out if residual is None else residual.to(stat) + out).to(y.dtype)
+
+
 def pointwise_mlp(
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None = None,
@@ -104,40 +138,52 @@ def pointwise_mlp(
     scope: str = "image",
     act: str = "gelu",
     eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + drop_path_scale * (GRN(GELU(x W1' + b1)) W2' + b2)`` (paper Figure 5), one autograd node.
+    """``residual + drop_path_scale * layer_scale * (GRN(GELU(x W1' + b1)) W2' + b2)`` (paper Figure 5), one autograd
+    node.
 
     Args:
         x: packed ``[P, s, s, C]``, or dense ``[N, H, W, C]`` when ``layout`` is None.
-        w1: ``[H, C]``, b1: ``[H]``; gamma, beta: H elements; w2: ``[O, H]``, b2: ``[O]``.
+        w1: ``[H, C]``, b1: ``[H]``; gamma, beta: H elements, or both None for no GRN; w2: ``[O, H]``, b2: ``[O]``.
         residual: ``[..., O]`` like the output, or None. drop_path_scale: ``[N]``, one constant factor per image.
         scope, eps: of GRN, see :func:`global_response_norm`. act: "gelu" (exact) or "gelu_tanh", PyTorch's
             ``approximate="tanh"``.
+        layer_scale: ``[O]``, of ConvNeXt V1 (and Touvron et al. 2021), or None for 1. Kernels see it folded into w2 and
+            b2; float16, which cannot hold such products, multiplies the result instead.
 
     Returns:
         ``[..., O]``, the leading dimensions and dtype of x. The hidden activations are recomputed in backward.
+
+    Without GRN, kernels compute it with gamma and beta of zero. That is the same number, unless the squares of an
+    image's hidden activations overflow (beyond 1e19 in float32): then the whole image is NaN.
     """
     check.check_packed(x, layout)
     params = (w1, b1, gamma, beta, w2, b2)
-    check_mlp(x, params, _out_channels(w2), layout, drop_path_scale, scope, act)
+    check_mlp(x, params, _out_channels(w2), layout, drop_path_scale, (scope, act), layer_scale)
     check.check_grn_eps(eps)
     if residual is not None:
         check.check_param(residual, "residual", (*x.shape[:-1], w2.shape[0]), x)
     dtype = gemm_dtype(x)
+    if layer_scale is not None and dtype == torch.float16:
+        y = pointwise_mlp(x, *params, layout, scope=scope, act=act, eps=eps)
+        return scale_branch(y, layer_scale, residual, drop_path_scale, layout)
 
     def kernel(backend: str) -> Tensor:
         images = Segments.of(x, layout)
+        folded = as_kernels_take(params, layer_scale, x)
         added = None if residual is None else residual.to(x.dtype).contiguous()
         save = schedule.save_policy(x.device.type)
         return _PointwiseMLP.apply(
-            x.contiguous(), *params, added, drop_path_scale, *images, scope == "batch", act, eps, save, dtype, backend
+            x.contiguous(), *folded, added, drop_path_scale, *images, scope == "batch", act, eps, save, dtype, backend
         )
 
     return dispatch(
         "pointwise_mlp",
         x,
         reference=lambda: reference.mlp.pointwise_mlp(
-            x, *params, layout, residual, drop_path_scale, scope, act, eps, dtype
+            x, *params, layout, residual, drop_path_scale, scope, act, eps, dtype, layer_scale
         ),
         kernel=kernel,
         gemm_dtype=dtype,
@@ -205,8 +251,8 @@ def gathered_pointwise_mlp(
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout,
@@ -241,7 +287,7 @@ def gathered_pointwise_mlp(
     check.check_dense(x, layout)
     out_channels = _out_channels(w2)
     params = (w1, b1, gamma, beta, w2, b2)
-    check_mlp(x, params, out_channels, layout, drop_path_scale, scope, act)
+    check_mlp(x, params, out_channels, layout, drop_path_scale, (scope, act), None)
     check.check_grn_eps(eps)
     check.check_eps(ln_eps, "ln_eps")
     _check_gathered(x, (ln_weight, ln_bias), residual, layout, out_channels)
@@ -256,7 +302,7 @@ def gathered_pointwise_mlp(
     def kernel(backend: str) -> Tensor:
         return _GatheredMLP.apply(
             x.contiguous(),
-            *params,
+            *as_kernels_take(params, None, x),
             ln_weight,
             ln_bias,
             None if residual is None else residual.to(x.dtype).contiguous(),

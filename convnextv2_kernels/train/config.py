@@ -102,6 +102,7 @@ class RunConfig:
     model: str
     img_size: tuple[int, int]
     grn: str = "default"
+    layer_scale: float | None = None
     epochs: int
     batch_size: int
     lr: float

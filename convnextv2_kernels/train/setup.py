@@ -15,7 +15,7 @@ from ..errors import FileError, UserError
 from ..layout import mask_fault, num_kept
 from ..models import FCMAE, create_fcmae
 from ..nn import GRNVariant
-from ..sizes import size_text
+from ..sizes import V1_NAMES, block_of, size_text
 from .checkpoint import list_checkpoints
 from .checkpoint_checks import check_config, require
 from .config import (
@@ -89,6 +89,7 @@ def make_config(
         model=options.model,
         img_size=options.img_size,
         grn=str(GRNVariant.of(options.grn)),
+        layer_scale=block_of(options.model).get("layer_scale"),
         lr=options.lr,
         seed=options.seed,
         backend=options.backend,
@@ -102,13 +103,17 @@ def make_config(
 
 
 def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
-    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can, or ``--parallel`` not what a
-    batch norm keeps."""
+    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can, V1 is asked for a GRN, or
+    ``--parallel`` for what a batch norm keeps."""
     plain = f"--encoding {encoding}" if encoding == "masked_dense" else f"--grn {options.grn}"
     try:
         variant = GRNVariant.of(options.grn)
     except ValueError as error:
         raise UserError(in_options(str(error))) from error
+    if options.model in V1_NAMES and str(variant) != "none":
+        raise UserError(
+            f"--grn {options.grn} must be none for --model {options.model}, a ConvNeXt V1, which has no GRN."
+        )
     if variant.batch_statistics and options.parallel == "fsdp":
         raise UserError(
             f"--grn {options.grn} keeps running statistics, which --parallel fsdp does not share between processes; "

@@ -23,6 +23,7 @@ from ..checkpoints.state import (
     State,
     architecture,
     count_blocks,
+    is_v1,
     listing,
     read_checkpoint,
     read_state,
@@ -34,7 +35,7 @@ from ..data.images import IMAGENET_MEAN, IMAGENET_STD
 from ..data.value_range import range_text
 from ..errors import UserError
 from ..nn import GRNVariant
-from ..sizes import size_of, size_text
+from ..sizes import block_of, size_of, size_text
 from .checkpoint import list_checkpoints
 from .config import RunConfig, TrainOptions
 
@@ -58,6 +59,8 @@ def describe(run: RunConfig | TrainOptions, classes: Sequence[str] | None = None
         "mean": json.dumps(IMAGENET_MEAN),
         "std": json.dumps(IMAGENET_STD),
     }
+    if scale := block_of(run.model).get("layer_scale"):
+        about["layer_scale"] = str(scale)
     if classes is not None:
         about |= {"num_classes": str(len(classes)), "classes": json.dumps(list(classes))}
     if isinstance(run, RunConfig) and run.value_range is not None:
@@ -155,7 +158,7 @@ class Weights:
         ``init_grn`` "drop": with a GRN, which is left out; "add": without one. ``may_change``: whether the command has
         the option for that."""
         found = architecture(self.state.tensors)
-        if (name := size_of(*found)) != model:
+        if (name := size_of(*found, is_v1(self.state.tensors))) != model:
             this = name or "a network of depths {} and widths {}".format(*(", ".join(map(str, n)) for n in found))
             raise UserError(
                 f"{self.what}: this is {this}, --model is {model}" + (f"; give --model {name}." if name else ".")
@@ -247,7 +250,7 @@ class Weights:
 
 
 def read_weights(path: Path, use_ema: bool) -> Weights:
-    """Read ``--init``; UserError where that is not the weights of a ConvNeXt V2."""
+    """Read ``--init``; UserError where that is not the weights of a ConvNeXt."""
     what = f"--init {path}"
     try:
         file = read_checkpoint_file(path)

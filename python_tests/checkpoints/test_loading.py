@@ -281,7 +281,7 @@ def test_models_it_cannot_load_into():
         load_checkpoint(state, state)
     with pytest.raises(TypeError, match="path_or_state_dict must be a path or a state_dict, got int"):
         load_checkpoint(classifier(), 3)
-    with pytest.raises(ValueError, match="model is no ConvNeXt V2, .* got weight, bias$"):
+    with pytest.raises(ValueError, match="model is no ConvNeXt, .* got weight, bias$"):
         load_checkpoint(nn.Linear(1, 1), state)
     with pytest.raises(ValueError, match="model must hold .* on the meta device, without values"):
         load_checkpoint(classifier().to("meta"), state)
@@ -344,7 +344,7 @@ def test_the_rest_of_a_larger_module_is_reported():
     rest = {"criterion.weight": torch.ones(3), "accuracy.total": torch.tensor(3)}
     report = load_checkpoint(model, behind("model.", state) | rest)
     assert report.left_out == ("criterion.weight", "accuracy.total")
-    with pytest.raises(ValueError, match="keys that are not of a ConvNeXt V2 with official names: model.extra$"):
+    with pytest.raises(ValueError, match="keys that are not of a ConvNeXt with official names: model.extra$"):
         load_checkpoint(model, behind("model.", state | {"extra": torch.ones(1)}))
     larger = nn.ModuleDict({"net": classifier(), "criterion": nn.Linear(1, 1)})
     report = load_checkpoint(larger, state)

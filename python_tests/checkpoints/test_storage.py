@@ -466,8 +466,8 @@ def test_code_in_the_arguments_is_not_run_either(tmp_path):
         (b"GIF89a, or some other picture" * 50, "is not a readable checkpoint: ."),
         (torch_bytes([torch.ones(1)]), "holds a list, expected a state_dict"),
         (torch_bytes(torch.ones(1)), "holds a Tensor, expected a state_dict"),
-        (torch_bytes({"model": {}}), "is no ConvNeXt V2, .* got nothing at all$"),
-        (torch_bytes({"weight": torch.ones(1)}), "is no ConvNeXt V2, .* got weight$"),
+        (torch_bytes({"model": {}}), "is no ConvNeXt, .* got nothing at all$"),
+        (torch_bytes({"weight": torch.ones(1)}), "is no ConvNeXt, .* got weight$"),
     ],
 )
 def test_files_that_are_no_checkpoint(tmp_path, content, message):

@@ -111,10 +111,13 @@ def linear(x, weight, bias=None):
     return out
 
 
-def pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act, eps=1e-6):
+def pointwise_mlp(
+    x, w1, b1, gamma, beta, w2, b2, mask, residual, drop_path_scale, scope, act, eps=1e-6, layer_scale=1.0
+):
     activation = gelu if act == "gelu" else gelu_tanh
-    y = global_response_norm(activation(linear(x, w1, b1)), gamma, beta, mask, scope, eps)
-    y = linear(y, w2, b2)
+    y = activation(linear(x, w1, b1))
+    y = y if gamma is None else global_response_norm(y, gamma, beta, mask, scope, eps)
+    y = linear(y, w2, b2) * layer_scale
     if drop_path_scale is not None:
         for (n, _, _), row in pixels_of(x.shape, mask).items():
             y[row] = y[row] * drop_path_scale[n]
@@ -157,8 +160,24 @@ def downsample(x, ln_weight, ln_bias, weight, bias):
 
 
 def convnextv2_block(
-    x, dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2, mask, drop_path_scale, scope, act, grn_eps
+    x,
+    dw_weight,
+    dw_bias,
+    ln_weight,
+    ln_bias,
+    w1,
+    b1,
+    gamma,
+    beta,
+    w2,
+    b2,
+    mask,
+    drop_path_scale,
+    scope,
+    act,
+    grn_eps,
+    layer_scale=1.0,
 ):
     y = depthwise_conv_layer_norm(x, dw_weight, dw_bias, ln_weight, ln_bias, mask)
     eps = 1e-6 if grn_eps is None else grn_eps
-    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, mask, x, drop_path_scale, scope, act, eps)
+    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, mask, x, drop_path_scale, scope, act, eps, layer_scale)

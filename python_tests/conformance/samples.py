@@ -111,6 +111,11 @@ class Numbers:
         # the official spelling of GRN's parameters, [1, 1, 1, H]
         return first | {k: t.view(1, 1, 1, -1) for k, t in self.grn(hidden).items()} | last
 
+    def v1(self, tensors: dict, out_c: int, grn: bool, layer_scale: bool) -> dict[str, Tensor | None]:
+        """The tensors of an MLP without GRN, or with layer scale, as asked for."""
+        tensors = tensors if grn else tensors | {"gamma": None, "beta": None}
+        return tensors | {"layer_scale": self.normal(out_c, scale=0.3)} if layer_scale else tensors
+
     def drop_path(self, images: int) -> Tensor:
         """A dropped image and kept ones; the factors are exact in every dtype."""
         return torch.tensor([0.0, 1.25, 1.5], dtype=torch.float64).repeat(images)[:images]
@@ -156,11 +161,12 @@ def _norm_grn(d, at, c, scope):
     return {"x": x, **d.norm(c), **d.grn(c)}, {"layout": layout, "scope": scope}
 
 
-def _mlp(d, at, c, hidden, out_c, residual, drop, scope, act="gelu", gathered=False):
+def _mlp(d, at, c, hidden, out_c, residual, drop, scope, act="gelu", gathered=False, grn=True, layer_scale=False):
     x, layout = d.dense(*at, c) if gathered else d.features(*at, c)
     shape = (layout.num_patches, at[1], at[1]) if gathered else x.shape[:-1]
     hidden, out_c = hidden or 4 * c, out_c or c
     tensors = {"x": x, **d.mlp(c, hidden, out_c), "residual": d.normal(*shape, out_c) if residual else None}
+    tensors = d.v1(tensors, out_c, grn, layer_scale)
     scale = d.drop_path(_images(x, layout)) if drop else None
     return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope, "act": act}
 
@@ -201,9 +207,10 @@ def _linear(d, at, c, out_c, bias):
     return {"x": x, "weight": d.normal(out_c, c, scale=c**-0.5), "bias": d.normal(out_c) if bias else None}, {}
 
 
-def _block(d, at, c, hidden, k, bias, drop, scope, act="gelu", grn_eps=None):
+def _block(d, at, c, hidden, k, bias, drop, scope, act="gelu", grn_eps=None, grn=True, layer_scale=False):
     x, layout = d.features(*at, c)
     tensors = {"x": x, **d.conv(c, k, bias, "dw_"), **d.norm(c), **d.mlp(c, hidden or 4 * c, c)}
+    tensors = d.v1(tensors, c, grn, layer_scale)
     scale = d.drop_path(_images(x, layout)) if drop else None
     return tensors, {"layout": layout, "drop_path_scale": scale, "scope": scope, "act": act, "grn_eps": grn_eps}
 

@@ -32,12 +32,16 @@ VARIANTS = [
     ("pointwise_mlp", {**SMALL["pointwise_mlp"], "act": "gelu_tanh"}),
     ("gathered_pointwise_mlp", {**SMALL["gathered_pointwise_mlp"], "ln": False, "scope": "batch", "residual": False}),
     ("gathered_pointwise_mlp", {**SMALL["gathered_pointwise_mlp"], "at": ("uniform", 2), "act": "gelu_tanh"}),
+    ("pointwise_mlp", {**SMALL["pointwise_mlp"], "layer_scale": True}),
+    ("pointwise_mlp", {**SMALL["pointwise_mlp"], "grn": False, "layer_scale": True, "residual": False}),
     ("downsample", {"at": ("ragged", 2), "bias": False}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "scope": "batch", "bias": False}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "at": ("dense_1x5", None), "drop": False}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "grn_eps": 0.5}),
     ("convnextv2_block", {**SMALL["convnextv2_block"], "at": ("uniform", 2), "act": "gelu_tanh", "grn_eps": 0.5}),
     ("convnextv2_block", {"at": ("uniform", 1), "c": 2, "hidden": 5, "k": 5}),
+    ("convnextv2_block", {**SMALL["convnextv2_block"], "grn": False, "layer_scale": True}),
+    ("convnextv2_block", {**SMALL["convnextv2_block"], "grn": False, "layer_scale": True, "at": ("dense_1x5", None)}),
 ]
 
 

@@ -61,12 +61,16 @@ VARIANTS = [
     ("pointwise_mlp", {"scope": "batch", "residual": False, "out_c": 5}),
     ("pointwise_mlp", {"drop": False}),
     ("pointwise_mlp", {"act": "gelu_tanh"}),
+    ("pointwise_mlp", {"grn": False, "layer_scale": True, "out_c": 5}),
+    ("pointwise_mlp", {"layer_scale": True, "residual": False}),
     ("gathered_pointwise_mlp", {"act": "gelu_tanh"}),
     ("gathered_pointwise_mlp", {"ln": False, "at": ("non_square", 2)}),
     ("patch_embed", {"at": ("ragged", 2), "bias": False}),
     ("downsample", {"bias": False, "at": ("ragged", 4)}),
     ("linear", {"bias": False}),
     ("convnextv2_block", {"act": "gelu_tanh", "grn_eps": 0.5}),
+    ("convnextv2_block", {"grn": False, "layer_scale": True}),
+    ("convnextv2_block", {"grn": False, "drop": False, "at": ("dense_7x7", None)}),
     ("convnextv2_block", {"scope": "batch", "drop": False, "bias": False, "k": 7, "at": ("non_square", 4)}),
 ]
 

@@ -49,6 +49,8 @@ _MLP = {
     "scope": SCOPES,
     "act": ACTS,
 }
+# ConvNeXt V1's half of a block: no GRN, layer scale
+_V1 = {"grn": YES_NO, "layer_scale": (False, True)}
 _STEM = {"at": PACKED + DENSE, "c": (1, 5, 40), "in_chans": (3, 1, 4), "bias": YES_NO}
 AXES = {
     "gather_patches": {"at": PACKED, "c": WIDTHS},
@@ -59,7 +61,7 @@ AXES = {
     "global_response_norm": _GRN,
     "gelu_grn": _GRN,
     "layer_norm_grn": _GRN,
-    "pointwise_mlp": _MLP,
+    "pointwise_mlp": {**_MLP, **_V1},
     "gathered_pointwise_mlp": {**_MLP, "at": PACKED, "ln": YES_NO},
     "patch_embed": _STEM,
     "patch_embed_layer_norm": _STEM,
@@ -80,6 +82,7 @@ AXES = {
         "scope": SCOPES,
         "act": ACTS,
         "grn_eps": (None, 0.5),
+        **_V1,
     },
 }
 

@@ -98,11 +98,12 @@ def allowed_times(sample: Sample) -> float:
     features are fewer than eight numbers.
 
     Such a row may have next to no spread, and is then blown up by up to 1/sqrt(eps): one rounding decides by chance
-    how far either side is off. So it does where plain PyTorch's error is that of a few numbers.
+    how far either side is off. So it does where plain PyTorch's error is that of a few numbers, as in the gradient of
+    layer scale, one number a channel.
     """
     if "x" in sample.tensors and sample.tensors["x"].numel() < 8:
         return 8.0
-    given = [sample.tensors.get(name) for name in ("ln_weight", "gamma")]
+    given = (sample.tensors.get(name) for name in ("ln_weight", "gamma", "layer_scale"))
     normalised = [t.numel() for t in given if t is not None]
     if sample.op == "layer_norm":
         normalised.append(sample.tensors["x"].shape[-1])

@@ -22,7 +22,7 @@ from convnextv2_kernels._console import Output, protected_streams, visible, visi
 from convnextv2_kernels._progress import Progress, Screen
 from convnextv2_kernels.analysis.results import write_rows
 from convnextv2_kernels.cli.exit_codes import exit_code
-from convnextv2_kernels.models import CONFIGS
+from convnextv2_kernels.sizes import V1_NAMES, V2_NAMES
 from convnextv2_kernels.train.reconstruction import Reconstruction, save_picture
 
 pty = pytest.importorskip("pty")
@@ -331,7 +331,8 @@ def test_help_names_every_size(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert ", ".join(name.removeprefix("convnextv2_") for name in CONFIGS) in text
+        assert ", ".join(name.removeprefix("convnextv2_") for name in V2_NAMES) in text
+        assert ", ".join(V1_NAMES) in text
 
 
 def test_names_in_pictures_and_tables_of_numbers(tmp_path):

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.masked_dense import Encoder
+from helpers.reference_models import timm
 
 from convnextv2_kernels.models import CONFIGS, ConvNeXtV2, ConvNeXtV2Features, create_fcmae, create_model
+from convnextv2_kernels.sizes import V1_NAMES, V2_NAMES
 
 # Official parameter counts of classifier (1000 classes) and encoder, and state_dict entries.
 OFFICIAL = {
@@ -20,6 +22,44 @@ OFFICIAL = {
 }
 
 
+# ConvNeXt V1: parameters as the official README and timm (atto to nano) count them, in millions.
+OFFICIAL_V1 = {
+    "atto": 3.70,
+    "femto": 5.22,
+    "pico": 9.05,
+    "nano": 15.59,
+    "tiny": 28.59,
+    "small": 50.22,
+    "base": 88.59,
+    "large": 197.77,
+    "xlarge": 350.20,
+}
+
+
+@pytest.mark.parametrize("size", OFFICIAL_V1)
+def test_sizes_of_v1(size):
+    with torch.device("meta"):
+        model = create_model(f"convnext_{size}")
+        theirs = timm.create_model(f"convnext_{size}")
+        features = create_model(f"convnext_{size}", features_only=True)
+        encoder = create_fcmae(f"convnext_{size}").encoder
+    count = sum(p.numel() for p in model.parameters())
+    assert round(count / 1e6, 2) == OFFICIAL_V1[size] and count == sum(p.numel() for p in theirs.parameters())
+    assert set(features.state_dict()) == set(encoder.state_dict()) < set(model.state_dict())
+
+
+def test_names_of_v1_are_the_official_ones():
+    state = create_model("convnext_atto").state_dict()
+    block = [name.removeprefix("stages.2.5.") for name in state if name.startswith("stages.2.5.")]
+    layers = [f"{layer}.{kind}" for layer in ("dwconv", "norm", "pwconv1", "pwconv2") for kind in ("weight", "bias")]
+    assert sorted(block) == sorted(["gamma", *layers])
+    assert torch.equal(state["stages.2.5.gamma"], torch.full((160,), 1e-6))
+    state = create_model("convnext_atto", layer_scale=0.1).state_dict()
+    assert torch.equal(state["stages.2.5.gamma"], torch.full((160,), 0.1))
+    with pytest.raises(ValueError, match="layer_scale must be a finite number other than 0, or None for none, got 0"):
+        create_model("convnext_atto", layer_scale=0)
+
+
 @pytest.mark.parametrize("size", OFFICIAL)
 def test_sizes_are_the_official_ones(size):
     with torch.device("meta"):
@@ -32,7 +72,8 @@ def test_sizes_are_the_official_ones(size):
 
 
 def test_configs_are_the_official_sizes_and_small():
-    assert set(CONFIGS) == {f"convnextv2_{size}" for size in (*OFFICIAL, "small")}
+    assert set(V2_NAMES) == {f"convnextv2_{size}" for size in (*OFFICIAL, "small")}
+    assert set(V1_NAMES) == {f"convnext_{size}" for size in OFFICIAL_V1} and {*V1_NAMES, *V2_NAMES} == set(CONFIGS)
 
 
 def test_names_and_shapes():
@@ -126,7 +167,7 @@ def test_arguments_are_passed_on():
 
 def test_errors():
     for create in (create_model, create_fcmae):
-        with pytest.raises(ValueError, match="convnextv2_atto, .*convnextv2_huge; got 'resnet50'"):
+        with pytest.raises(ValueError, match="convnextv2_atto, .*convnext_xlarge; got 'resnet50'"):
             create("resnet50")
     with pytest.raises(ValueError, match="num_classes"):
         ConvNeXtV2(num_classes=-1)

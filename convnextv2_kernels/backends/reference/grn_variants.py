@@ -97,8 +97,8 @@ def convnextv2_block(
     ln_bias: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None,
@@ -112,9 +112,14 @@ def convnextv2_block(
     normalizer: str,
     skip: bool,
     visible: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """The block of :func:`.mlp.convnextv2_block` around any GRN; on a dense map with ``visible``, the masked dense
-    block."""
+    """The block of :func:`.mlp.convnextv2_block` around any GRN, or none; on a dense map with ``visible``, the masked
+    dense block."""
+    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2)
+    settings = (act, eps, dtype)
+    if gamma is None or beta is None:
+        return block_around(_unchanged, x, params, layout, drop_path_scale, settings, visible, layer_scale)
     grn = partial(
         global_response_norm,
         gamma=gamma,
@@ -127,8 +132,11 @@ def convnextv2_block(
         skip=skip,
         visible=visible,
     )
-    params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2)
-    return block_around(grn, x, params, layout, drop_path_scale, (act, eps, dtype), visible)
+    return block_around(grn, x, params, layout, drop_path_scale, settings, visible, layer_scale)
+
+
+def _unchanged(hidden: Tensor) -> Tensor:
+    return hidden
 
 
 def block_around(
@@ -139,12 +147,12 @@ def block_around(
     drop_path_scale: Tensor | None,
     settings: tuple[str, float, torch.dtype],
     visible: Tensor | None = None,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """The block around ``hidden_layer``, from the rows after GELU to rows of the same shape.
 
-    ``settings``: act, eps of LayerNorm, and the
-    dtype in which the GEMMs run. The mask comes after the convolution (paper A.2) and the block, and after GELU, where
-    hidden sites would be in the layer's statistics: GELU(b1) is not 0.
+    ``settings``: act, eps of LayerNorm, and the dtype in which the GEMMs run. The mask comes after the convolution
+    (paper A.2) and the block, and after GELU, where hidden sites would be in the layer's statistics: GELU(b1) is not 0.
     """
     dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, w2, b2 = params
     act, eps, dtype = settings
@@ -152,6 +160,8 @@ def block_around(
     a = F.linear(y.to(dtype), w1.to(dtype), b1.to(dtype))
     h = hidden_layer(_masked(F.gelu(a, approximate=gelu_form(act)), visible))
     y = linear(h, w2, b2, dtype).to(x.dtype)
+    if layer_scale is not None:
+        y = y * layer_scale.to(y.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
     return x + _masked(y, visible)

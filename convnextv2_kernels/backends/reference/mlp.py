@@ -20,8 +20,8 @@ def pointwise_mlp(
     x: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None,
@@ -31,12 +31,17 @@ def pointwise_mlp(
     act: str,
     eps: float,
     dtype: torch.dtype,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
-    """``residual + drop_path * (GRN(act(x W1' + b1)) W2' + b2)``; GEMMs in ``dtype``."""
+    """``residual + drop_path * layer_scale * (GRN(act(x W1' + b1)) W2' + b2)``; GEMMs in ``dtype``; no GRN without
+    gamma and beta."""
     a = F.linear(x.to(dtype), w1.to(dtype), b1.to(dtype))
     h = F.gelu(a, approximate=gelu_form(act))
-    h = global_response_norm(h, gamma, beta, layout, scope, eps)
+    if gamma is not None and beta is not None:
+        h = global_response_norm(h, gamma, beta, layout, scope, eps)
     y = F.linear(h, w2.to(dtype), b2.to(dtype)).to(x.dtype)
+    if layer_scale is not None:
+        y = y * layer_scale.to(y.dtype)
     if drop_path_scale is not None:
         y = y * spread_over_rows(drop_path_scale.reshape(-1, 1).to(y.dtype), y, layout)
     return y if residual is None else residual.to(x.dtype) + y
@@ -50,8 +55,8 @@ def convnextv2_block(
     ln_bias: Tensor,
     w1: Tensor,
     b1: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
     w2: Tensor,
     b2: Tensor,
     layout: PatchLayout | None,
@@ -61,7 +66,10 @@ def convnextv2_block(
     eps: float,
     grn_eps: float,
     dtype: torch.dtype,
+    layer_scale: Tensor | None = None,
 ) -> Tensor:
     """``x + drop_path * MLP(LN(conv(x)))`` (paper Figure 5)."""
     y = layer_norm(depthwise_conv2d(x, dw_weight, dw_bias, layout), ln_weight, ln_bias, eps)
-    return pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, grn_eps, dtype)
+    return pointwise_mlp(
+        y, w1, b1, gamma, beta, w2, b2, layout, x, drop_path_scale, scope, act, grn_eps, dtype, layer_scale
+    )

@@ -9,6 +9,8 @@ sums along them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -292,7 +294,7 @@ def layer_norm_grn_forward(
 
 def _gradient(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, coefficients: Tensor, own: Segments) -> Tensor:
     dx = torch.empty_like(x)
-    rows = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, "coefficients": coefficients}
+    rows: dict[str, Any] = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, "coefficients": coefficients}
     if x.shape[-1] > _WIDEST:
         pull = _columns(x, own)
         launch(normalized_pull_kernel, pull.grid, **rows, out=dx, **pull.arguments)

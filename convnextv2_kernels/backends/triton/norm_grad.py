@@ -167,7 +167,7 @@ def normalized_backward(dy: Tensor, z: Tensor, rstd: Tensor, weight: Tensor) -> 
 
 def normalized_gradient(g: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """dx from the gradient of z and from x."""
-    return _backward(g, x, mean, rstd, None, x.shape[-1], parameters=False)[0]
+    return _backward(g, x, mean, rstd, None, torch.empty_like(x), parameters=False)[0]
 
 
 def normalized_backward_input(dy: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
