@@ -16,7 +16,7 @@ def add_parser(commands: Any, prog: str) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         help="write a checkpoint under the names of another code base",
         description=(
-            "Write a ConvNeXt V2 checkpoint under the names, and in the shapes, of another code base.\n"
+            "Write a ConvNeXt V2 or V1 checkpoint under the names, and in the shapes, of another code base.\n"
             "No value changes. The format of SOURCE is recognised by its keys; no code from the file is run."
         ),
         epilog=(

@@ -99,6 +99,7 @@ def test_a_tiny_scale_survives_sixteen_bits(scale):
         assert torch.isfinite(grad).all() and grad.abs().min() > 0
 
 
+@pytest.mark.thorough
 def test_compiles_in_one_graph_copies_and_pickles():
     block = v1_block()
     x = torch.randn(2, 5, 5, DIM, dtype=torch.float64)
