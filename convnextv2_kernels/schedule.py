@@ -113,9 +113,9 @@ def chunks(images: Segments, rows: int, hidden: int, itemsize: int, budget: int)
     return found
 
 
-def _chunks(batch: MLPRows, hidden: int, options: MLPOptions) -> list[Chunk]:
+def _chunks(batch: MLPRows, rows: int, hidden: int, options: MLPOptions) -> list[Chunk]:
     """The chunks of a call: one where GRN sees the whole batch."""
-    images, rows = batch.images, batch.total
+    images = batch.images
     if options.batch_scope:
         return [Chunk(0, images.count, 0, rows, images)]
     return chunks(images, rows, hidden, options.dtype.itemsize, chunk_bytes(batch.x.device.type))
@@ -137,11 +137,6 @@ class _Rows:
         self.value[first:last] = part
 
 
-def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor beside ``x`` of the dtype of GEMM operands, for that alone."""
-    return x if x.dtype is dtype else x.new_empty(1, dtype=dtype)
-
-
 def mlp_forward(
     backend: KernelBackend,
     batch: MLPRows,
@@ -154,8 +149,11 @@ def mlp_forward(
 
     With ``layer_norm``, for a backend that folds it, the rows are LN's normalised rows z. Rows at places of a map are
     normalised as they are read, a chunk at a time, with ``norm_of_rows``."""
-    x, images = _operand(batch.x, options.dtype), batch.images
-    total, hidden = batch.total, params.w1.shape[0]
+    x, images = batch.x, batch.images
+    total = x.shape[0] if batch.places is None else batch.places.rows
+    if x.dtype is not options.dtype:
+        x = x.new_empty(1, dtype=options.dtype)  # from here on it only says what the operands are
+    hidden = params.w1.shape[0]
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, params.b2)
     weights = backend.prepare_mlp(params, layer_norm, x)
@@ -163,7 +161,7 @@ def mlp_forward(
     if factors is not None:
         batch = batch._replace(drop_path_scale=factors.reshape(-1).contiguous())  # perhaps a column of a table
     segments = 1 if options.batch_scope else images.count
-    parts = _chunks(batch, hidden, options)
+    parts = _chunks(batch, total, hidden, options)
     if len(parts) == 1:
         rows = batch if batch.places is None else _rows_of(backend, parts[0], batch, norm_of_rows, options)
         out, norm, saved = backend.mlp_forward(rows, weights, options)
@@ -233,17 +231,25 @@ def mlp_backward(
     that of what was normalised (the convolution's output). Rows at places of a map are gathered again, with LayerNorm
     normalised; the gradient is then that of the map, zero elsewhere.
     """
-    x, layer_norm, width = _operand(batch.x, options.dtype), saved.layer_norm, params.w1.shape[1]
+    x, layer_norm, width = batch.x, saved.layer_norm, params.w1.shape[1]
+    total = x.shape[0] if batch.places is None else batch.places.rows
+    if x.dtype is not options.dtype:
+        x = x.new_empty(1, dtype=options.dtype)  # as in forward
     stat = statistics_dtype(x.dtype)
     gamma, beta = as_statistics(params.gamma.reshape(-1), params.beta.reshape(-1), like=x)
     fold = layer_norm is not None and backend.folds_layer_norm
     params = MLPParams(params.w1, params.b1, gamma, beta, params.w2, None)
     weights = backend.prepare_mlp(params, layer_norm if fold else None, x)
     ln_weight = None if layer_norm is None or fold else as_statistics(layer_norm.weight, like=x)[0]
-    dxs, sums = _Rows(batch.total), None
+    dxs, sums = _Rows(total), None
     dx_map = None if batch.places is None else torch.zeros_like(batch.x, memory_format=torch.contiguous_format)
-    for part in _chunks(batch, params.w1.shape[0], options):
-        rows, z, rstd, places = _backward_rows(backend, part, batch, saved, options)
+    for part in _chunks(batch, total, params.w1.shape[0], options):
+        if batch.places is None:
+            rows, places = part.rows(x), None
+            z, rstd = (None, None) if saved.rstd is None else (rows, part.rows(saved.rstd))
+        else:
+            places = batch.places.of_rows(part.r0, part.r1)
+            rows, z, rstd = _gathered_again(backend, batch.x, places, saved, options)
         y = rows if layer_norm is None or fold else layer_norm.apply(rows)
         preserve_a = saved.hidden.shape[0] > 0
         a = part.rows(saved.hidden) if preserve_a else backend.linear(y, weights.w1, weights.b1)
@@ -278,19 +284,15 @@ def mlp_backward(
     return MLPGradients(dx, dw1, db1, dgamma, dbeta, dw2, db2, dln_weight, dln_bias)
 
 
-def _backward_rows(
-    backend: KernelBackend, chunk: Chunk, batch: MLPRows, saved: Saved, options: MLPOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None, Places | None]:
-    """The rows ``[M, C]`` of a chunk as operands of its GEMMs, with LayerNorm z and rstd, and the rows' places."""
-    if batch.places is None:
-        rows = chunk.rows(batch.x)
-        return (rows, None, None, None) if saved.rstd is None else (rows, rows, chunk.rows(saved.rstd), None)
-    places = batch.places.of_rows(chunk.r0, chunk.r1)
+def _gathered_again(
+    backend: KernelBackend, x: Tensor, places: Places, saved: Saved, options: MLPOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The rows at their places in a map as operands ``[M, C]`` of GEMMs; with LayerNorm also z and rstd."""
     if saved.layer_norm is None:
-        return backend.gathered_rows(batch.x, places, options.dtype), None, None, places
-    z, rstd = backend.gather_normalize(batch.x, places, RowNorm(None, None, saved.eps))
+        return backend.gathered_rows(x, places, options.dtype), None, None
+    z, rstd = backend.gather_normalize(x, places, RowNorm(None, None, saved.eps))
     z = _flat(z)
-    return cast(z, options.dtype), z, rstd.view(-1), places
+    return cast(z, options.dtype), z, rstd.view(-1)
 
 
 def _added(total: Tensor | None, part: Tensor | None) -> Tensor | None:
