@@ -164,6 +164,18 @@ MUTATIONS = (
         "rsqrt(group_sum(square, lanes) / static_cast<A>(p.channels))",
     ),
     Mutation(
+        "cuda GRN of LayerNorm: the weight's gradient without that of the norm",
+        CUDA,
+        "dweight[c] = scale * of_z + kappa * (w * squares + b * sums);",
+        "dweight[c] = scale * of_z;",
+    ),
+    Mutation(
+        "cuda GRN of LayerNorm: rows that are left over are not summed",
+        CUDA,
+        "if (start < span.rows) take(start, Flag<false>{});",
+        "",
+    ),
+    Mutation(
         "cuda wrong tap of the weight gradient",
         CUDA,
         "const int64_t touched = column + right * width + radius;",
@@ -174,6 +186,12 @@ MUTATIONS = (
         CUDA,
         "if (slot < 0) continue; const T* const source",
         "if (slot < 0) slot = map; const T* const source",
+    ),
+    Mutation(
+        "triton GRN of LayerNorm: the bias of rows that are not there",
+        TRITON,
+        "y = tl.where(inside, centred * r[:, None] * w + b, 0.0)",
+        "y = centred * r[:, None] * w + b",
     ),
     Mutation(
         "triton flipped tap: the gradient of x by lines of taps that are not turned",
