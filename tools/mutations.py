@@ -99,14 +99,14 @@ MUTATIONS = (
     Mutation(
         "cpu GRN of LayerNorm: the weight's gradient without that of the norm",
         CPU,
-        "add(0, scale * gz + kappa * (w * zz + b * z));",
-        "add(0, scale * gz);",
+        "add(0, scale * sum_of(2) + kappa * sum_of(4));",
+        "add(0, scale * sum_of(2));",
     ),
     Mutation(
-        "cpu GRN of LayerNorm: the gradient of the norm without LayerNorm's bias",
+        "cpu GRN of LayerNorm: the gradient of the norm without LayerNorm's weight",
         CPU,
-        "lanes.store(factors + 2 * channels + c, b * w * kappa);",
-        "lanes.store(factors + 2 * channels + c, w * kappa);",
+        "lanes.store(factors + channels + c, w * kappa);",
+        "lanes.store(factors + channels + c, kappa);",
     ),
     Mutation("cpu LayerNorm without eps", CPU, "std::sqrt(variance + static_cast<Acc<T>>(eps))", "std::sqrt(variance)"),
     Mutation(
