@@ -377,11 +377,12 @@ class Calls(TorchDispatchMode):
 def test_layer_norm_grn_forms_no_rows_but_its_results(backend, at):
     """One operator each way; what its kernels hold meanwhile is bounded by csrc/tests/test_rows.cpp."""
     sample = make_sample("layer_norm_grn", at=at, c=6).cast(F32, backend.device)
-    x = sample.tensors["x"]
-    with ck.use_backend(backend.name), Calls(x.numel()) as forward:
+    inputs = list(sample.tensors.values())
+    numel, cotangent = sample.tensors["x"].numel(), torch.randn_like(sample.tensors["x"])
+    with ck.use_backend(backend.name), Calls(numel) as forward:
         out = sample()
-    with Calls(x.numel()) as backward:
-        torch.autograd.grad(out, [t for t in sample.tensors.values() if t is not None], torch.randn_like(x))
+    with Calls(numel) as backward:
+        torch.autograd.grad(out, inputs, cotangent)
     assert (forward.names, backward.names) == (["layer_norm_grn_forward"], ["layer_norm_grn_backward"])
 
 

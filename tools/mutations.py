@@ -99,14 +99,14 @@ MUTATIONS = (
     Mutation(
         "cpu GRN of LayerNorm: the weight's gradient without that of the norm",
         CPU,
-        "add(0, scale * gz + kappa * (w * zz + b * z));",
-        "add(0, scale * gz);",
+        "add(0, scale * sum_of(2) + kappa * sum_of(4));",
+        "add(0, scale * sum_of(2));",
     ),
     Mutation(
-        "cpu GRN of LayerNorm: the gradient of the norm without LayerNorm's bias",
+        "cpu GRN of LayerNorm: the gradient of the norm without LayerNorm's weight",
         CPU,
-        "lanes.store(factors + 2 * channels + c, b * w * kappa);",
-        "lanes.store(factors + 2 * channels + c, w * kappa);",
+        "lanes.store(factors + channels + c, w * kappa);",
+        "lanes.store(factors + channels + c, kappa);",
     ),
     Mutation("cpu LayerNorm without eps", CPU, "std::sqrt(variance + static_cast<Acc<T>>(eps))", "std::sqrt(variance)"),
     Mutation(
@@ -164,6 +164,18 @@ MUTATIONS = (
         "rsqrt(group_sum(square, lanes) / static_cast<A>(p.channels))",
     ),
     Mutation(
+        "cuda GRN of LayerNorm: the weight's gradient without that of the norm",
+        CUDA,
+        "dweight[c] = scale * of_z + kappa * (w * squares + b * sums);",
+        "dweight[c] = scale * of_z;",
+    ),
+    Mutation(
+        "cuda GRN of LayerNorm: rows that are left over are not summed",
+        CUDA,
+        "if (start < span.rows) take(start, Flag<false>{});",
+        "",
+    ),
+    Mutation(
         "cuda wrong tap of the weight gradient",
         CUDA,
         "const int64_t touched = column + right * width + radius;",
@@ -174,6 +186,12 @@ MUTATIONS = (
         CUDA,
         "if (slot < 0) continue; const T* const source",
         "if (slot < 0) slot = map; const T* const source",
+    ),
+    Mutation(
+        "triton GRN of LayerNorm: the bias of rows that are not there",
+        TRITON,
+        "y = tl.where(inside, centred * r[:, None] * w + b, 0.0)",
+        "y = centred * r[:, None] * w + b",
     ),
     Mutation(
         "triton flipped tap: the gradient of x by lines of taps that are not turned",

@@ -512,7 +512,7 @@ void test_layer_norm_grn(const KernelTable& k, int64_t channels, bool uneven) {
 
 // Forward and backward together hold less than an eighth of the rows, whether by segments or by blocks of rows.
 void test_layer_norm_grn_scratch(const KernelTable& k) {
-  const int64_t channels = 64, count = 8, rows = 4096, size = rows * channels;
+  const int64_t channels = 64, count = 8, rows = 8192, size = rows * channels;
   Random random(1);
   const auto x = random.vector<float>(size), row = random.vector<float>(channels);
   std::vector<float> y(size), mean(rows), rstd(rows), norm(count * channels), sums(channels);

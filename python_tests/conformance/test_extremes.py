@@ -53,10 +53,13 @@ def test_layer_norm_of_a_large_bias_before_grn(backend, dtype, shift):
 
 @parametrize_backends_and_dtypes(DTYPES)
 def test_a_bias_that_cancels_the_normalised_rows_before_grn(backend, dtype):
-    """All rows are nearly the same, and the bias takes away what they share: GRN sees the remainders."""
+    """All rows are nearly the same, and the bias takes away what they share: GRN sees the remainders.
+
+    GPU kernels, which sum over normalised rows instead of LayerNorm's output, bear larger remainders only."""
+    remainder = 0.003 if backend.name == "cpu" else 0.03
     sample = make_sample("layer_norm_grn", c=24, at=("ragged", 4))
     x = sample.tensors["x"]
-    x.copy_(x[:1, :1, :1] + 0.03 * x)
+    x.copy_(x[:1, :1, :1] + remainder * x)
     z = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
     sample.tensors["ln_bias"].copy_(-(sample.tensors["ln_weight"] * z).mean((0, 1, 2)))
     check(sample, backend.name, dtype, backend.device)
