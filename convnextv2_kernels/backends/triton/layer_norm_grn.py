@@ -294,7 +294,7 @@ def layer_norm_grn_forward(
 
 def _gradient(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, coefficients: Tensor, own: Segments) -> Tensor:
     dx = torch.empty_like(x)
-    rows: dict[str, Any] = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, "coefficients": coefficients}
+    rows: dict = {"x": x, "grad": grad, "mean": mean, "rstd": rstd, "coefficients": coefficients}
     if x.shape[-1] > _WIDEST:
         pull = _columns(x, own)
         launch(normalized_pull_kernel, pull.grid, **rows, out=dx, **pull.arguments)

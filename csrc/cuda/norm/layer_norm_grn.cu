@@ -1,7 +1,7 @@
 // GRN of LayerNorm, y = (z weight + bias) scale + beta, z = (x - mean) rstd: two passes over x each way, of which only
-// statistics remain. Forward: mean, 1/std and square sums (2 bytes per 16-bit element, 10 instructions of the 14 that
-// an H200 issues meanwhile at its copy bandwidth), result (4 bytes, 6 of 28). Backward: sums of grad z, grad, z z and
-// z, from which all gradients of parameters follow (4 bytes, 10 of 28), gradient (6 bytes, 17 of 42).
+// statistics remain. Forward: mean, 1/std and square sums (2 bytes per 16-bit element, 14 instructions of the 14 that
+// an H200 issues meanwhile at its copy bandwidth), result (4 bytes, 9 of 28). Backward: sums of grad z, grad, z z and
+// z, from which all gradients of parameters follow (4 bytes, 12 of 28), gradient (6 bytes, 27 of 42).
 #include "../mlp/row_passes.h"
 #include "grn_statistics.cuh"
 #include "normalized.cuh"
