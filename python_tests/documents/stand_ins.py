@@ -71,6 +71,8 @@ DEMO = "--max-steps 1 --batch-size 2 --workers 0 --device cpu"
 
 RUN = {
     "python -m convnextv2_kernels info": Run(process=True),
+    "python -m convnextv2_kernels info --model tiny": Run(),
+    "python -m convnextv2_kernels info --model huge --img-size 512 --mask-ratio 0.75": Run(),
     "python -m convnextv2_kernels convert convnextv2_tiny_1k_224_ema.pt tiny.safetensors --to timm": Run(),
     "python -m convnextv2_kernels convert SOURCE TARGET --to FORMAT": Run(
         put={"TARGET": "target.safetensors", "FORMAT": "transformers"}
