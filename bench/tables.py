@@ -10,7 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from convnextv2_kernels.benchmark import results
+from convnextv2_kernels.benchmark.model_counts import count_model
 from convnextv2_kernels.benchmark.report import short
+from convnextv2_kernels.sizes import V2_NAMES
 
 from . import RESULTS, ROOT
 from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, mib, ops, scaling
@@ -82,6 +84,31 @@ def intel_products(report: dict) -> str:
         lines.append(f"| {row['rows']} x {row['width']} | {' | '.join(cells)} |")
     lines += ["", f"{_machine(report)}, float32{footnote(report, report['products'])}."]
     return "\n".join(lines)
+
+
+def flops() -> str:
+    """Table of docs/kernels/math.md: parameters and multiply-adds of every size, counted."""
+    lines = [
+        "| at 224 px, 19 of 49 patches visible | parameters | multiply-adds, dense | encoder, dense / packed | FCMAE, "
+        "parameters | multiply-adds, packed |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in V2_NAMES:
+        c = count_model(name)
+        lines.append(
+            f"| {short(name)} | {_millions(c.total('parameters', c.head))} | {_giga(c.total('dense', c.head))} | "
+            f"{_giga(c.total('dense'))} / {_giga(c.total('packed'))} | "
+            f"{_millions(c.total('parameters', c.decoder))} | {_giga(c.total('packed', c.decoder))} |"
+        )
+    return "\n".join(lines)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def _giga(count: int) -> str:
+    return f"{count / 1e9:.3g} G"
 
 
 def _machine(report: dict) -> str:
@@ -237,6 +264,7 @@ def _contents() -> list[tuple[str, str, str]]:
         ("docs/benchmarks.md", "engines", engines(results.read(ENGINES))),
         ("docs/benchmarks.md", "scaling", scaling(results.read(SCALING))),
         ("docs/benchmarks.md", "fused_malloc", fused_other(results.read(FUSED_OTHER))),
+        ("docs/kernels/math.md", "flops", flops()),
         ("docs/kernels/mlp.md", "results", choices(results.read(CHOICES))),
         ("docs/kernels/mlp.md", "intel", intel_products(results.read(CHOICES_INTEL))),
         ("docs/kernels/gpu.md", "resources", resources(results.read(RESOURCES))),

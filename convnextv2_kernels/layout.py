@@ -167,7 +167,8 @@ class PatchLayout:
         native = _kernels_for(ids.device)
         if native is None:
             ids = ids.sort(dim=1).values
-        if ids.device.type == "cpu" and not (torch.compiler.is_compiling() or for_any_input()) and ids.numel():
+        recorded = torch.compiler.is_compiling() or for_any_input() or type(ids) is not Tensor  # or without data
+        if ids.device.type == "cpu" and not recorded and ids.numel():
             if int(ids.min()) < 0 or int(ids.max()) >= total:
                 raise ValueError(
                     f"ids must lie in 0..{total - 1} for grid {gh}x{gw}, got values from {int(ids.min())} to "

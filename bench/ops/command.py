@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_common(parser)
     parser.set_defaults(dtype="float32")
     add("--quick", action="store_true", help="atto, batch 2, 3 rounds, unless told otherwise")
+    add("--no-compile", dest="compile", action="store_false", help="no compiled peers, each of which takes seconds")
     add("--time-budget", type=seconds, metavar="SECONDS", help="start no further op after this time (default: none)")
     return parser
 
@@ -134,6 +135,8 @@ def print_ops(console: Console, model: str, ops: dict) -> None:
     console.print(table)
     for row in ops["rows"]:
         _print_engines(console, row)
+        if "compile_left_out" in row:
+            console.print(f"{row['op']} C={row['width']}: no compiled peer: {row['compile_left_out']}")
     for engine, reason in {k: v for row in ops["rows"] for k, v in row.get("engines_left_out", {}).items()}.items():
         console.print(f"{engine} is left out: {reason}")
     if ops["skipped"]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cases import Params
+from .cases import Params, Sites
 from .measure import OpCase, OpVariant, pack
 
 # Of rows [R, C] in the engine's order, the weight and the bias; returns rows [R, C] in the same order.
@@ -155,8 +155,8 @@ def full_channel_case(case: OpCase) -> OpCase:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(c, c, k, k, generator=generator) * (c * k * k) ** -0.5
 
-    def convolve(x: Tensor, p: Params, keep: Tensor) -> Tensor:
-        return F.conv2d(x, p["weight"], p["bias"], padding=k // 2).permute(0, 2, 3, 1) * keep
+    def convolve(x: Tensor, p: Params, at: Sites) -> Tensor:
+        return F.conv2d(x, p["weight"], p["bias"], padding=k // 2).permute(0, 2, 3, 1) * at.keep
 
     full = copy.copy(case)
     full.parameters = {**case.parameters, "weight": weight}

@@ -11,15 +11,16 @@ from torch import Tensor
 
 from convnextv2_kernels.benchmark import counts
 from convnextv2_kernels.benchmark.baseline import MEMORY_FORMATS, PATCH, keep_map
-from convnextv2_kernels.benchmark.correctness import compare, require, rounding_floor
+from convnextv2_kernels.benchmark.correctness import CorrectnessError, compare, require, rounding_floor
 from convnextv2_kernels.benchmark.machine import synchronized
 from convnextv2_kernels.benchmark.timing import Budget, Control, rounds_for, summarize, time_interleaved
 from convnextv2_kernels.benchmark.variants import MASK_RATIO, SPARSE, Settings
+from convnextv2_kernels.errors import describe_error
 from convnextv2_kernels.layout import PatchLayout, mask_fault, random_mask
 from convnextv2_kernels.models import get_config
 
 from .. import ceilings
-from .cases import SPECS, OpSpec
+from .cases import IN_CHANS, SPECS, OpSpec, Rows, Sites
 
 # Short ops get more rounds, until they fill this time, so that their medians settle.
 MIN_SECONDS = 0.4
@@ -87,23 +88,35 @@ class OpCase:
         self.spec, self.width, self.side, self.mask, self.dtype = spec, width, side, mask, dtype
         generator = torch.Generator().manual_seed(seed)
         n, gh, gw = mask.shape
-        shape = (n, gh * side, gw * side, spec.factor * width)
         device = mask.device
         keep = keep_map(mask, side, torch.float32)
+        if spec.source == "images":
+            x = torch.randn(n, IN_CHANS, 4 * gh * side, 4 * gw * side, generator=generator).to(device)
+        else:
+            x = torch.randn((n, gh * side, gw * side, spec.factor * width), generator=generator).to(device) * keep
         # Rounded to the dtype of the activations once, so that float64 starts from the same values.
-        x = torch.randn(shape, generator=generator).to(device) * keep
         self.x = x.to(dtype).to(torch.float32)
         self.keep = keep_map(mask, side // spec.stride, torch.float32)
+        self.sites = Sites(self.keep, (~mask).nonzero(as_tuple=True), (gh, gw))
         self.parameters = {name: value.to(device, torch.float32) for name, value in spec.parameters(width).items()}
         with torch.no_grad():
-            output = self._dense_output(next(iter(spec.dense)))
-            cotangent = torch.randn(output.shape, generator=generator).to(device) * self.keep
-            self.cotangent = cotangent.to(dtype).to(torch.float32)
+            layout, function = next(iter(spec.dense.values()))
+            out_width = function(self._peer_input(layout), self.parameters, self.sites).shape[-1]
+        cotangent = torch.randn((*self.keep.shape[:3], out_width), generator=generator).to(device) * self.keep
+        self.cotangent = cotangent.to(dtype).to(torch.float32)
         self.layout = PatchLayout.from_mask(mask)
 
-    def _dense_output(self, name: str) -> Tensor:
-        function = self.spec.dense[name][1]
-        return function(self.x.permute(0, 3, 1, 2), self.parameters, self.keep)
+    def _peer_input(self, layout: str) -> Tensor:
+        """What a peer of this layout reads, in float32."""
+        if layout == "packed":
+            return pack(self.x, self.mask)
+        x = self.x if self.spec.source == "images" else self.x.permute(0, 3, 1, 2)
+        return x.contiguous(memory_format=MEMORY_FORMATS["channels_last" if layout == "visible" else layout])
+
+    def _packed(self, t: Tensor) -> Tensor:
+        """Visible patches of an NHWC map, or of what is packed already."""
+        side = self.keep.shape[1] // self.mask.shape[1]
+        return t if tuple(t.shape[:3]) == (self.layout.num_patches, side, side) else pack(t, self.mask)
 
     def variants(self) -> dict[str, OpVariant]:
         """The sparse variant and each dense one."""
@@ -111,50 +124,60 @@ class OpCase:
 
     def sparse_variant(self) -> OpVariant:
         """The library's op on packed visible patches."""
-        x = pack(self.x, self.mask).to(self.dtype)
-        leaves = self._leaves(x, torch.float32)
-        cotangent = pack(self.cotangent, self.mask).to(self.dtype)
+        x = pack(self.x, self.mask) if self.spec.source == "packed" else self.x
+        x, leaves = self._split(x.to(self.dtype), torch.float32)
+        layout = self.layout
 
         def call(leaves: dict[str, Tensor]) -> Tensor:
-            return self.spec.sparse(leaves["x"], {k: t for k, t in leaves.items() if k != "x"}, self.layout)
+            given = leaves.get("x", x)
+            return self.spec.sparse(given, {k: t for k, t in leaves.items() if k != "x"}, layout)
 
-        return OpVariant(call, leaves, cotangent, self._autocast, self.mask.device.type)
+        variant = OpVariant(call, leaves, self.cotangent, self._autocast, self.mask.device.type)
+        self._set_cotangent(variant)
+        return variant
 
     def dense_variant(self, name: str, dtype: torch.dtype | None = None) -> OpVariant:
         """The plain PyTorch peer called ``name``; with ``dtype`` float64 it is the truth of the check."""
         layout, function = self.spec.dense[name]
         exact = dtype == torch.float64
-        x = self.x.permute(0, 3, 1, 2).to(dtype or self.dtype)
-        x = x.contiguous(memory_format=MEMORY_FORMATS[layout])
-        leaves = self._leaves(x, torch.float64 if exact else torch.float32)
-        keep = self.keep.to(x.dtype)
+        x = self._peer_input(layout).to(dtype or self.dtype)
+        x, leaves = self._split(x, torch.float64 if exact else torch.float32)
+        sites = self.sites._replace(keep=self.keep.to(x.dtype))
 
         def call(leaves: dict[str, Tensor]) -> Tensor:
-            return function(leaves["x"], leaves, keep)
+            return function(leaves.get("x", x), leaves, sites)
 
         autocast, device = self._autocast and not exact, self.mask.device.type
         variant = OpVariant(call, leaves, self.cotangent, autocast, device)
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
-            # In the strides of the output, as the gradient of a next layer would come.
-            variant.cotangent = torch.empty_like(variant.run()).copy_(self.cotangent)
+        self._set_cotangent(variant)
         return variant
+
+    def _set_cotangent(self, variant: OpVariant) -> None:
+        """In the shape and strides of the output, as the gradient of a next layer would come."""
+        with torch.no_grad(), torch.autocast(variant.device, torch.bfloat16, enabled=variant.autocast):
+            output = variant.run()
+        cotangent = self.cotangent if output.shape == self.cotangent.shape else self._packed(self.cotangent)
+        variant.cotangent = torch.empty_like(output).copy_(cotangent)
 
     @property
     def _autocast(self) -> bool:
         return self.dtype == torch.bfloat16
 
-    def _leaves(self, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = {"x": x, **{k: v.to(dtype) for k, v in self.parameters.items()}}
-        return {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
+    def _split(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """x, and the leaves to differentiate: the parameters, and x itself unless it is images."""
+        leaves = {} if self.spec.source == "images" else {"x": x}
+        leaves |= {k: v.to(dtype) for k, v in self.parameters.items()}
+        return x, {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
 
     def _results(self, variant: OpVariant, packed: bool) -> dict[str, Tensor]:
+        """Output and gradients, of visible sites; ``packed``: of the library's op, or of one that takes what it
+        takes."""
         output, grads = variant.forward_backward()
         results = {f"gradient of {k}": g for k, g in zip(variant.leaves, grads, strict=True)}
-        results["output"] = output.detach()
-        if not packed:
-            results["output"] = pack(results["output"], self.mask)
-            x = results["gradient of x"].permute(0, 2, 3, 1)
-            results["gradient of x"] = pack(x, self.mask)
+        results["output"] = self._packed(output.detach())
+        x = results.get("gradient of x")
+        if x is not None and tuple(x.shape[:3]) != (self.layout.num_patches, self.side, self.side):
+            results["gradient of x"] = pack(x if packed else x.permute(0, 2, 3, 1), self.mask)
         return results
 
     def check(self) -> dict:
@@ -177,8 +200,12 @@ class OpCase:
     def work(self, dense: bool) -> counts.Work:
         """Counted minimum of forward and backward."""
         mask = torch.zeros_like(self.mask) if dense else self.mask
-        taps = counts.visible_taps(mask, self.side)
-        return self.spec.work(self.rows(dense), taps, self.width, self.dtype.itemsize)
+        rows = Rows(self.rows(dense), counts.visible_taps(mask, self.side), self.rows(True))
+        return self.spec.work(rows, self.width, self.dtype.itemsize)
+
+    def is_dense(self, name: str) -> bool:
+        """Whether a variant computes hidden sites as well."""
+        return name in self.spec.dense and self.spec.dense[name][0] in MEMORY_FORMATS
 
 
 def stage_cases(
@@ -192,16 +219,18 @@ def stage_cases(
     mask = mask.to(device)
     for stage, width in enumerate(get_config(model_name).dims):
         for spec in SPECS:
-            if (8 >> stage) >= spec.stride:
+            if spec.fits(8 >> stage):
                 yield OpCase(spec, width, 8 >> stage, mask, dtype, seed)
 
 
 @dataclass(frozen=True)
 class OpSettings(Settings):
-    """What ``bench ops`` measures; ``quick``: no more rounds for short ops, and limits measured once."""
+    """What ``bench ops`` measures; ``quick``: no more rounds for short ops, and limits measured once; ``compile``: also
+    the fastest eager peer, compiled."""
 
     models: tuple[str, ...] = ("convnextv2_atto", "convnextv2_tiny")
     quick: bool = False
+    compile: bool = True
 
 
 def measure_ops(model_name: str, settings: OpSettings, budget: Budget, log: Callable[[str], None]) -> dict:
@@ -225,7 +254,7 @@ def measure_ops(model_name: str, settings: OpSettings, budget: Budget, log: Call
         log(f"{model_name}: {case.spec.name} {case.label}")
         floor = 0.0 if settings.quick else MIN_SECONDS
         engines, left_out = engine_variants(case)
-        row = measure_case(case, settings.repeats, budget, floor, engines)
+        row = measure_case(case, settings.repeats, budget, floor, engines, settings.compile)
         rows.append({**row, "engines_left_out": left_out} if left_out else row)
     if not settings.quick:
         limits = limits.best(ceilings.measure(settings.device, settings.torch_dtype))
@@ -236,10 +265,10 @@ def measure_ops(model_name: str, settings: OpSettings, budget: Budget, log: Call
 
 def _add_limits(row: dict, limits: ceilings.Ceilings) -> None:
     """Add to each variant of a row the least time of its counted work, and the share of its time that this is."""
-    for name, variant in row["variants"].items():
+    for variant in row["variants"].values():
         if "comparable" in variant:
             continue  # another engine, whose own limits nobody here counts
-        work = counts.Work(**row["work"][SPARSE if name == SPARSE else "dense"])
+        work = counts.Work(**row["work"][variant.pop("counted")])
         least = limits.limit_ms(work)
         variant |= {"limit_ms": least, "share": least / variant["median_ms"], "bound": limits.bound(work)}
 
@@ -250,12 +279,13 @@ def measure_case(
     budget: Budget,
     min_seconds: float = MIN_SECONDS,
     engines: Mapping[str, OpVariant] | None = None,
+    compiled: bool = False,
 ) -> dict:
     """Time the variants of one case, interleaved; JSON-ready, with rates by counted work.
 
     ``engines`` are variants of other sparse engines (:mod:`.engines`), timed beside ours and the dense ones and flagged
     ``comparable`` or not; the ratio is against dense PyTorch all the same. The control is the fastest dense variant
-    against itself on inputs of its own.
+    against itself on inputs of its own. ``compiled``: the fastest eager dense variant once more, compiled.
     """
     engines = engines or {}
     variants = {**case.variants(), **engines}
@@ -273,6 +303,15 @@ def measure_case(
         warm(name)
     dense = [name for name in variants if name != SPARSE and name not in engines]
     original = min(dense, key=seconds.__getitem__)
+    left_out = None
+    if compiled:
+        try:
+            variants[f"{original} compile"] = compiled_variant(variants[original])
+        except Exception as error:  # a compiler's, of many kinds
+            left_out = describe_error(error)
+        else:
+            warm(f"{original} compile")
+            dense.append(f"{original} compile")
     copied = f"{original} copy"
     variants[copied] = variants[original].copy()
     warm(copied)
@@ -292,8 +331,11 @@ def measure_case(
     for name, result in results.items():
         if name in engines:
             result["comparable"] = engines[name].comparable
+        else:
+            result["counted"] = "dense" if case.is_dense(name.removesuffix(" compile")) else SPARSE
         if result.get("comparable", True):  # another operation has other work
-            result["rates"] = case.work(dense=name in dense).rates(result["median_ms"])
+            work = case.work(dense=result.get("counted") == "dense")
+            result["rates"] = work.rates(result["median_ms"])
     fastest = min(dense, key=lambda name: results[name]["median_ms"])
     return {
         "op": case.spec.name,
@@ -304,4 +346,18 @@ def measure_case(
         "control": control.to_json(),
         "fastest_dense": fastest,
         "time_ratio": results[fastest]["median_ms"] / results[SPARSE]["median_ms"],
+        **({"compile_left_out": left_out} if left_out else {}),
     }
+
+
+def compiled_variant(variant: OpVariant) -> OpVariant:
+    """The same peer compiled, on the same inputs; its results agree with the eager ones but for rounding."""
+    torch._dynamo.reset()  # one function is compiled for many shapes, each of them anew
+    compiled = replace(variant, call=torch.compile(variant.call, fullgraph=True, dynamic=False))
+    (output, grads), (expected, expected_grads) = compiled.forward_backward(), variant.forward_backward()
+    tolerance = 1e-4 if output.dtype == torch.float32 else 5e-2
+    for got, wanted in zip((output, *grads), (expected, *expected_grads), strict=True):
+        error = torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float())
+        if not error <= tolerance:
+            raise CorrectnessError(f"compiled and eager results differ by {error:.1e} of their norm")
+    return compiled

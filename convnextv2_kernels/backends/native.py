@@ -16,7 +16,7 @@ from .._console import visible
 from .._files import read_json
 from ..errors import FileError
 from ..params import MLPOptions, Segments
-from . import _fakes
+from . import _fakes, _flops
 from .base import KernelBackend, mismatch
 
 
@@ -70,6 +70,7 @@ class NativeBackend(KernelBackend):
         self.operators = getattr(torch.ops, self.namespace)
         if self.load_error() is None:
             _fakes.register(self.namespace)  # so that the operators can be traced
+            _flops.register(self.namespace)
 
     @abstractmethod
     def load_error(self) -> str | None:

@@ -84,6 +84,21 @@ def gelu_grn(rows: int, width: int, itemsize: int = 4) -> Work:
     return layer_norm(rows, width, itemsize)
 
 
+def layer_norm_grn(rows: int, width: int, itemsize: int = 4) -> Work:
+    """LayerNorm and GRN fused: what GRN reads a second time stays in the cache."""
+    return Work(0, itemsize * (MAPS * rows * width + WEIGHT_PASSES * 4 * width))
+
+
+def gathered(rows: int, all_rows: int, width: int, itemsize: int = 4) -> Work:
+    """Copy of the visible ones of ``all_rows`` rows; backward writes the whole map, with zeros elsewhere."""
+    return Work(0, itemsize * width * (3 * rows + all_rows))
+
+
+def scattered(rows: int, all_rows: int, width: int, itemsize: int = 4) -> Work:
+    """Copy of rows to their places in a map of ``all_rows``, with a fill elsewhere; backward reads the rows alone."""
+    return Work(0, itemsize * width * (3 * rows + all_rows))
+
+
 def matrix_product(rows: int, fan_in: int, fan_out: int, itemsize: int = 4, input_grad: bool = True) -> Work:
     """``rows`` x ``fan_in`` by ``fan_in`` x ``fan_out`` with a bias."""
     maps = rows * (fan_in * (3 if input_grad else 2) + 2 * fan_out)
@@ -97,6 +112,20 @@ def pointwise_mlp(rows: int, width: int, hidden: int, itemsize: int = 4) -> Work
     flops = 2 * 3 * 2 * rows * width * hidden
     weights = 2 * width * hidden + 3 * hidden + width
     return Work(flops, itemsize * (MAPS * rows * width + WEIGHT_PASSES * weights))
+
+
+def gathered_pointwise_mlp(
+    rows: int, all_rows: int, width: int, hidden: int, itemsize: int = 4, layer_norm: bool = False
+) -> Work:
+    """The MLP of visible rows, read from a map of ``all_rows`` rows; their gradient is a map, zero elsewhere."""
+    vectors = WEIGHT_PASSES * 2 * width if layer_norm else 0
+    return pointwise_mlp(rows, width, hidden, itemsize) + Work(0, itemsize * ((all_rows - rows) * width + vectors))
+
+
+def patch_embed(rows: int, width: int, itemsize: int = 4, in_chans: int = 3, layer_norm: bool = False) -> Work:
+    """The stem, whose images need no gradient, and LayerNorm, if any, without a map between them."""
+    norm = Work(0, itemsize * WEIGHT_PASSES * 2 * width if layer_norm else 0)
+    return matrix_product(rows, 16 * in_chans, width, itemsize, input_grad=False) + norm
 
 
 def downsample(rows: int, width: int, out_width: int, itemsize: int = 4) -> Work:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import backends
 from ..data import MAX_PIXELS
-from ..sizes import V2_NAMES
+from ..sizes import CONFIGS, V2_NAMES
 
 BACKENDS = ("auto", *(name for name in backends.NAMES if name != "auto"))
 MODEL_PREFIX = "convnextv2_"
@@ -116,6 +116,16 @@ def model_name(text: str) -> str:
     if name not in V2_NAMES:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(V2_NAMES)}, got {text!r}")
     return name
+
+
+def any_model_name(text: str) -> str:
+    """The full name of a size of V2, as :func:`model_name` takes it, or of V1, such as ``convnext_tiny``."""
+    if text in CONFIGS:
+        return text
+    try:
+        return model_name(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(CONFIGS)}, got {text!r}") from None
 
 
 def short_name(name: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, schedule
+from ..backends import _flops
 from ..backends._fakes import on_one_device
 from ..dtypes import statistics_dtype
 from ..params import (
@@ -61,6 +62,7 @@ def define(name: str, arguments: Any, outputs: str, implementation: Callable, fa
     _library.impl(name, run, "CompositeExplicitAutograd")
     one_device = on_one_device(lambda *args: fake(arguments._make(args)))
     torch.library.register_fake(f"{_NAMESPACE}::{name}", one_device, lib=_library)
+    _flops.register(_NAMESPACE, name)
     return getattr(torch.ops.convnextv2_kernels, name).default
 
 

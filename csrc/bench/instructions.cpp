@@ -21,7 +21,7 @@ extern "C" __attribute__((noinline)) void cnx_counted_call(const std::function<v
 namespace {
 
 // A name, two words of which the second is the vector width, and every kernel.
-constexpr size_t kKernels = 15;
+constexpr size_t kKernels = 17;
 static_assert(sizeof(KernelTable) == (2 + kKernels) * sizeof(void*), "a kernel was added: it needs a count() below");
 
 // Kernels that spend most of their time in functions of the C library (memcpy, erfc, exp) depend on its version too.
@@ -141,6 +141,29 @@ void count_norms(const KernelTable& k, int64_t channels) {
   p.dweight = dweight;
   p.dbias = dbias;
   count("space_to_depth_norm_backward " + shape, [&] { k.space_to_depth_norm_backward(p, one_thread()); });
+  const Layout layout;
+  T* map = data.draw<T>(kImages * kSide * kSide * side * side * channels);
+  GatherNorm gather{.dtype = dtype,
+                    .grid_h = kSide,
+                    .grid_w = kSide,
+                    .side = side,
+                    .slots = kSlots,
+                    .channels = channels,
+                    .patch_of_slot = data.indices(layout.patch_of_slot),
+                    .x = map,
+                    .weight = weight,
+                    .bias = bias,
+                    .eps = 1e-6,
+                    .out = y,
+                    .rstd = rstd};
+  count("gather_norm_forward " + shape, [&] { k.gather_norm_forward(gather, one_thread()); });
+  gather.x = grad;
+  gather.bias = nullptr;
+  gather.z = y;
+  gather.out = map;
+  gather.dweight = dweight;
+  gather.dbias = dbias;
+  count("gather_norm_backward " + shape, [&] { k.gather_norm_backward(gather, one_thread()); });
 }
 
 template <class T>

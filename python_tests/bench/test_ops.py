@@ -22,7 +22,11 @@ def test_pack_is_the_layout_of_the_library():
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_check_of_every_op(spec, dtype):
     summary = OpCase(spec, 16, 4, MASK, dtype, seed=1).check()
-    assert summary["results"] == 2 + len(spec.parameters(16))
+    assert summary["results"] == (1 if spec.source == "images" else 2) + len(spec.parameters(16))
+
+
+def test_no_public_op_is_missing():
+    assert {spec.op for spec in SPECS} == set(ops.__all__)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -47,12 +51,53 @@ def test_all_variants_are_timed_and_rated():
         assert len(variant["samples_ms"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "peer", "counted"),
+    [
+        ("gather_patches", "indexing", "sparse"),
+        ("scatter_patches", "indexing", "sparse"),
+        ("gathered_pointwise_mlp", "gather linear", "sparse"),
+        ("layer_norm_grn", "channels_last", "dense"),
+    ],
+)
+def test_a_peer_is_rated_by_the_sites_it_computes(name, peer, counted):
+    case = OpCase(BY_NAME[name], 16, 4, MASK, torch.float32, seed=1)
+    variant = measure_case(case, repeats=1, budget=Budget(None), min_seconds=0.0)["variants"][peer]
+    work = case.work(dense=counted == "dense")
+    assert variant["counted"] == counted
+    assert variant["rates"]["gbytes"] == pytest.approx(work.bytes / variant["median_ms"] * 1e-6)
+
+
+@pytest.mark.thorough
+def test_the_fastest_peer_is_compiled_too():
+    case = OpCase(BY_NAME["layer_norm_grn"], 16, 4, MASK, torch.float32, seed=1)
+    row = measure_case(case, repeats=1, budget=Budget(None), min_seconds=0.0, compiled=True)
+    assert row["variants"]["channels_last compile"]["counted"] == "dense" and "compile_left_out" not in row
+
+
+def test_a_peer_that_does_not_compile_is_left_out_with_the_reason(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    case = OpCase(BY_NAME["layer_norm"], 16, 4, MASK, torch.float32, seed=1)
+    row = measure_case(case, repeats=1, budget=Budget(None), min_seconds=0.0, compiled=True)
+    assert row["compile_left_out"] == "RuntimeError: no compiler" and set(row["variants"]) == {
+        "sparse",
+        "channels_last",
+    }
+
+
 @pytest.mark.thorough
 def test_spent_budget_names_what_it_skips():
     settings = OpSettings(batch_size=1, img_size=64, repeats=1)
     result = measure_ops("convnextv2_atto", settings, Budget(1e-9), lambda message: None)
     assert result["rows"] == []
-    assert len(result["skipped"]) == result["checked_cases"] == 4 * len(SPECS) - 1
+    assert (
+        len(result["skipped"])
+        == result["checked_cases"]
+        == sum(spec.fits(side) for spec in SPECS for side in (8, 4, 2, 1))
+    )
 
 
 def test_host_time_is_measured_beside_timm():

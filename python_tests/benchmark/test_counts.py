@@ -83,6 +83,24 @@ def test_bytes_of_a_layer_norm():
     assert counts.layer_norm(10, 8, itemsize=2).bytes == 2 * (5 * 80 + 3 * 16)
 
 
+def test_bytes_of_ops_on_whole_maps():
+    rows, whole, width = 6, 16, 8
+    # visible rows read and written, their gradient read, and the gradient of the map written
+    assert counts.gathered(rows, whole, width).bytes == 4 * width * (rows + rows + rows + whole)
+    # rows read, the map written, the gradient at visible rows read, that of the rows written
+    assert counts.scattered(rows, whole, width).bytes == 4 * width * (rows + whole + rows + rows)
+    mlp, gathered = counts.pointwise_mlp(rows, width, 32), counts.gathered_pointwise_mlp(rows, whole, width, 32)
+    assert gathered.flops == mlp.flops and gathered.bytes == mlp.bytes + 4 * width * (whole - rows)
+    with_norm = counts.gathered_pointwise_mlp(rows, whole, width, 32, layer_norm=True)
+    assert with_norm.bytes == gathered.bytes + 4 * 3 * 2 * width
+
+
+def test_bytes_of_a_stem_and_of_norms_in_a_row():
+    assert counts.patch_embed(10, 8).bytes == 4 * (10 * (2 * 48 + 2 * 8) + 3 * 49 * 8)
+    assert counts.patch_embed(10, 8, layer_norm=True).bytes - counts.patch_embed(10, 8).bytes == 4 * 3 * 2 * 8
+    assert counts.layer_norm_grn(10, 8).bytes == 4 * (5 * 80 + 3 * 4 * 8)
+
+
 def test_a_block_moves_its_maps_once():
     rows, taps, width = 64, 64 * 49, 8
     block = counts.block(rows, taps, width)

@@ -66,13 +66,15 @@ PROCESSES = f"{PRETRAIN} --batch-size 4 --max-steps 1"
 ANALYZE = "--img-size 64 --device cpu"
 BENCH = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --device cpu"
 FIGURE6 = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --no-peak --device cpu"
-OPS = "--models atto --batch-size 1 --img-size 64 --repeats 1 --device cpu"
+OPS = "--models atto --batch-size 1 --img-size 64 --repeats 1 --no-compile --device cpu"
 SCALING = "--batch-sizes 1 2 --img-sizes --mask-ratios --img-size 64 --repeats 1 --device cpu"
 FUSED = "--models convnextv2_atto --batch-size 2 --img-size 32 --repeats 1 --no-compile --device cpu"
 DEMO = "--max-steps 1 --batch-size 2 --workers 0 --device cpu"
 
 RUN = {
     "python -m convnextv2_kernels info": Run(process=True),
+    "python -m convnextv2_kernels info --model tiny": Run(),
+    "python -m convnextv2_kernels info --model huge --img-size 512 --mask-ratio 0.75": Run(),
     "python -m convnextv2_kernels convert convnextv2_tiny_1k_224_ema.pt tiny.safetensors --to timm": Run(),
     "python -m convnextv2_kernels convert SOURCE TARGET --to FORMAT": Run(
         put={"TARGET": "target.safetensors", "FORMAT": "transformers"}

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .. import _contracts, _fakes
+from .. import _contracts, _fakes, _flops
 from .availability import INTERPRETED
 
 
@@ -102,4 +102,5 @@ def operator(function):
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))
     _library.impl(name, checked, "CompositeExplicitAutograd")
     _fakes.register(NAMESPACE, name)
+    _flops.register(NAMESPACE, name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
