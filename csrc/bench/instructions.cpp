@@ -141,29 +141,38 @@ void count_norms(const KernelTable& k, int64_t channels) {
   p.dweight = dweight;
   p.dbias = dbias;
   count("space_to_depth_norm_backward " + shape, [&] { k.space_to_depth_norm_backward(p, one_thread()); });
+}
+
+template <class T>
+void count_gathered_norm(const KernelTable& k, int64_t channels) {
+  using A = typename Element<T>::Acc;
+  Data data;
   const Layout layout;
+  const int64_t side = 4, rows = kSlots * side * side, size = rows * channels;
   T* map = data.draw<T>(kImages * kSide * kSide * side * side * channels);
-  GatherNorm gather{.dtype = dtype,
-                    .grid_h = kSide,
-                    .grid_w = kSide,
-                    .side = side,
-                    .slots = kSlots,
-                    .channels = channels,
-                    .patch_of_slot = data.indices(layout.patch_of_slot),
-                    .x = map,
-                    .weight = weight,
-                    .bias = bias,
-                    .eps = 1e-6,
-                    .out = y,
-                    .rstd = rstd};
-  count("gather_norm_forward " + shape, [&] { k.gather_norm_forward(gather, one_thread()); });
-  gather.x = grad;
-  gather.bias = nullptr;
-  gather.z = y;
-  gather.out = map;
-  gather.dweight = dweight;
-  gather.dbias = dbias;
-  count("gather_norm_backward " + shape, [&] { k.gather_norm_backward(gather, one_thread()); });
+  T* packed = data.draw<T>(size);
+  GatherNorm p{.dtype = Element<T>::dtype,
+               .grid_h = kSide,
+               .grid_w = kSide,
+               .side = side,
+               .slots = kSlots,
+               .channels = channels,
+               .patch_of_slot = data.indices(layout.patch_of_slot),
+               .x = map,
+               .weight = data.draw<A>(channels, 1),
+               .bias = data.draw<A>(channels),
+               .eps = 1e-6,
+               .out = packed,
+               .rstd = data.blank<A>(rows)};
+  const std::string shape = std::string(Element<T>::name) + " C=" + std::to_string(channels);
+  count("gather_norm_forward " + shape, [&] { k.gather_norm_forward(p, one_thread()); });
+  p.x = data.draw<T>(size);
+  p.bias = nullptr;
+  p.z = packed;
+  p.out = map;
+  p.dweight = data.blank<A>(channels);
+  p.dbias = data.blank<A>(channels);
+  count("gather_norm_backward " + shape, [&] { k.gather_norm_backward(p, one_thread()); });
 }
 
 template <class T>
@@ -405,8 +414,11 @@ int main(int argc, char** argv) {
   count_conv<double>(*k, 8, 40, true);
   count_conv<float>(*k, 14, 40, false);
   count_norms<float>(*k, 80);
+  count_gathered_norm<float>(*k, 80);
   count_norms<double>(*k, 80);
+  count_gathered_norm<double>(*k, 80);
   count_norms<Bfloat16>(*k, 80);
+  count_gathered_norm<Bfloat16>(*k, 80);
   count_mlp<float>(*k, 160);
   count_mlp<double>(*k, 160);
   count_mlp<Bfloat16>(*k, 160);
