@@ -22,7 +22,7 @@ FORMULAS: dict[str, Callable[..., int]] = {}
 # They multiply elements or sum them, which nobody counts, or copy.
 WITHOUT_PRODUCTS = frozenset(
     """
-    column_sum gather_patches gelu_scale gelu_statistics grn_backward grn_forward layer_norm_backward
+    column_sum gather_normalize gather_patches gelu_scale gelu_statistics grn_backward grn_forward layer_norm_backward
     layer_norm_forward layer_norm_grn_backward layer_norm_grn_forward layout_from_kept mlp_backward_pointwise
     mlp_backward_statistics mlp_parameters neighbour_slots normalized_backward normalized_backward_input patch_pixels
     products_reduce products_weight scatter_patches space_to_depth_normalize space_to_depth_normalize_backward

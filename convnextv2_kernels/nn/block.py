@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -84,7 +82,7 @@ class ConvNeXtV2Block(nn.Module):
             return self._around(grn, x, layout, visible)
         return ops.convnextv2_block(
             x,
-            *self._parameters_in_order(),
+            *self._parameters_in_order(grn),
             layout=layout,
             drop_path_scale=self._drop_path_scale(x, layout),
             scope=grn.scope,
@@ -109,10 +107,9 @@ class ConvNeXtV2Block(nn.Module):
             self.gamma,
         )
 
-    def _parameters_in_order(self) -> BlockParameters:
+    def _parameters_in_order(self, grn: GlobalResponseNorm) -> BlockParameters:
         """As the block op takes them."""
         conv, norm, first, second = self.dwconv, self.norm, self.pwconv1, self.pwconv2
-        grn = cast("GlobalResponseNorm", self.grn)
         linear = (first.weight, first.bias, grn.gamma, grn.beta, second.weight, second.bias)
         return conv.weight, conv.bias, norm.weight, norm.bias, *linear
 

@@ -137,7 +137,7 @@ def convnextv2_block(
         ValueError: a variant of GRN without gamma and beta.
     """
     params = (dw_weight, dw_bias, ln_weight, ln_bias, w1, b1, gamma, beta, w2, b2)
-    tensors = (x, *params, drop_path_scale, layer_scale)
+    tensors = (x, *params, drop_path_scale) if layer_scale is None else (x, *params, drop_path_scale, layer_scale)
     settings = (scope, act, eps, grn_eps, save)
     if not check.known(tensors, layout, settings):
         _check(x, params, drop_path_scale, layout, settings, layer_scale)
@@ -179,10 +179,10 @@ def convnextv2_block(
 
     def kernel(backend: str) -> Tensor:
         images = Segments.of(x, layout)
+        plain = layer_scale is None and gamma is not None  # V2's block, whose host time is counted by the call
         return _Block.apply(
             x.contiguous(),
-            *params[:4],
-            *as_kernels_take(params[4:], layer_scale, x),
+            *(params if plain else (*params[:4], *as_kernels_take(params[4:], layer_scale, x))),
             None if layout is None else layout.conv_neighbours(dw_weight.shape[-1], x.shape[1]),
             drop_path_scale,
             images.offsets,

@@ -183,7 +183,8 @@ def test_refusals(monkeypatch):
     block = cnn.ConvNeXtV2Block(DIM, grn="ln").double()
     with ck.use_backend("triton"), pytest.raises(RuntimeError, match="'ln' in the place of GRN .*only the reference"):
         block(x, layout)
-    params = cnn.ConvNeXtV2Block(DIM).double()._parameters_in_order()
+    other = cnn.ConvNeXtV2Block(DIM).double()
+    params = other._parameters_in_order(other.grn)
     with pytest.raises(ValueError, match="grn must be a formula of GRN here, got 'se'"):
         ck.ops.convnextv2_block(x, *params, layout, grn="se")
     with pytest.raises(ValueError, match="variant must be a formula of GRN, got 'bn'"):

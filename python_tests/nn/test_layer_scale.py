@@ -88,7 +88,7 @@ def test_a_tiny_scale_survives_sixteen_bits(scale):
     exact = (by_formula(copy.deepcopy(block).double(), x.double(), torch.ones(2)) - x.double()) / scale
     for dtype in (torch.float16, torch.bfloat16):
         zero = torch.zeros_like(x)  # the residual would drown the branch
-        params = block._parameters_in_order()
+        params = block._parameters_in_order(block.grn)
         with torch.autocast("cpu", dtype=dtype):
             y = ck.ops.depthwise_conv_layer_norm(x, *params[:4])
             out = ck.ops.pointwise_mlp(y, *params[4:], residual=zero, layer_scale=block.gamma)
@@ -112,7 +112,7 @@ def test_compiles_in_one_graph_copies_and_pickles():
 
 def test_what_layers_and_ops_refuse():
     block, x = v1_block(), torch.randn(1, 4, 4, DIM, dtype=torch.float64)
-    params = block._parameters_in_order()
+    params = block._parameters_in_order(block.grn)
     assert params[6] is None and params[7] is None
     for value, shown in ((0, "0"), (float("nan"), "nan"), (True, "True"), ("1e-6", "'1e-6'")):
         with pytest.raises(ValueError, match=f"layer_scale must be a finite number other than 0, .* got {shown}"):
