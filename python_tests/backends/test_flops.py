@@ -95,6 +95,8 @@ def by_hand(name: str, d: Draw) -> int:
     counts = {
         "mlp_forward": first + second,
         "mlp_backward": (2 + saved[1]) * first + 2 * second + h * o,
+        "gathered_mlp_forward": first + second,
+        "gathered_mlp_backward": 3 * first + 2 * second + h * o,
         "block_forward": conv + block,
         "block_backward": (2 + saved[0]) * conv + 2 * block + saved[1] * first + h * c,
         "product": 6 * c * h,

@@ -263,6 +263,7 @@ def test_the_form_of_gelu_reaches_plain_blocks(options):
     block = randomised(cnn.ConvNeXtV2Block(6))
     x = torch.randn(2, 4, 4, 6, dtype=torch.float64)
     exact, tanh = (
-        ck.ops.convnextv2_block(x, *block._parameters_in_order(block.grn), act=act, **options) for act in ("gelu", "gelu_tanh")
+        ck.ops.convnextv2_block(x, *block._parameters_in_order(block.grn), act=act, **options)
+        for act in ("gelu", "gelu_tanh")
     )
     assert 0 < (exact - tanh).abs().max() < 1e-2
