@@ -38,6 +38,7 @@ _DEPTHWISE = re.compile(r"stages\.({stage}|[0-3])\.{block}\.dwconv\.(weight|{kin
 GRN = re.compile(r"(stages\.[0-3]|decoder)\.\d+\.grn\.(gamma|beta)")
 LAYER_SCALE = re.compile(r"(stages\.[0-3]|decoder)\.\d+\.gamma")
 V2, V1 = "a ConvNeXt V2 (GRN)", "a ConvNeXt V1 (layer scale, no GRN)"
+OTHER_LAYER = "a ConvNeXt with another layer in the place of GRN"
 _FIELD = re.compile(r"{(\w+)}")
 _BLOCK = "0|[1-9][0-9]*"
 # Fields whose values cannot be listed; "other" are names in a decoder that is no row of blocks (models/decoders.py).
@@ -268,8 +269,11 @@ def complete(names: Iterable[str]) -> list[str]:
 
 
 def block_of(names: Iterable[str]) -> str:
-    """In words what these canonical names have in their blocks: :data:`V2`, :data:`V1` or neither of the two."""
+    """In words what these canonical names have in their blocks: :data:`V2`, :data:`V1`, :data:`OTHER_LAYER` or none of
+    them."""
     names = list(names)
+    if layer_names(names):
+        return OTHER_LAYER
     grn, scale = (any(map(kind.fullmatch, names)) for kind in (GRN, LAYER_SCALE))
     if grn != scale:
         return V2 if grn else V1

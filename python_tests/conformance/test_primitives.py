@@ -31,6 +31,8 @@ ELSEWHERE = {
     "grn_forward",
     "layer_norm_backward",
     "layer_norm_forward",
+    "layer_norm_grn_backward",
+    "layer_norm_grn_forward",
     "normalized_backward_put",
     "patch_pixels",
     "put_patches",
