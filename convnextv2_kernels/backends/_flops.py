@@ -25,8 +25,8 @@ WITHOUT_PRODUCTS = frozenset(
     column_sum gather_normalize gather_patches gelu_scale gelu_statistics grn_backward grn_forward layer_norm_backward
     layer_norm_forward layer_norm_grn_backward layer_norm_grn_forward layout_from_kept mlp_backward_pointwise
     mlp_backward_statistics mlp_parameters neighbour_slots normalized_backward normalized_backward_input
-    normalized_backward_put patch_pixels products_reduce products_weight put_patches scatter_patches space_to_depth_normalize space_to_depth_normalize_backward
-    transpose_rows unfold_layer_norm
+    normalized_backward_put patch_pixels products_reduce products_weight put_patches scatter_patches
+    space_to_depth_normalize space_to_depth_normalize_backward transpose_rows unfold_layer_norm
     """.split()
 )
 Shape: TypeAlias = Sequence[int]
