@@ -30,7 +30,8 @@ def _key(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings:
     where = (
         None if layout is None else (type(layout), layout.num_patches, layout.num_images, layout.patch_of_slot.device)
     )
-    return of, where, settings, kind != "meta" and torch.is_autocast_enabled(kind)
+    types = tuple(map(type, settings))  # True and 1e-6 + 0j equal numbers that pass
+    return of, where, settings, types, kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def known(tensors: Sequence[Tensor | None], layout: PatchLayout | None, settings: tuple) -> bool:

@@ -115,6 +115,16 @@ def test_an_eps_that_is_no_number(eps):
     assert "eps" in seen
 
 
+@pytest.mark.parametrize("equal", (1 + 0j, True, torch.tensor(1.0)), ids=repr)
+def test_an_eps_that_equals_one_that_passed(equal):
+    sample = make_sample("convnextv2_block").cast(F32)
+    ck.ops.convnextv2_block(**sample.tensors, **(sample.constants | {"eps": 1.0, "grn_eps": 1.0}))
+    for name in ("eps", "grn_eps"):
+        given = sample.constants | {"eps": 1.0, "grn_eps": 1.0} | {name: equal}
+        with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0"):
+            ck.ops.convnextv2_block(**sample.tensors, **given)
+
+
 @parametrize_backends(reference=True)
 @pytest.mark.parametrize("op", SPECS)
 def test_shapes_without_data(op, backend):
