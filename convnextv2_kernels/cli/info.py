@@ -49,14 +49,16 @@ def add_parser(commands: Any, prog: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print it."""
+    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
     if args.recipes is not None:
         if args.model is not None:
             raise UserError("--model and --recipes are two questions; give one of them", USAGE)
+        if given:
+            raise UserError(f"--{next(iter(given)).replace('_', '-')} is of a network, --recipes is not", USAGE)
         with user_errors(ValueError):
             lines = [line for name in args.recipes for line in recipes.described(name)]
         print("\n".join(lines or recipes.overview()))
         return OK
-    given = {name: value for name in DEFAULTS if (value := getattr(args, name)) is not None}
     if args.model is None:
         if given:
             option = next(iter(given)).replace("_", "-")

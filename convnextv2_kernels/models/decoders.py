@@ -37,13 +37,13 @@ class TransformerDecoder(nn.Module):
 
     def __init__(self, dim: int, depth: int):
         super().__init__()
-        heads = max(1, dim // _HEAD)
-        if check_positive("decoder_embed_dim", dim) % 4 or dim % heads:
+        if check_positive("decoder_embed_dim", dim) % (_HEAD if dim > _HEAD else 4):
             raise ValueError(
                 f"decoder_embed_dim must be a multiple of {_HEAD}, the channels of an attention head, for the "
                 f"transformer decoder, got {dim}"
             )
         self.out_dim = dim
+        heads = max(1, dim // _HEAD)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True

@@ -14,6 +14,7 @@ rows or on dense maps:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -75,7 +76,7 @@ class HiddenLayer(nn.Module):
 
         Raises:
             RuntimeError: another backend than the reference is forced.
-            ValueError: an export for any mask of a layer that cannot be exported so.
+            ValueError: an export for any mask of a layer that cannot be exported so; a batch norm trains on one site.
         """
         require_reference(f"the layer {str(self.variant)!r} in the place of GRN")
         check_packed(x, layout)
@@ -95,6 +96,19 @@ class HiddenLayer(nn.Module):
 
     def _compute(self, x: Tensor, layout: PatchLayout | None, visible: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    def _several(self, batch_norm: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """``batch_norm`` of rows ``[R, C]``, of which one has no variance."""
+
+        def normalize(rows: Tensor) -> Tensor:
+            if self.training and not for_any_input() and rows.shape[0] == 1:
+                raise ValueError(
+                    f"grn {str(self.variant)!r} trains on a batch of at least 2 visible sites at every stage, got 1: a "
+                    "batch norm has no variance of one"
+                )
+            return batch_norm(rows)
+
+        return normalize
 
     def extra_repr(self) -> str:
         return f"{self.dim}, variant='{self.variant}'"
@@ -124,7 +138,7 @@ class _BatchNorm(HiddenLayer):
         return nn.BatchNorm1d(dim)
 
     def _compute(self, x: Tensor, layout: PatchLayout | None, visible: Tensor | None) -> Tensor:
-        return _on_visible_rows(self.layer, x, visible)
+        return _on_visible_rows(self._several(self.layer), x, visible)
 
 
 class _SqueezeExcite(HiddenLayer):
@@ -159,9 +173,8 @@ class _BlockAttention(HiddenLayer):
         if layout is not None:
             attention = _pooling.gather_patches(attention, layout)
         norm = spatial.conv.bn
-        return x * spatial.gate(
-            _on_visible_rows(lambda rows: norm(rows[..., None, None]).flatten(1), attention, visible)
-        )
+        normalize = self._several(lambda rows: norm(rows[..., None, None]).flatten(1))
+        return x * spatial.gate(_on_visible_rows(normalize, attention, visible))
 
 
 _LAYERS: dict[str, type[HiddenLayer]] = {

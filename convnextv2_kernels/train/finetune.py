@@ -39,6 +39,7 @@ from .setup import (
     parameters_of,
     prepare_output,
     require_backend,
+    require_several_sites,
     split_of,
     storage_of,
     write_settings,
@@ -267,6 +268,7 @@ def _run(options: FinetuneOptions, device: str, world: World) -> int:
     if options.eval_only:
         return _evaluate_only(options, model, pictures, world, notes)
     parts = world.size * options.accumulate
+    require_several_sites(options, parts, math.prod(side // LEAST_SIDE for side in options.img_size))
     mixing = values["mixup"] > 0 or values["cutmix"] > 0
     together = mixing or GRNVariant.of(options.grn).batch_statistics
     config = make_config(

@@ -126,6 +126,17 @@ def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
         )
 
 
+def require_several_sites(options: TrainOptions, parts: int, sites: int) -> None:
+    """Raise UserError where a batch norm would train on a single site, which has no variance: of a step in ``parts``,
+    with ``sites`` of an image at the last stage."""
+    if GRNVariant.of(options.grn).batch_statistics and options.batch_size // parts * sites == 1:
+        raise UserError(
+            f"--grn {options.grn} trains on a batch of at least 2 visible sites of stride 32, and --batch-size "
+            f"{options.batch_size} over {parts} part(s) at --img-size {size_text(options.img_size)} has 1; take a "
+            "larger batch or larger images."
+        )
+
+
 def pretrain_config(
     options: PretrainOptions,
     device: str,
@@ -138,6 +149,8 @@ def pretrain_config(
     """:func:`make_config` of pre-training."""
     values = options.resolved.values
     parts = processes * options.accumulate
+    grid = options.img_size[0] // PATCH, options.img_size[1] // PATCH
+    require_several_sites(options, parts, num_kept(grid, values["mask_ratio"]))
     together = values["grn_scope"] == "batch" or GRNVariant.of(options.grn).batch_statistics
     micro_batch = options.batch_size // parts if together else None
     own = (*MODEL_VALUES, "hflip", "decay")

@@ -162,6 +162,7 @@ def test_checkpoints(kind):
         ("mlp", 64, "decoder must be one of convnext, unet, unet-no-skip, transformer, got 'mlp'"),
         ("unet", 20, "decoder_embed_dim must be a multiple of 8 for the UNet decoder, .*got 20"),
         ("transformer", 100, "decoder_embed_dim must be a multiple of 32, .*got 100"),
+        ("transformer", 48, "decoder_embed_dim must be a multiple of 32, .*got 48"),
         ("transformer", 6, "decoder_embed_dim must be a multiple of 32, .*got 6"),
     ],
 )

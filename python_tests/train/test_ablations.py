@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from convnextv2_kernels.checkpoints import convert_state_dict, load_checkpoint
 from convnextv2_kernels.cli import main
 from convnextv2_kernels.models import create_fcmae, create_model
+from convnextv2_kernels.nn.hidden_layers import hidden_layer
 from convnextv2_kernels.train.checkpoint import export_encoder
 
 from .two_processes import join, needs_gloo, spawn
@@ -191,3 +192,17 @@ def test_a_batch_norm_in_two_processes_is_evaluated_as_it_is_saved(classes, tmp_
     (metrics,) = lines(tmp_path / "run" / "metrics.jsonl")
     assert found["images"] == metrics["images"]
     assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("grn", ("bn", "cbam"))
+def test_a_batch_norm_of_one_site_is_refused(grn, classes, tmp_path, capsys):
+    one = ("--batch-size", "2", "--accumulate", "2", "--grn", grn)
+    for command, more in ((pretrain, ("--decoder-width", "32", "--max-steps", "1")), (finetune, ())):
+        assert main(command(classes, tmp_path / command.__name__, *one, *more)) == 1
+        text = capsys.readouterr().err
+        assert f"error: --grn {grn} trains on a batch of at least 2 visible sites of stride 32" in text
+        assert "--batch-size 2 over 2 part(s)" in text
+    layer = hidden_layer(8, grn=grn)
+    with pytest.raises(ValueError, match=f"grn '{grn}' trains on a batch of at least 2 visible sites .*, got 1"):
+        layer(torch.randn(1, 1, 1, 8))
+    assert torch.isfinite(layer.eval()(torch.randn(1, 1, 1, 8))).all()

@@ -205,6 +205,9 @@ def test_info_prints_recipes(capsys):
     assert cli.main(["info", "--recipes", "best"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: --recipes must be names of recipes, which are default,") and "got 'best'" in error
+    for option in ("--img-size", "--patch-size"):
+        assert cli.main(["info", "--recipes", option, "64"]) == 2
+        assert capsys.readouterr().err == f"error: {option} is of a network, --recipes is not\n"
 
 
 def test_a_recipe_sets_the_size_of_the_images_and_an_option_another():
