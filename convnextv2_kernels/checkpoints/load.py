@@ -83,7 +83,8 @@ def load_checkpoint(
         ValueError: a file that is damaged, could run code or costs more than it holds; keys that are missing, unknown
             or of another shape, all in one message; a V1 file for a V2 model, or the reverse; several networks; no
             averaged weights for ``use_ema``; parameters that are no dense tensors with values; a file that records
-            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same.
+            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same, or that has a
+            GRN, of values other than zero, for a model without one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -100,6 +101,7 @@ def load_checkpoint(
     _require_size(source, target)
     if isinstance(settings, Mapping) and not (is_v1(source.tensors) and settings.get("grn") == "none"):
         _require_grn(model, settings, what)
+    _require_used_grn(model, source)
     common = {part_of(name) for name in source.keys} & {part_of(name) for name in target.keys}
     if skip_head:
         common.discard("head")
@@ -158,6 +160,20 @@ def _require_grn(model: nn.Module, settings: Mapping[str, Any], what: str) -> No
     if wanted != {stored}:
         raise MisfitError(
             f"{what} was trained with the GRN {shown(stored)!r}, and the model has {' and '.join(sorted(wanted))!r}"
+        )
+
+
+def _require_used_grn(model: nn.Module, source: State) -> None:
+    """A model of this library with ``grn="none"`` has places for GRN's parameters, which it ignores."""
+    variants = [found for module in model.modules() if hasattr(found := getattr(module, "variant", None), "enabled")]
+    if not variants or any(variant.enabled for variant in variants):
+        return
+    trained = [key for name, key in source.keys.items() if ".grn." in name and bool(source.tensors[name].any())]
+    if trained:
+        raise MisfitError(
+            f"{source.what} does not fit the model: it was trained with GRN ({listing(trained)}), and the model has "
+            "none",
+            " (set its values to zero to leave it out)",
         )
 
 

@@ -405,3 +405,19 @@ def test_another_grn_is_refused(tmp_path, record):
         assert_same(model.state_dict(), before)
     with pytest.raises(ValueError, match="records an unknown GRN, 'median'"):
         load_checkpoint(mean, recorded("median"))
+
+
+def test_a_trained_grn_is_not_lost_in_a_model_without_one():
+    """Neither names nor shapes differ, and the model would ignore the values."""
+    settings = {"depths": (1, 1, 1, 1), "dims": (4, 4, 8, 8), "num_classes": 3}
+    given = ConvNeXtV2(**settings).state_dict()
+    model, image = ConvNeXtV2(**settings, grn="none").eval(), torch.randn(1, 3, 32, 32)
+    load_checkpoint(model, given)  # its GRN is zero
+    before = model(image)
+    trained = {name: tensor + 1 if "stages.2.0.grn.beta" in name else tensor + 0.1 for name, tensor in given.items()}
+    with pytest.raises(ValueError, match="it was trained with GRN .*stages.2.0.grn.beta.*, and the model has none"):
+        load_checkpoint(model, trained)
+    assert torch.equal(model(image), before)
+    meta = {name: tensor.to("meta") for name, tensor in given.items()}
+    with pytest.raises(ValueError, match="meta"):
+        load_checkpoint(model, meta)
