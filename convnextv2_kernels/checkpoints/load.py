@@ -165,7 +165,8 @@ def _require_grn(model: nn.Module, settings: Mapping[str, Any], what: str) -> No
 
 def _require_used_grn(model: nn.Module, source: State) -> None:
     """A model of this library with ``grn="none"`` has places for GRN's parameters, which it ignores."""
-    variants = [found for module in model.modules() if hasattr(found := getattr(module, "variant", None), "enabled")]
+    variants: list[Any] = [module.variant for module in model.modules() if hasattr(module, "variant")]
+    variants = [variant for variant in variants if hasattr(variant, "enabled")]
     if not variants or any(variant.enabled for variant in variants):
         return
     trained = [key for name, key in source.keys.items() if ".grn." in name and bool(source.tensors[name].any())]

@@ -192,7 +192,8 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
     """The arguments of :class:`.train.config.FinetuneOptions`; ends with a usage error where options clash."""
     given = given_options(args)
     where = places(given)
-    name = args.recipe or (where["model"] if where["model"] in recipes.FINETUNE else "default")
+    own_name = where["model"] if where["model"] in recipes.FINETUNE else "default"
+    name = own_name if args.recipe is None else args.recipe
     if given.get("aa") == "none":
         given["aa"] = ""
     try:

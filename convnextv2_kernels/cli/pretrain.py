@@ -193,7 +193,7 @@ def resolve(parser: argparse.ArgumentParser, args: argparse.Namespace) -> dict[s
         where = places(given)
         require_init(parser, given)
     try:
-        resolved = recipes.resolve(recipes.PRETRAIN, args.recipe or "default", given)
+        resolved = recipes.resolve(recipes.PRETRAIN, "default" if args.recipe is None else args.recipe, given)
     except ValueError as error:
         parser.error(str(error))
     require_warmup(parser, resolved)

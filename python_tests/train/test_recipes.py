@@ -230,3 +230,10 @@ def test_unknown_recipe_lists_the_known(capsys):
             (pretrain_cli if words[0] == "pretrain" else finetune_cli).resolve(parser, args)
         error = capsys.readouterr().err
         assert "--recipe must be one of default," in error and "got 'best'" in error
+
+
+@pytest.mark.parametrize("command", ("pretrain", "finetune"))
+def test_an_empty_name_is_no_recipe(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, "--data", str(tmp_path), "--recipe", ""])
+    assert stopped.value.code == 2 and "--recipe must be one of default, " in capsys.readouterr().err
