@@ -45,8 +45,8 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         usage="%(prog)s --data FOLDER [--init WEIGHTS] [options]",
         help="train a classifier on a folder of classes, from pre-trained weights",
         description=(
-            "Train a ConvNeXt V2 classifier. FOLDER holds one subfolder of images for each class, or train/ and val/\n"
-            "with such subfolders. Needs timm for augmentation; the extra [train] of this package brings it."
+            "Train a ConvNeXt V2 or V1 classifier. FOLDER holds one subfolder of images for each class, or train/ and\n"
+            "val/ with such subfolders. Needs timm for augmentation; the extra [train] of this package brings it."
         ),
         epilog=(
             "examples:\n"
@@ -91,7 +91,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add_init(
         parser,
         "weights to start from: encoder.safetensors or a checkpoint of this program, or a file of the official code, "
-        "timm or transformers; its head is left out (default: random weights)",
+        "timm, transformers, mmpretrain or torchvision; its head is left out (default: random weights)",
     )
     parser.add_argument(
         "--init-grn",

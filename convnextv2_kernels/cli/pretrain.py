@@ -47,7 +47,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
         usage="%(prog)s (--demo | --data FOLDER) [options]",
         help="pre-train an encoder on a folder of images, or see a short demo",
         description=(
-            "Pre-train a ConvNeXt V2 encoder as a fully convolutional masked autoencoder (FCMAE):\n"
+            "Pre-train a ConvNeXt V2 or V1 encoder as a fully convolutional masked autoencoder (FCMAE):\n"
             "60 % of each image is hidden in 32x32-pixel patches, and the network learns to fill\n"
             "them in. The encoder computes nothing for the hidden patches."
         ),
@@ -82,7 +82,7 @@ def add_parser(commands: Any, prog: str) -> argparse.ArgumentParser:
     add_init(
         parser,
         "weights to start from: a checkpoint of this program, whose decoder is taken too, an encoder.safetensors, or a "
-        "file of the official code, timm or transformers (default: random weights)",
+        "file of the official code, timm, transformers, mmpretrain or torchvision (default: random weights)",
     )
     parser.add_argument(
         "--output",

@@ -103,8 +103,8 @@ def make_config(
 
 
 def require_backend(options: TrainOptions, encoding: str = "sparse") -> None:
-    """Raise UserError where the chosen kernels cannot run what only plain PyTorch can, V1 is asked for a GRN, or
-    ``--parallel`` for what a batch norm keeps."""
+    """Raise UserError where ``--backend`` has no kernels for the GRN or the encoding, where a V1 has a GRN, or where
+    ``--parallel fsdp`` meets a layer with running statistics."""
     plain = f"--encoding {encoding}" if encoding == "masked_dense" else f"--grn {options.grn}"
     try:
         variant = GRNVariant.of(options.grn)

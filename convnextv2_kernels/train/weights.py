@@ -242,7 +242,7 @@ class Weights:
         return text + {None: "", "drop": "; GRN dropped", "add": "; GRN initial"}[init_grn]
 
     def _around_grn_of(self, model: nn.Module) -> dict[str, Tensor]:
-        """A classifier's weights by canonical names: these, but what stands in GRN's place is the model's."""
+        """A classifier's weights by canonical names: these, but what is in GRN's place is the model's."""
         parts = ("stages", "downsample_layers", "norm", "head")
         taken = {n: t for n, t in self.state.tensors.items() if n.partition(".")[0] in parts and ".grn." not in n}
         own = read_state(model.state_dict(), "model").tensors
