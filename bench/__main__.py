@@ -16,6 +16,7 @@ MODES = {
     "compare": ("compare", "two result files side by side"),
     "gate": ("gate.command", "the regression gate: bytes, calls and instructions against the committed baseline"),
     "gpu": ("gpu.command", "build, test and measure on a GPU within a time limit"),
+    "composed": ("composed", "the fused ops beside the ops that they are composed of"),
     "fused": ("fused", "models of other libraries before and after fuse"),
     "cpu_choices": ("cpu_choices", "the choices the CPU backend makes by default"),
     "resources": ("resources", "registers, shared memory and spills of the CUDA or Triton kernels; needs no GPU"),

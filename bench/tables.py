@@ -18,6 +18,7 @@ from . import RESULTS, ROOT
 from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, mib, ops, scaling
 from .training_tables import training
 
+COMPOSED = RESULTS / "cpu_composed.json"
 FIGURE6 = RESULTS / "cpu_figure6.json"
 FIGURE6_INTEL = RESULTS / "cpu_figure6_intel.json"
 OPS = RESULTS / "cpu_ops.json"
@@ -237,6 +238,28 @@ def _times(other: dict, ours: dict, key: str) -> str:
     return f"**{other[key] / ours[key]:.2f}x**" if key == "median_ms" else f"**{other[key] / ours[key]:.1f}x**"
 
 
+def composed(report: dict) -> str:
+    """Table of docs/benchmarks.md: the fused ops beside what they are composed of."""
+    names = ("one op", "op by op", "PyTorch", "PyTorch, compiled")
+    titles = [*(f"{name}, ms" for name in names), "saved, one op / op by op"]
+    lines = [f"| forward and backward | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
+    for row in report["rows"]:
+        rows = row["variants"]
+        ours = rows[names[0]]
+        cells = [f"**{ours['median_ms']:.2f}**"]
+        cells += [f"{rows[n]['median_ms']:.2f} ({rows[n]['median_ms'] / ours['median_ms']:.2f}x)" for n in names[1:]]
+        cells.append(" / ".join(mib(rows[name]["saved_bytes"]) for name in names[:2]) + " MiB")
+        mark = "" if row["control"]["valid"] else " (!)"
+        lines.append(f"| {row['op']}, C={row['width']} s={row['side']}{mark} | {' | '.join(cells)} |")
+    p, at = report["parameters"], report["machine"]
+    note = (
+        f"{at['cpu']}, {at['threads']} thread{'s' if at['threads'] > 1 else ''}, PyTorch {at['torch']}, float32, "
+        f"{p['batch_size']} images, 19 of 49 patches visible; medians of {p['rounds']} interleaved rounds, allocator "
+        "held constant; (!): a copy of op by op differs from it by more than 3 %."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def fill(text: str, content: str, section: str) -> str:
     """The text with everything between the markers of a section replaced."""
     begin, end = f"<!-- {section}:begin -->", f"<!-- {section}:end -->"
@@ -261,6 +284,7 @@ def _contents() -> list[tuple[str, str, str]]:
         ("docs/benchmarks.md", "figure6_intel", figure6_summary(results.read(FIGURE6_INTEL))),
         ("docs/benchmarks.md", "ops", ops(measured_ops)),
         ("docs/benchmarks.md", "host", host_time(measured_ops)),
+        ("docs/benchmarks.md", "composed", composed(results.read(COMPOSED))),
         ("docs/benchmarks.md", "engines", engines(results.read(ENGINES))),
         ("docs/benchmarks.md", "scaling", scaling(results.read(SCALING))),
         ("docs/benchmarks.md", "fused_malloc", fused_other(results.read(FUSED_OTHER))),

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(
         prog=PROG,
-        description="Exact sparse FCMAE pre-training of ConvNeXt V2: show what this installation "
+        description="Exact sparse FCMAE pre-training of ConvNeXt V2, and of V1: show what this installation "
         "can do, measure it, train, look into what was trained, and convert checkpoints.",
         epilog=f"New here? Try '{PROG} pretrain --demo'. More on a command: COMMAND --help.",
     )

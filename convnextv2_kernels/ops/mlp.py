@@ -271,7 +271,7 @@ def gathered_pointwise_mlp(
     Args:
         x: dense ``[N, Gh*s, Gw*s, C]``; hidden rows are not read. layout: :class:`PatchLayout` of the same N images and
             grid. ln_weight, ln_bias: ``[C]``, both or neither; ln_eps: of LayerNorm. residual: packed
-            ``[P, s, s, O]`` like the output. The rest as in :func:`pointwise_mlp`.
+            ``[P, s, s, O]`` like the output. The rest as in :func:`pointwise_mlp`, without its layer scale.
 
     Returns:
         Packed rows ``[P, s, s, O]`` of x's dtype.
@@ -281,6 +281,11 @@ def gathered_pointwise_mlp(
     GRN's norms and the parameters, gathers again, and writes the gradient to its places in a map that is zero
     elsewhere. Neither way a packed copy of the batch exists besides the output. LayerNorm's mean and 1/std, as
     :func:`layer_norm_grn` keeps them, would save no byte: whoever normalises a row has it in registers anyway.
+
+    Raises:
+        TypeError: ``layout`` is not a PatchLayout.
+        ValueError: x is not a map of the layout's images and grid, residual is not packed, or only one of ``ln_weight``
+            and ``ln_bias`` is given.
     """
     if not isinstance(layout, PatchLayout):
         raise TypeError(f"layout must be a PatchLayout, got {type(layout).__name__}")

@@ -69,7 +69,7 @@ def build_fcmae(options: PretrainOptions, device: str) -> FCMAE:
             **{name: values[name] for name in MODEL_VALUES},
         )
     except ImportError as error:
-        raise UserError(f"--{error}.") from error
+        raise UserError(f"{in_options(str(error))}.") from error
     except (ValueError, TypeError) as error:
         raise UserError(in_options(str(error))) from error
     return model.to(device, torch.float64 if values["precision"] == "float64" else torch.float32)

@@ -356,6 +356,9 @@ CHECKED = {
     "python -m bench gpu": Checked(MENTION, options),
     "python -m bench fused": Checked(MENTION, options),
     "python -m bench cpu_choices": Checked(MENTION, options),
+    "python -m bench composed --output bench/results/cpu_composed.json": Checked(
+        "takes minutes of an idle machine", options
+    ),
     "python -m bench training": Checked(MENTION, options),
     "python -m bench gpu --out DIR": Checked(BY_GPU, parsed_by("parse")),
     "python -m bench gpu --out DIR --only step,compile": Checked(BY_GPU, parsed_by("parse")),

@@ -188,12 +188,12 @@ def finish_normalized_gradient_kernel(
         of_z = tl.load(of_bias + columns, mask=held, other=0.0)
         w = tl.load(weight + columns, mask=held, other=0.0)
         b = tl.load(bias + columns, mask=held, other=0.0)
-        gain = tl.load(gamma + columns, mask=held, other=0.0)
+        own_gamma = tl.load(gamma + columns, mask=held, other=0.0)
         value = tl.load(norm + columns, mask=held, other=0.0)
         t = w * of_gz + b * of_g
         response = value / mean
-        scale = 1.0 + gain * response
-        kappa = tl.where(value != 0, (gain * t / mean - pull) / tl.where(value != 0, value, 1.0), 0.0)
+        scale = 1.0 + own_gamma * response
+        kappa = tl.where(value != 0, (own_gamma * t / mean - pull) / tl.where(value != 0, value, 1.0), 0.0)
         tl.store(of_gamma + columns, response * t, mask=held)
         tl.store(of_weight + columns, scale * of_gz + kappa * (w * of_zz + b * of_z), mask=held)
         tl.store(of_bias + columns, scale * of_g + kappa * (w * of_z + b * rows), mask=held)
