@@ -115,7 +115,7 @@ RUN = {
     "python -m convnextv2_kernels finetune --data CLASSES --init runs/none/encoder.safetensors --init-grn add "
     "--recipe default --output runs/added": Run(FINETUNE),
     "python -m convnextv2_kernels pretrain --demo --output v2": Run(DEMO),
-    "python -m convnextv2_kernels pretrain --demo --grn none --output v1": Run(DEMO),
+    "python -m convnextv2_kernels pretrain --demo --grn none --output none": Run(DEMO),
     # analyses
     "python -m convnextv2_kernels analyze probe runs/atto/encoder.safetensors --random --data CLASSES": Run(ANALYZE),
     '$A cosine runs/v2/checkpoint-1000.pt runs/v1/checkpoint-1000.pt --label GRN --label "no GRN" --data val': Run(
@@ -362,7 +362,7 @@ CHECKED = {
     "python -m bench training": Checked(MENTION, options),
     "python -m bench gpu --out DIR": Checked(BY_GPU, parsed_by("parse")),
     "python -m bench gpu --out DIR --only step,compile": Checked(BY_GPU, parsed_by("parse")),
-    "python -m bench training --photos-v2 v2 --photos-v1 v1 --work runs --out bench/results": Checked(
+    "python -m bench training --photos-v2 v2 --photos-v1 none --work runs --out bench/results": Checked(
         "trains for an hour", options_and_those_of(PRETRAIN="pretrain", FINETUNE="finetune")
     ),
     "python examples/graphed_pretraining.py --steps 100": Checked(BY_GPU, refused("a CUDA graph needs a CUDA device")),

@@ -195,5 +195,5 @@ def test_refusals(monkeypatch):
     assert "its GRN variant 'ln' runs in plain PyTorch" in str(report.skipped)
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "timm.layers", None)
-    with pytest.raises(ImportError, match="grn 'se' is a layer of timm, which cannot be imported .*pip install timm"):
+    with pytest.raises(ImportError, match="grn needs timm for 'se', and timm cannot be imported .*pip install timm"):
         cnn.ConvNeXtV2Block(DIM, grn="se")
