@@ -10,6 +10,8 @@ are compared first; a copy of the second spelling is the control.
 from __future__ import annotations
 
 import argparse
+import functools
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +29,7 @@ BATCH, GRID = 8, (7, 7)
 OURS, COMPOSED, EAGER, COMPILED, COPY = "one op", "op by op", "PyTorch", "PyTorch, compiled", "copy"
 SHAPES = tuple((side, width << stage) for width in (40, 96) for stage, side in enumerate((8, 4, 2, 1)))
 EPS = 1e-6
+SAMPLE_SECONDS = 0.02  # a sample is as many calls in a row as fill this, so that a neighbour's caches cost nothing
 Op = Callable[..., Tensor]
 
 
@@ -118,8 +121,17 @@ def measure(name: str, side: int, width: int, rounds: int) -> dict:
             error = (found - expected).norm() / expected.norm()
             if not error < 1e-4:
                 raise RuntimeError(f"{name} of width {width} by {other!r} is off by {error:.1e} (relative)")
-    steps = {key: lambda op=op: gradients(op) for key, op in variants.items()}
+    start = time.perf_counter()
+    gradients(variants[OURS])
+    calls = max(1, min(100, int(SAMPLE_SECONDS / (time.perf_counter() - start))))
+
+    def several(op: Op) -> None:
+        for _ in range(calls):
+            gradients(op)
+
+    steps = {key: functools.partial(several, op) for key, op in variants.items()}
     samples = time_interleaved({**steps, COPY: steps[COMPOSED]}, rounds)
+    samples = {key: [seconds / calls for seconds in found] for key, found in samples.items()}
     control = Control.from_samples(COMPOSED, samples[COMPOSED], samples.pop(COPY))
     rows = {}
     for key, seconds in samples.items():

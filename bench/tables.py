@@ -248,7 +248,7 @@ def composed(report: dict) -> str:
         ours = rows[names[0]]
         cells = [f"**{ours['median_ms']:.2f}**"]
         cells += [f"{rows[n]['median_ms']:.2f} ({rows[n]['median_ms'] / ours['median_ms']:.2f}x)" for n in names[1:]]
-        cells.append(" / ".join(mib(rows[name]["saved_bytes"]) for name in names[:2]) + " MiB")
+        cells.append(" / ".join(f"{rows[name]['saved_bytes'] / 1024:,.0f}" for name in names[:2]) + " KiB")
         mark = "" if row["control"]["valid"] else " (!)"
         lines.append(f"| {row['op']}, C={row['width']} s={row['side']}{mark} | {' | '.join(cells)} |")
     p, at = report["parameters"], report["machine"]

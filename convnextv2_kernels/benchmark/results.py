@@ -27,6 +27,7 @@ KINDS = {
     "ops": ("machine", "parameters", "ops"),
     "scaling": ("machine", "parameters", "series"),
     "fused": ("machine", "parameters", "step"),
+    "composed": ("rows",),
     "cpu_choices": ("machine",),
     "regression_gate": ("machine", "software", "parameters"),
     "cuda_resources": ("nvcc", "kernels"),
@@ -35,7 +36,7 @@ KINDS = {
     "gpu_check": ("stages",),
 }
 # Kinds whose times are compared, and that say how the allocator was.
-TIMED = ("step", "figure6", "ops", "scaling", "fused", "cpu_choices")
+TIMED = ("step", "figure6", "ops", "scaling", "fused", "composed", "cpu_choices")
 # Kinds whose parts are lists of what was measured.
 _LISTS = ("step", "figure6", "ops", "scaling", "fused")
 # What figures of one file must have in common.

@@ -203,6 +203,7 @@ def _timm_layers(variant: GRNVariant) -> ModuleType:
         import timm.layers.cbam
     except (ImportError, RuntimeError) as error:  # RuntimeError: its torchvision is of another build of PyTorch
         raise ImportError(
-            f"grn needs timm for {str(variant)!r}, and timm cannot be imported ({error}); install it with pip install timm"
+            f"grn needs timm for {str(variant)!r}, and timm cannot be imported ({error}); install it with "
+            "pip install timm"
         ) from error
     return timm.layers
