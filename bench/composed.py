@@ -67,20 +67,23 @@ def gathered_variants(layout: PatchLayout, normalized: bool) -> dict[str, Op]:
         side = x.shape[1] // rows
         return x.view(images, rows, side, columns, side, -1)[image, row, :, column]
 
-    def composed(x, w1, b1, gamma, beta, w2, b2, lw, lb):
+    def composed(x, *parameters):
+        *mlp, lw, lb = parameters
         y = ops.gather_patches(x, layout)
         y = ops.layer_norm(y, lw, lb) if normalized else y
-        return ops.pointwise_mlp(y, w1, b1, gamma, beta, w2, b2, layout)
+        return ops.pointwise_mlp(y, *mlp, layout)
 
-    def plain(x, w1, b1, gamma, beta, w2, b2, lw, lb):
+    def plain(x, *parameters):
+        w1, b1, gamma, beta, w2, b2, lw, lb = parameters
         y = gather(x)
         y = F.layer_norm(y, lw.shape, lw, lb, EPS) if normalized else y
         h = _grn(F.gelu(F.linear(y, w1, b1)), gamma, beta, images)
         return F.linear(h, w2, b2).view(y.shape)
 
-    def ours(x, w1, b1, gamma, beta, w2, b2, lw, lb):
+    def ours(x, *parameters):
+        *mlp, lw, lb = parameters
         norm = {"ln_weight": lw, "ln_bias": lb} if normalized else {}
-        return ops.gathered_pointwise_mlp(x, w1, b1, gamma, beta, w2, b2, layout, **norm)
+        return ops.gathered_pointwise_mlp(x, *mlp, layout, **norm)
 
     return {OURS: ours, COMPOSED: composed, EAGER: plain}
 

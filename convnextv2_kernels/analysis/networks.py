@@ -107,7 +107,7 @@ def load_network(
     except (TypeError, ValueError, OverflowError, ImportError) as error:
         raise ValueError(f"{what} cannot be rebuilt from its settings: {shown(str(error))}") from error
     try:
-        load_checkpoint(model, weights)
+        load_checkpoint(model, {"model": weights, "config": {"grn": block["grn"]}})
     except ValueError as error:
         raise ValueError(f"{what}{str(error).removeprefix('path_or_state_dict')}") from error
     about = {

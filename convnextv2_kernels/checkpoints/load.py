@@ -83,8 +83,8 @@ def load_checkpoint(
         ValueError: a file that is damaged, could run code or costs more than it holds; keys that are missing, unknown
             or of another shape, all in one message; a V1 file for a V2 model, or the reverse; several networks; no
             averaged weights for ``use_ema``; parameters that are no dense tensors with values; a file that records
-            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same, or that has a
-            GRN, of values other than zero, for a model without one.
+            another GRN (:class:`.nn.GRNVariant`) than the model's, whose names and shapes are the same, or that
+            records none and has one, of values other than zero, for a model without GRN.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -99,9 +99,11 @@ def load_checkpoint(
     source = read_checkpoint(unwrap(content, use_ema, what), what)
     target = read_state(model.state_dict(), "model")
     _require_size(source, target)
-    if isinstance(settings, Mapping) and not (is_v1(source.tensors) and settings.get("grn") == "none"):
+    settings = settings if isinstance(settings, Mapping) else {}
+    if not (is_v1(source.tensors) and settings.get("grn") == "none"):
         _require_grn(model, settings, what)
-    _require_used_grn(model, source)
+    if not isinstance(settings.get("grn"), str):
+        _require_used_grn(model, source)
     common = {part_of(name) for name in source.keys} & {part_of(name) for name in target.keys}
     if skip_head:
         common.discard("head")
