@@ -113,9 +113,9 @@ class MinkowskiFCMAE(MaskedDenseFCMAE):
         for index, stage in enumerate(self.encoder.stages):
             if index:
                 x = self._downsampled(x, index)
-            image = x.C[:, 0].long()
+            owner = x.C[:, 0].long(), len(images)
             for block in stage:
-                x = self._block(x, block, self._layers["depthwise"][index], image)
+                x = self._block(x, block, self._layers["depthwise"][index], owner)
         # the last map has one site a patch, whose coordinates count the sites of the first
         stride = stem.shape[1] // mask.shape[1]
         image, column, row = x.C.long().unbind(1)
@@ -130,12 +130,12 @@ class MinkowskiFCMAE(MaskedDenseFCMAE):
         layer.kernel, layer.bias = weight.permute(2, 3, 1, 0).flatten(0, 1), convolution.bias[None]
         return layer(_like(x, _norm(x.F, norm)))
 
-    def _block(self, x: Any, block: nn.Module, layer: Any, image: Tensor) -> Any:
+    def _block(self, x: Any, block: nn.Module, layer: Any, owner: tuple[Tensor, int]) -> Any:
         weight = block.dwconv.weight  # [C, 1, 7, 7] -> [49, C], a view
         layer.kernel, layer.bias = weight.permute(2, 3, 1, 0).flatten(0, 2), block.dwconv.bias[None]
         y = _norm(layer(x).F, block.norm)
         h = F.gelu(F.linear(y, block.pwconv1.weight, block.pwconv1.bias))
-        h = _grn(h, image, block.grn)
+        h = _grn(h, *owner, block.grn)
         return _like(x, x.F + F.linear(h, block.pwconv2.weight, block.pwconv2.bias))
 
 
@@ -149,8 +149,8 @@ def visible_sites(mask: Tensor, side: int) -> Tensor:
     return visible.nonzero()[:, [0, 2, 1]]
 
 
-def _grn(h: Tensor, image: Tensor, grn: nn.Module) -> Tensor:
-    images = int(image.max()) + 1 if len(image) else 0
+def _grn(h: Tensor, image: Tensor, images: int, grn: nn.Module) -> Tensor:
+    """GRN of every image by itself; ``image [R]`` is the one that each row is of."""
     squares = h.new_zeros(images, h.shape[1]).index_add(0, image, h * h)
     # the root has no slope at zero
     norm = squares.clamp_min(torch.finfo(h.dtype).tiny).sqrt()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .._console import visible
-from .formats import V1, WRITABLE, block_of, layer_names, other_decoder, written_as
+from .formats import V1, WRITABLE, block_kind, layer_names, other_decoder, written_as
 from .shapes import from_canonical
 from .state import State, listing, read_checkpoint, require_consistent, shown, unwrap
 from .storage import SUFFIXES, read_checkpoint_file, write_file
@@ -72,7 +72,7 @@ def convert(
     if to not in WRITABLE:
         raise ValueError(f"to must be one of {', '.join(WRITABLE)}, got {to!r}")
     require_consistent(state)
-    block = block_of(state.tensors)
+    block = block_kind(state.tensors)
     if (target := written_as(to, state.tensors)) is None:
         raise ValueError(f"{state.what} is {block}, which {to} does not have")
     kept = _grn_settings(settings or {})

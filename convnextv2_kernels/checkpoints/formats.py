@@ -268,7 +268,7 @@ def complete(names: Iterable[str]) -> list[str]:
     return [name for name in whole if not any(kind.fullmatch(name) for kind in absent)]
 
 
-def block_of(names: Iterable[str]) -> str:
+def block_kind(names: Iterable[str]) -> str:
     """In words what these canonical names have in their blocks: :data:`V2`, :data:`V1`, :data:`OTHER_LAYER` or none of
     them."""
     names = list(names)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._console import visible
 from ..sizes import size_of
-from .formats import block_of, part_of
+from .formats import block_kind, part_of
 from .state import State, architecture, is_v1, listing, read_checkpoint, read_state, shown, unwrap
 from .storage import read_checkpoint_file
 
@@ -134,7 +134,7 @@ def load_checkpoint(
 
 def _require_size(source: State, target: State) -> None:
     """Two versions, or two published sizes, are told by their names: what differs would fill pages."""
-    given, wanted = block_of(source.tensors), block_of(target.tensors)
+    given, wanted = block_kind(source.tensors), block_kind(target.tensors)
     if given != wanted:
         raise MisfitError(f"{source.what} does not fit the model: it is {given}, and the model is {wanted}")
     if any(f"stages.{stage}.0.dwconv.weight" not in target.tensors for stage in range(4)):

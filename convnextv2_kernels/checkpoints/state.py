@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._console import visible
-from .formats import OTHER_LAYER, V1, V2, WRITABLE, Format, block_of, complete, networks_in
+from .formats import OTHER_LAYER, V1, V2, WRITABLE, Format, block_kind, complete, networks_in
 from .pickles import StandIn
 from .shapes import contradictions, to_canonical
 
@@ -138,7 +138,7 @@ def read_checkpoint(state_dict: Mapping[str, Any], what: str) -> State:
     """
     state = read_state(state_dict, what)
     own = state.format.own
-    if (block := block_of(state.tensors)) not in (V1, V2, OTHER_LAYER):
+    if (block := block_kind(state.tensors)) not in (V1, V2, OTHER_LAYER):
         raise ValueError(f"{what} is {block}, expected one of the two (V2 has GRN, V1 has layer scale)")
     if missing := [own(name) or name for name in complete(state.tensors) if name not in state.tensors]:
         raise ValueError(f"{what} lacks parameters of a ConvNeXt with {state.format.name} names: {listing(missing)}")
@@ -164,7 +164,7 @@ def require_consistent(state: State) -> None:
 
 def is_v1(tensors: Iterable[str]) -> bool:
     """Whether these canonical names are of ConvNeXt V1."""
-    return block_of(tensors) == V1
+    return block_kind(tensors) == V1
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
