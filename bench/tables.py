@@ -18,6 +18,7 @@ from . import RESULTS, ROOT
 from .benchmark_tables import engines, figure6_details, figure6_summary, footnote, mib, ops, scaling
 from .training_tables import training
 
+MINKOWSKI = RESULTS / "cpu_minkowski.json"
 COMPOSED = RESULTS / "cpu_composed.json"
 FIGURE6 = RESULTS / "cpu_figure6.json"
 FIGURE6_INTEL = RESULTS / "cpu_figure6_intel.json"
@@ -284,6 +285,7 @@ def _contents() -> list[tuple[str, str, str]]:
         ("docs/benchmarks.md", "figure6_intel", figure6_summary(results.read(FIGURE6_INTEL))),
         ("docs/benchmarks.md", "ops", ops(measured_ops)),
         ("docs/benchmarks.md", "host", host_time(measured_ops)),
+        ("docs/benchmarks.md", "minkowski", figure6_details(results.read(MINKOWSKI))),
         ("docs/benchmarks.md", "composed", composed(results.read(COMPOSED))),
         ("docs/benchmarks.md", "engines", engines(results.read(ENGINES))),
         ("docs/benchmarks.md", "scaling", scaling(results.read(SCALING))),
